@@ -1,0 +1,453 @@
+"""Every setting of a training or a land file: its name, default, limits and help text.
+
+The one idea: these models are the only place where a setting is described. The YAML loader (config_file.py), the JSON Schema for editors, the command
+line's help and the error messages all read the fields here. Configs are frozen; what follows from them is a property.
+
+Used by every stage. A wrong value raises ConfigError with one sentence, whether it came from a file or from Python.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import string
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from atoll.errors import ConfigError
+from atoll.model_errors import config_error
+from atoll.yaml_file import kind_of, nearest
+
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+METRICS = ("accuracy", "exact_match", "rouge_l", "span_f1", "pearson", "label_and_explanation", "sql_execution", "pass_at_1")
+BUILTIN = "builtin:"  # data paths that name a generated task
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+NAME_RULE = "must start with a letter or digit, hold only letters, digits, '.', '_' and '-' (96 at most), and have no '..'"
+MAX_RANK = 1024
+
+
+def atoll_home() -> Path:
+    """The folder of bases and the hub: ATOLL_HOME, or ~/.atoll. An absolute path; not created here."""
+    return Path(os.environ.get("ATOLL_HOME") or "~/.atoll").expanduser().absolute()
+
+
+def is_valid_name(name: str) -> bool:
+    """Whether `name` may name an adapter or a task: it is a file name everywhere, and cannot leave its folder."""
+    return NAME_PATTERN.fullmatch(name) is not None and ".." not in name
+
+
+def _checked_name(name: str) -> str:
+    if not is_valid_name(name):
+        raise ValueError(NAME_RULE)
+    return name
+
+
+def _empty_as_mapping(value: Any) -> Any:
+    """A section heading with nothing under it means all defaults."""
+    return {} if value is None else value
+
+
+def _text_as_data(value: Any) -> Any:
+    """`data: rows.csv` is short for `data: {path: rows.csv}`."""
+    return {"path": value} if isinstance(value, str) else _empty_as_mapping(value)
+
+
+def _text_as_task(value: Any) -> Any:
+    """A task given as text is its data path."""
+    return {"data": {"path": value}} if isinstance(value, str) else value
+
+
+class Section(BaseModel):
+    """What every part of a configuration shares: frozen, no unknown keys, no NaN, errors as one sentence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    if not TYPE_CHECKING:  # type checkers see the fields as arguments
+
+        def __init__(self, /, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as problem:
+                name = type(self).__name__
+                raise config_error(problem, type(self), lambda key: name) from None
+
+        # tells pydantic that this is a plain __init__: nested sections are then checked in one go, and places in errors stay complete
+        __init__.__pydantic_base_init__ = True
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts True as 1, so `r: true` would pass for a rank of 1."""
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        if _holds_number(cls.model_fields[str(info.field_name)].annotation) and any(isinstance(item, bool) for item in inner):
+            raise ValueError("must be a number, not true or false")
+        return value
+
+
+class DataConfig(Section):
+    """Where the rows come from and how a row becomes a prompt and a completion."""
+
+    path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Rows to learn from: builtin:NAME, a .jsonl or .csv file, or a task folder; relative to this file.",
+    )
+    train: str | None = Field(default=None, min_length=1, description="File of training rows, when the parts are separate files (then without path).")
+    validation: str | None = Field(default=None, min_length=1, description="File of validation rows, beside train.")
+    test: str | None = Field(default=None, min_length=1, description="File of test rows, beside train.")
+    template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The prompt, with {column} where a column's text goes ({{ and }} are braces). Without it, the column prompt.",
+    )
+    instruction: str | None = Field(default=None, description="Text put before the template, with an empty line between.")
+    target: str | None = Field(
+        default=None, min_length=1, description="Column that holds what the model should write. Without it, the column completion."
+    )
+    chat: bool = Field(default=False, description="Put the prompt into a user turn of the base's chat template.")
+    split_column: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Column that says which part a row is in: 0, 1, 2 or train, validation, test. A column named split is used when there is one.",
+    )
+    ratios: tuple[float, float, float] = Field(
+        default=(0.8, 0.1, 0.1), description="Shares of rows for train, validation and test, when neither files nor a column split them."
+    )
+    seed: int = Field(default=17, ge=0, description="Seed of the split by ratios, and of the rows of a built-in task.")
+    max_train_rows: int | None = Field(default=None, ge=1, description="Use at most so many training rows.")
+    max_validation_rows: int | None = Field(default=None, ge=1, description="Use at most so many validation rows.")
+    max_test_rows: int | None = Field(default=None, ge=1, description="Use at most so many test rows.")
+    metric: str | None = Field(default=None, description=f"How answers are scored: {', '.join(METRICS)}. A task folder brings its own.")
+    match: str | None = Field(
+        default=None, min_length=1, description="How exact_match compares: number, number_after_#### or sql; without it, as text."
+    )
+    label_set: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="Every allowed answer, for a closed set; text, so quote numbers."
+    )
+    references: str | None = Field(default=None, min_length=1, description="Column with a list of equally good answers; rouge_l takes the best.")
+    gold_field: str | None = Field(default=None, min_length=1, description="Column to score against, where that is not the target.")
+
+    @field_validator("template")
+    @classmethod
+    def _check_template(cls, template: str | None) -> str | None:
+        if template is not None:
+            template_columns(template)
+        return template
+
+    @field_validator("ratios")
+    @classmethod
+    def _check_ratios(cls, ratios: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6:
+            raise ValueError(f"must be three shares from 0 to 1 that sum to 1, but these sum to {sum(ratios):g}")
+        if ratios[0] == 0:
+            raise ValueError("the first share is for training and must be above 0")
+        return ratios
+
+    @field_validator("metric")
+    @classmethod
+    def _check_metric(cls, metric: str | None) -> str | None:
+        if metric is not None and metric not in METRICS:
+            guess = nearest(metric, METRICS)
+            raise ValueError(f"must be one of {', '.join(METRICS)}" + (f"; did you mean {guess}?" if guess else ""))
+        return metric
+
+    @field_validator("label_set")
+    @classmethod
+    def _check_labels(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        twice = sorted({label for label in labels or () if (labels or ()).count(label) > 1})
+        if twice:
+            raise ValueError(f"has {twice[0]!r} more than once")
+        if any(not label.strip() for label in labels or ()):
+            raise ValueError("has an empty label")
+        return labels
+
+    @model_validator(mode="after")
+    def _check_together(self) -> DataConfig:
+        if self.path is not None and self.train is not None:
+            raise ValueError("give either path or train (with validation and test), not both")
+        if self.train is None and self.path is None and (self.validation or self.test):
+            raise ValueError("validation and test files need a train file beside them")
+        if self.target is not None and self.target in self.columns:
+            raise ValueError(f"template shows the target column {{{self.target}}}, so the answer would stand in the prompt")
+        return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the template uses, each once, in order."""
+        return template_columns(self.template) if self.template is not None else ()
+
+    @property
+    def is_given(self) -> bool:
+        return self.path is not None or self.train is not None
+
+
+class AdapterConfig(Section):
+    """What is trained: LoRA's rank, scaling and places."""
+
+    type: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
+    r: int = Field(default=16, ge=1, le=MAX_RANK, description="Rank: the inner width of the adapter.")
+    alpha: float | None = Field(default=None, gt=0, description="LoRA's numerator: the update is scaled by alpha / r. Without it, twice the rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the adapter's inputs set to zero while training.")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear", description=f"Linear layers that get an adapter: all-linear, or a list from {', '.join(TARGET_MODULES)}."
+    )
+    use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict, description="Other ranks for some modules, by name (q_proj) or by end of path (layers.3.self_attn.q_proj)."
+    )
+    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="Other alphas for some modules, named as in rank_pattern.")
+    layers_to_transform: tuple[int, ...] | None = Field(default=None, min_length=1, description="Only these blocks, counted from 0; without it, all.")
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _check_targets(cls, value: Any) -> Any:
+        valid = f"valid names are {', '.join(TARGET_MODULES)}, or all-linear for all of them"
+        if value == "all-linear":
+            return value
+        if not isinstance(value, (list, tuple)):
+            hint = "; write all-linear" if isinstance(value, str) and nearest(value, ("all-linear",)) else ""
+            raise ValueError(f"must be all-linear or a list such as [q_proj, v_proj], but this is {kind_of(value)}{hint}")
+        if not value:
+            raise ValueError(f"must not be empty; {valid}")
+        for name in value:
+            if name not in TARGET_MODULES:
+                guess = nearest(name, TARGET_MODULES) if isinstance(name, str) else None
+                raise ValueError(f"{name!r} is not a linear layer of a block; {f'did you mean {guess}? ' if guess else ''}{valid}")
+        if len(set(value)) < len(value):
+            raise ValueError("names a layer twice")
+        return tuple(value)
+
+    @field_validator("layers_to_transform")
+    @classmethod
+    def _check_layers(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers is not None and (min(layers) < 0 or len(set(layers)) < len(layers)):
+            raise ValueError("must be block numbers from 0, each once")
+        return layers
+
+    @model_validator(mode="after")
+    def _check_patterns(self) -> AdapterConfig:
+        for field, pattern, most in (("rank_pattern", self.rank_pattern, MAX_RANK), ("alpha_pattern", self.alpha_pattern, None)):
+            for name, value in pattern.items():
+                if not name.endswith(self.targets):
+                    raise ValueError(f"{field} names {name!r}, which is none of the target modules {', '.join(self.targets)}")
+                if value <= 0 or (most is not None and value > most):
+                    raise ValueError(f"{field} gives {name!r} the value {value:g}; must be {'above 0' if most is None else f'from 1 to {most}'}")
+        return self
+
+    @property
+    def scaling_alpha(self) -> float:
+        """alpha, or 2r where it is not given."""
+        return 2.0 * self.r if self.alpha is None else self.alpha
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The target modules by name, `all-linear` written out, in the order of a block."""
+        return TARGET_MODULES if self.target_modules == "all-linear" else tuple(t for t in TARGET_MODULES if t in self.target_modules)
+
+
+class TrainerConfig(Section):
+    """How it is trained."""
+
+    epochs: float = Field(default=3.0, gt=0, description="Times the training rows are gone through. Not used when max_steps is given.")
+    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps in all; decides the length instead of epochs.")
+    batch_size: int = Field(default=16, ge=1, description="Rows of one optimizer step, however they are divided into forward passes.")
+    micro_batch_tokens: int = Field(
+        default=4096, ge=1, description="Most tokens of one forward pass (a longer row goes alone); for memory and speed."
+    )
+    learning_rate: float = Field(default=5e-4, gt=0, le=1, description="Highest learning rate, after the warmup.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Learning rate after the warmup; the first two end at 0.")
+    warmup_fraction: float = Field(default=0.03, ge=0, lt=1, description="Share of all steps in which the learning rate rises from 0.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are scaled down to this norm; 0 turns it off.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's averaging factors.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    eval_every: int | None = Field(default=None, ge=1, description="Steps between measurements of the validation loss; without it, once an epoch.")
+    early_stop_patience: int | None = Field(default=3, ge=1, description="Stop after so many measurements without a better one; null turns it off.")
+    checkpoint_every: int | None = Field(
+        default=50, ge=1, description="Steps between checkpoints that a killed job resumes from; null turns them off."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the adapter's start, the order of rows, and dropout.")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="Number format of the base while training; the adapter itself is float32."
+    )
+    max_length: int | Literal["p95"] | None = Field(
+        default=None,
+        description="Longest row in tokens; longer prompts lose their beginning. p95: of the training rows. null: the base's context.",
+    )
+    train_on_prompt: bool = Field(default=False, description="Learn the prompt's tokens too, not only the completion's.")
+    logging_every: int = Field(default=1, ge=1, description="Steps between entries of the log.")
+
+    @field_validator("betas")
+    @classmethod
+    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("must be two numbers from 0 to below 1")
+        return betas
+
+    @field_validator("max_length", mode="before")
+    @classmethod
+    def _check_length(cls, value: Any) -> Any:
+        if value is None or value == "p95":
+            return value
+        if isinstance(value, str) and value.isdecimal():
+            value = int(value)
+        if not isinstance(value, int) or value < 2:
+            raise ValueError("must be a number of tokens from 2, p95, or null")
+        return value
+
+
+class GenerationConfig(Section):
+    """How long answers may get."""
+
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="Most tokens of an answer; without it, the longest training completion with some room to spare."
+    )
+    stop: tuple[str, ...] = Field(default=(), description="Texts that end an answer, besides the base's end token.")
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in stop:
+            raise ValueError("has an empty text, which would end every answer at once")
+        return stop
+
+
+class QuantizationConfig(Section):
+    """The form in which the base's weights are held (QLoRA)."""
+
+    bits: Literal[4, 8] = Field(default=4, description="Bits a weight.")
+    quant_type: Literal["nf4", "fp4"] = Field(default="nf4", description="Number format of 4-bit weights.")
+    double_quant: bool = Field(default=True, description="Quantise the scales of 4-bit blocks as well.")
+
+
+class EvalConfig(Section):
+    """How a land is measured."""
+
+    test_rows: int | None = Field(default=None, ge=1, description="Use at most so many test rows a task, the first ones; without it, all.")
+    batch_size: int = Field(default=32, ge=1, description="Answers generated at the same time.")
+    option_scoring: bool = Field(default=True, description="For tasks with a closed label set, also choose the most likely label (a second column).")
+    max_options: int = Field(default=40, ge=2, description="Leave that column out for tasks with more labels than this.")
+    chat_base: bool = Field(default=True, description="Score the base inside its chat template too, and compare adapters with the better of the two.")
+
+
+Name: TypeAlias = Annotated[str, AfterValidator(_checked_name)]
+DataSection: TypeAlias = Annotated[DataConfig, BeforeValidator(_text_as_data, json_schema_input_type=str | DataConfig | None)]
+AdapterSection: TypeAlias = Annotated[AdapterConfig, BeforeValidator(_empty_as_mapping, json_schema_input_type=AdapterConfig | None)]
+TrainerSection: TypeAlias = Annotated[TrainerConfig, BeforeValidator(_empty_as_mapping, json_schema_input_type=TrainerConfig | None)]
+GenerationSection: TypeAlias = Annotated[GenerationConfig, BeforeValidator(_empty_as_mapping, json_schema_input_type=GenerationConfig | None)]
+EvalSection: TypeAlias = Annotated[EvalConfig, BeforeValidator(_empty_as_mapping, json_schema_input_type=EvalConfig | None)]
+
+_BASE = "The base model: an alias (smollm2-135m-instruct), a Hugging Face id, or a folder (./mine, relative to this file)."
+_NAME = "Name of the adapter in the hub: letters, digits, '.', '_' and '-'. Without it, the task's name."
+
+
+class TrainConfig(Section):
+    """A training file: one base, one adapter."""
+
+    base: str = Field(min_length=1, description=_BASE)
+    name: Name | None = Field(default=None, description=_NAME)
+    data: DataSection = Field(default_factory=DataConfig, description="Where the rows come from and how a row becomes a prompt. Text means the path.")
+    adapter: AdapterSection = Field(default_factory=AdapterConfig, description="What is trained.")
+    trainer: TrainerSection = Field(default_factory=TrainerConfig, description="How it is trained.")
+    generation: GenerationSection = Field(default_factory=GenerationConfig, description="How answers are written.")
+    quantization: QuantizationConfig | None = Field(default=None, description="Form of the base's weights; recorded, not applied yet.")
+
+    def require_data(self) -> DataConfig:
+        """The data section, when it names rows. Raises ConfigError when neither the file nor the command line did."""
+        if not self.data.is_given:
+            raise ConfigError("there is no training data: data.path is not given", hint="add it to the file, or give it with --data rows.jsonl")
+        return self.data
+
+
+class TaskDefaults(Section):
+    """Settings of all tasks of a land, where a task does not say otherwise."""
+
+    data: DataSection = Field(default_factory=DataConfig, description="For every task's data.")
+    adapter: AdapterSection = Field(default_factory=AdapterConfig, description="For every task's adapter.")
+    trainer: TrainerSection = Field(default_factory=TrainerConfig, description="For every task's training.")
+    generation: GenerationSection = Field(default_factory=GenerationConfig, description="For every task's answers.")
+
+
+class TaskEntry(TaskDefaults):
+    """One task of a land; what it leaves out comes from the defaults."""
+
+    name: Name | None = Field(
+        default=None, description="Name of the task and its adapter. Without it, the name of the built-in task, file or folder."
+    )
+
+    @property
+    def key(self) -> str:
+        """The name, given or taken from the data path."""
+        source = self.data.path or self.data.train or ""
+        path = PurePath(source.removeprefix(BUILTIN))
+        return self.name or (path.stem if path.suffix in (".jsonl", ".json", ".csv") else path.name)
+
+    @model_validator(mode="after")
+    def _check_key(self) -> TaskEntry:
+        if not self.data.is_given:
+            raise ValueError("this task has no data: give data.path (builtin:NAME, a file or a task folder)")
+        if not is_valid_name(self.key):
+            raise ValueError(f"the data path gives this task the name {self.key!r}, which cannot be used; add a name, which {NAME_RULE}")
+        return self
+
+
+class LandConfig(Section):
+    """A land file: one base, many tasks; each task becomes an adapter, and all are measured against the base."""
+
+    base: str = Field(min_length=1, description=_BASE)
+    defaults: Annotated[TaskDefaults, BeforeValidator(_empty_as_mapping, json_schema_input_type=TaskDefaults | None)] = Field(
+        default_factory=TaskDefaults, description="Settings of all tasks, where a task does not say otherwise."
+    )
+    tasks: tuple[Annotated[TaskEntry, BeforeValidator(_text_as_task, json_schema_input_type=str | TaskEntry)], ...] = Field(
+        min_length=1, description="The tasks: a data path such as builtin:dates, or a mapping with data and what differs from the defaults."
+    )
+    eval: EvalSection = Field(default_factory=EvalConfig, description="How the land is measured.")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> LandConfig:
+        names = [task.key for task in self.tasks]
+        for index, name in enumerate(names):
+            if name.casefold() in (other.casefold() for other in names[:index]):
+                raise ValueError(f"tasks[{index}] has the name {name!r}, which an earlier task has; give one of them another name")
+        return self
+
+    def jobs(self) -> tuple[TrainConfig, ...]:
+        """One training config a task: the defaults, and over them each key that the task gives. Raises ConfigError when a mixture is not valid."""
+        return tuple(self._job(index, task) for index, task in enumerate(self.tasks))
+
+    def _job(self, index: int, task: TaskEntry) -> TrainConfig:
+        sections = {name: {**_given(getattr(self.defaults, name)), **_given(getattr(task, name))} for name in TaskDefaults.model_fields}
+        try:
+            return TrainConfig.model_validate({"base": self.base, "name": task.key, **sections})
+        except ValidationError as problem:
+            raise config_error(problem, TrainConfig, lambda key: f"tasks[{index}] ({task.key}), with the defaults") from None
+
+
+def template_columns(template: str) -> tuple[str, ...]:
+    """The columns in a template's braces, each once, in order. Raises ValueError for braces that are not `{column}`."""
+    columns: dict[str, None] = {}
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as problem:
+        raise ValueError(f"braces do not match ({problem}); write {{{{ and }}}} for braces that are text") from None
+    for _, field, spec, _ in pieces:
+        if field is None:
+            continue
+        if not field or field.isdecimal() or any(sign in field for sign in ".[]"):
+            raise ValueError(f"{{{field}}} does not name a column; write {{column}}, and {{{{ and }}}} for braces that are text")
+        if spec and "{" in spec:
+            raise ValueError(f"{{{field}:{spec}}} has braces inside braces; write {{{{ and }}}} for braces that are text")
+        columns[field] = None
+    return tuple(columns)
+
+
+def _holds_number(annotation: Any) -> bool:
+    return annotation in (int, float) or any(_holds_number(part) for part in get_args(annotation))
+
+
+def _given(section: Section) -> Mapping[str, Any]:
+    """The keys that were set, not those that kept their default."""
+    return section.model_dump(exclude_unset=True)

@@ -1,0 +1,249 @@
+"""From a YAML file to a checked configuration.
+
+The one idea: whatever form a file has (a training file, a land file, one written for Ludwig or Predibase), it becomes a plain mapping of Atoll's keys first;
+overrides from the command line are laid over that, and one check by the models in config.py follows. Every complaint names file, line and key.
+
+    read_yaml ─► (ludwig.translate) ─► overrides ─► TrainConfig | LandConfig
+
+Used by workflows and the command line; also writes configurations back as YAML, and the JSON Schemas that editors use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, overload
+
+from pydantic import ValidationError
+
+from atoll.config import BUILTIN, LandConfig, QuantizationConfig, TaskEntry, TrainConfig
+from atoll.errors import ConfigError, StorageError
+from atoll.ludwig import is_ludwig, translate
+from atoll.model_errors import config_error
+from atoll.yaml_file import Key, YamlFile, dump_yaml, key_text, kind_of, nearest, parse_value, read_yaml
+
+Config = TypeVar("Config", TrainConfig, LandConfig, covariant=True)
+_DATA_PATHS = ("path", "train", "validation", "test")
+_SCHEMAS: Mapping[str, type[TrainConfig] | type[LandConfig]] = {"train": TrainConfig, "land": LandConfig}
+
+
+@dataclass(frozen=True)
+class LoadedConfig(Generic[Config]):
+    """A checked configuration, and where it came from.
+
+    root: the folder that the file's relative paths start from. warnings: sentences about keys that have no effect and the like, for the user to see.
+    source: whose form the file was in.
+    """
+
+    config: Config
+    path: Path
+    root: Path
+    warnings: tuple[str, ...]
+    source: Literal["atoll", "ludwig", "predibase"]
+
+
+@overload
+def load_config(path: str | Path, kind: Literal["train"], overrides: Mapping[str, Any] | None = None) -> LoadedConfig[TrainConfig]: ...
+@overload
+def load_config(path: str | Path, kind: Literal["land"], overrides: Mapping[str, Any] | None = None) -> LoadedConfig[LandConfig]: ...
+@overload
+def load_config(
+    path: str | Path, kind: None = None, overrides: Mapping[str, Any] | None = None
+) -> LoadedConfig[TrainConfig] | LoadedConfig[LandConfig]: ...
+
+
+def load_config(
+    path: str | Path, kind: Literal["train", "land"] | None = None, overrides: Mapping[str, Any] | None = None
+) -> LoadedConfig[TrainConfig] | LoadedConfig[LandConfig]:
+    """Read, translate, override and check a file. Raises ConfigError, one sentence for all its problems.
+
+    kind: which kind of file is wanted; None takes either. overrides: values by dotted key of Atoll's own form (`trainer.epochs`, `tasks.dates.adapter.r`),
+    as `--set` gives them (parse_overrides); data files among them are relative to the working directory, not to the file.
+    """
+    file = read_yaml(Path(path))
+    foreign = translate(file) if is_ludwig(file.data) else None
+    data: dict[str, Any] = foreign.data if foreign is not None else file.data
+    found: Literal["train", "land"] = "land" if "tasks" in data else "train"
+    if kind is not None and kind != found:
+        raise _wrong_kind(file, found, foreign is not None)
+
+    root = file.path.absolute().parent
+    for key, value in (overrides or {}).items():
+        data = _with_override(data, key, _from_cwd(key, value))
+    base = data.get("base")
+    if isinstance(base, str) and base.startswith((".", "~")):
+        data = {**data, "base": os.path.normpath(root / Path(base).expanduser())}
+
+    origins = foreign.origins if foreign is not None else {}
+    blame = _Blame(file, origins, frozenset(overrides or {}))
+    if found == "land":
+        land = _checked(LandConfig, data, blame)
+        jobs = _jobs(land, file)
+        return LoadedConfig(land, file.path, root, _notes(jobs), "atoll")
+    train = _checked(TrainConfig, data, blame)
+    warnings = (foreign.warnings if foreign is not None else ()) + _notes((train,))
+    return LoadedConfig(train, file.path, root, warnings, foreign.source if foreign is not None else "atoll")
+
+
+def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
+    """The values of `key=value` texts from a command line; the value is read as YAML, so `5e-4`, `null` and `[q_proj, v_proj]` mean what they do there."""
+    overrides = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"--set {setting!r} is not key=value", hint="for example --set trainer.epochs=1")
+        overrides[key] = parse_value(text, f"--set {key}")
+    return overrides
+
+
+def to_yaml(config: TrainConfig | LandConfig) -> str:
+    """The configuration as a file that loads to an equal one; a training config with every value, a land with those that were set."""
+    return dump_yaml(config.model_dump(mode="json", exclude_unset=isinstance(config, LandConfig)))
+
+
+def json_schemas() -> dict[str, dict[str, Any]]:
+    """The JSON Schema (draft 2020-12) of each kind of file, by kind: train, land."""
+    schemas = {}
+    for kind, model in _SCHEMAS.items():
+        schema = model.model_json_schema(mode="validation")
+        schemas[kind] = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": f"Atoll {kind} file"}
+    return schemas
+
+
+def write_schemas(folder: Path) -> tuple[Path, ...]:
+    """Write KIND.schema.json for each kind into a folder, which is made if need be. Raises StorageError when the disk refuses."""
+    written = []
+    for kind, schema in json_schemas().items():
+        target = folder / f"{kind}.schema.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_text(target, json.dumps(schema, indent=2, ensure_ascii=False) + "\n")
+        except OSError as problem:
+            raise StorageError(f"{target} cannot be written: {problem.strerror}", hint="give a folder that can be written to") from None
+        written.append(target)
+    return tuple(written)
+
+
+@dataclass(frozen=True)
+class _Blame:
+    """Who is to blame for a wrong value: a line of the file, in the file's own words, or an override."""
+
+    file: YamlFile
+    origins: Mapping[str, Key]
+    overrides: frozenset[str]
+
+    def where(self, key: Key) -> str:
+        text = key_text(key)
+        if any(text == override or text.startswith(f"{override}.") for override in self.overrides):
+            return f"--set {text}"
+        return self.file.where(self.origins.get(text, key))
+
+    def renamed(self, path: str) -> str | None:
+        return key_text(self.origins[path]) if path in self.origins and path not in self.overrides else None
+
+
+def _checked(model: type[Config], data: Mapping[str, Any], blame: _Blame) -> Config:
+    try:
+        return model.model_validate(data)
+    except ValidationError as problem:
+        raise config_error(problem, model, blame.where, blame.renamed) from None
+
+
+def _jobs(land: LandConfig, file: YamlFile) -> tuple[TrainConfig, ...]:
+    """The land's jobs, made once at load so that a bad mixture of defaults and task is found before any work."""
+    try:
+        return land.jobs()
+    except ConfigError as problem:
+        raise ConfigError(f"{file.path}: {problem.message}", hint=problem.hint) from None
+
+
+def _wrong_kind(file: YamlFile, found: str, foreign: bool) -> ConfigError:
+    if found == "land":
+        return ConfigError(f"{file.path} is a land file (it has tasks), expected a training file", hint=f"run: atoll land {file.path}")
+    form = "a training file in Ludwig's form" if foreign else "a training file (it has no tasks)"
+    return ConfigError(f"{file.path} is {form}, expected a land file", hint=f"run: atoll train {file.path}")
+
+
+def _with_override(data: Any, key: str, value: Any, done: str = "") -> Any:
+    """A copy of `data` with a value set at a dotted key. Sections that are absent are made; a task is found by number or name."""
+    head, dot, rest = key.partition(".")
+    if isinstance(data, list):
+        return _with_task_override(data, key, value, done)
+    if data is None:
+        data = {}
+    if isinstance(data, str) and done.rpartition(".")[2] == "data":
+        data = {"path": data}  # the short form of a data section
+    if not isinstance(data, dict):
+        raise ConfigError(f"--set {done}.{key}: {done} is {kind_of(data)}, which has no keys")
+    place = f"{done}.{head}" if done else head
+    return {**data, head: _with_override(data.get(head), rest, value, place) if dot else value}
+
+
+def _with_task_override(tasks: list[Any], key: str, value: Any, done: str) -> list[Any]:
+    """`0.adapter.r` or `dates.adapter.r`; a name may itself have dots, so the longest name that fits is taken."""
+    names = [str(index) for index in range(len(tasks))] + [_task_name(task) for task in tasks]
+    fitting = [index for index, name in enumerate(names) if name and key.startswith(f"{name}.")]
+    if not fitting:
+        known = [name for name in names[len(tasks) :] if name]
+        guess = nearest(key.partition(".")[0], known)
+        hint = f"did you mean {done}.{guess}?" if guess else f"tasks: {', '.join(known)}"
+        raise ConfigError(f"--set {done}.{key}: there is no such task", hint=hint)
+    found = max(fitting, key=lambda index: len(names[index]))
+    position, rest = found % len(tasks), key.removeprefix(f"{names[found]}.")
+    task = {"data": {"path": tasks[position]}} if isinstance(tasks[position], str) else tasks[position]
+    return [*tasks[:position], _with_override(task, rest, value, f"{done}.{names[found]}"), *tasks[position + 1 :]]
+
+
+def _task_name(task: Any) -> str:
+    """The name that a task of the file will have, "" for one that is not valid."""
+    try:
+        return TaskEntry.model_validate({"data": task} if isinstance(task, str) else task).key
+    except ValidationError:
+        return str(task.get("name") or "") if isinstance(task, dict) else ""
+
+
+def _from_cwd(key: str, value: Any) -> Any:
+    """An override's data file or base folder as an absolute path: on a command line, paths start from the working directory."""
+    parts = key.split(".")
+    is_file = parts[-1] == "data" or (len(parts) > 1 and parts[-2] == "data" and parts[-1] in _DATA_PATHS)
+    is_folder = parts == ["base"] and isinstance(value, str) and value.startswith((".", "~"))
+    if isinstance(value, str) and not value.startswith(BUILTIN) and (is_file or is_folder):
+        return os.path.normpath(Path.cwd() / Path(value).expanduser())
+    return value
+
+
+def _notes(configs: tuple[TrainConfig, ...]) -> tuple[str, ...]:
+    """What a user should know about configurations that are valid."""
+    notes: dict[str, None] = {}
+    for config in configs:
+        if config.quantization is not None:
+            notes[_quantization_note(config.quantization)] = None
+        if config.data.template is not None and not config.data.columns:
+            owner = f"{config.name}: " if len(configs) > 1 else ""
+            notes[f"{owner}data.template has no {{column}}, so every prompt is the same text: {config.data.template[:60]!r}"] = None
+    return tuple(notes)
+
+
+def _quantization_note(quantization: QuantizationConfig) -> str:
+    return (
+        f"quantization ({quantization.bits} bits) has no effect yet: training and serving use the unquantised base, and the adapter's record says so"
+    )
+
+
+def _write_text(target: Path, text: str) -> None:
+    """Write beside the target, sync, rename: a reader sees the old file or the new one."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(target)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise

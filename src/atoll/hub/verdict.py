@@ -1,0 +1,107 @@
+"""Does an adapter belong to this base? Three answers, from fingerprints and shapes; never from names.
+
+A declared base name proves nothing: fine-tunes and copies carry the names of their originals. Equal fingerprints prove equality; equal shapes only
+that the arithmetic works; anything else is refused with the first differing tensor.
+
+Used by workflows, compose and the server before an adapter is loaded on a base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Shapes = Mapping[str, Sequence[int]]
+
+# (name in a manifest's base record and in a base's fingerprint, what a user calls it); the weights' hash has two names
+_PARTS = (
+    (("config_hash",), "config"),
+    (("weights_fingerprint", "weights"), "weights"),
+    (("tokenizer_hash",), "tokenizer"),
+    (("chat_template_hash",), "chat template"),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """exact: use it. compatible: shapes fit but the base is another one, so the user must say so. refused: it cannot work."""
+
+    kind: Literal["exact", "compatible", "refused"]
+    reason: str
+    tensor: str | None = None  # the first tensor that does not fit; None unless shapes are why it was refused
+
+    @property
+    def usable(self) -> bool:
+        return self.kind != "refused"
+
+
+def verdict(manifest_base: Mapping[str, Any] | None, adapter_shapes: Shapes, base_fingerprint: Mapping[str, Any], base_shapes: Shapes) -> Verdict:
+    """Compare an adapter with a base.
+
+    manifest_base: the `base` record of the adapter's manifest (name, config_hash, weights_fingerprint, tokenizer_hash, chat_template_hash, perhaps
+    vocab_size), or None. adapter_shapes: tensor key of adapter_model.safetensors -> shape. base_fingerprint: the same four hashes of the base at hand
+    (`weights` or `weights_fingerprint`). base_shapes: parameter name -> shape, linears as [d_out, d_in] ("model.layers.0.self_attn.q_proj.weight").
+    """
+    recorded = manifest_base or {}
+    named = f" (made for {recorded['name']!r})" if recorded.get("name") else ""
+    for key, shape in adapter_shapes.items():
+        problem = _misfit(key, tuple(shape), base_shapes)
+        if problem:
+            return Verdict("refused", f"{problem}{named}", tensor=key)
+    vocabulary, has = recorded.get("vocab_size"), _vocab_size(base_fingerprint, base_shapes)
+    if vocabulary is not None and has is not None and vocabulary != has:
+        return Verdict("refused", f"the adapter's tokenizer has {vocabulary} tokens, the base's has {has}{named}")
+    unknown = [label for keys, label in _PARTS if _first(recorded, keys) is None or _first(base_fingerprint, keys) is None]
+    differing = [label for keys, label in _PARTS if label not in unknown and _first(recorded, keys) != _first(base_fingerprint, keys)]
+    # a base without a chat template has no hash for it: both None is equality, not ignorance
+    template = _PARTS[3][0]
+    if "chat template" in unknown and not recorded.keys().isdisjoint(template) and _first(recorded, template) == _first(base_fingerprint, template):
+        unknown.remove("chat template")
+    if differing:
+        return Verdict("compatible", f"every tensor fits, but the base has another {_listed(differing)} than the adapter was made for{named}")
+    if unknown:
+        return Verdict("compatible", f"every tensor fits, but the adapter has no record of its base's {_listed(unknown)}{named}")
+    return Verdict("exact", "config, weights, tokenizer and chat template are those the adapter was made for")
+
+
+def _misfit(key: str, shape: tuple[int, ...], base_shapes: Shapes) -> str:
+    """Why one adapter tensor does not fit the base, or ''. PEFT's keys: base_model.model.<module>.lora_A.weight [r, d_in], lora_B [d_out, r]."""
+    path = key.removeprefix("base_model.model.")
+    for suffix, axis, from_base in (
+        (".lora_A.weight", 1, 1),
+        (".lora_B.weight", 0, 0),
+        (".lora_embedding_A", 1, 0),  # an embedding is [V, D]: A [r, V], B [D, r]
+        (".lora_embedding_B", 0, 1),
+    ):
+        if not path.endswith(suffix):
+            continue
+        module = path.removesuffix(suffix)
+        base = base_shapes.get(module + ".weight")
+        if base is None:
+            return f"tensor {key}: the base has no module {module}"
+        if len(shape) != 2 or len(base) != 2:
+            return f"tensor {key}: shape {list(shape)} on a base weight of shape {list(base)}; both must have two axes"
+        if shape[axis] != base[from_base]:
+            width = "d_in" if suffix == ".lora_A.weight" else "d_out" if suffix == ".lora_B.weight" else "width"
+            return f"tensor {key}: {width} is {shape[axis]}, the base's {module} has {base[from_base]}"
+        return ""
+    base = base_shapes.get(path)
+    if base is None:
+        return f"tensor {key}: the base has no parameter {path}"
+    return "" if tuple(base) == shape else f"tensor {key}: shape {list(shape)}, the base has {list(base)}"
+
+
+def _first(record: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    return next((record[key] for key in keys if record.get(key) is not None), None)
+
+
+def _vocab_size(fingerprint: Mapping[str, Any], shapes: Shapes) -> int | None:
+    """Rows of the embedding, unless the fingerprint says it; None when neither is known."""
+    if fingerprint.get("vocab_size") is not None:
+        return int(fingerprint["vocab_size"])
+    return next((int(shape[0]) for name, shape in shapes.items() if name.endswith("embed_tokens.weight")), None)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -1,0 +1,141 @@
+"""What an adapter is: its frozen description (AdapterSpec) and its tensors by site (Adapter).
+
+Everything that trains, composes, serves or stores adapters passes these two. Scaling is computed once, when an adapter is made or loaded, and kept
+with its module, so alpha, rank patterns and rsLoRA mean the same everywhere. Files are in adapter_files.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from atoll.errors import AdapterFormatError, BaseMismatch
+from atoll.model.sites import TARGETS, Site, module_path
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """An adapter's description, as far as PEFT's adapter_config.json can say it.
+
+    rank and alpha hold for every target module unless rank_pattern or alpha_pattern names the module. layers_to_transform of None means all layers.
+    target_modules holds names of linears ("q_proj") or dotted ends of their paths ("layers.3.self_attn.q_proj").
+    """
+
+    base: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...] = TARGETS
+    dropout: float = 0.0
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers_to_transform: tuple[int, ...] | None = None
+    kind: str = "lora"
+
+    def sites(self, num_layers: int) -> list[Site]:
+        """Every (layer, target) that this adapter changes in a base of `num_layers` blocks, in file order."""
+        layers = range(num_layers) if self.layers_to_transform is None else sorted(set(self.layers_to_transform))
+        outside = [layer for layer in layers if not 0 <= layer < num_layers]
+        if outside:
+            raise BaseMismatch(
+                f"layers_to_transform names layer {outside[0]}, but the base has {num_layers} layers (0 to {num_layers - 1})",
+                hint="leave the layer out, or use the base that the adapter was made for",
+            )
+        return [site for layer in layers for target in TARGETS if _names(self.target_modules, site := Site(layer, target)) is not None]
+
+    def rank_at(self, site: Site) -> int:
+        """The rank at a site: rank_pattern's entry that names it best, else `rank`."""
+        return int(_by_pattern(self.rank_pattern, site, self.rank))
+
+    def scaling_at(self, site: Site) -> float:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
+        alpha, rank = float(_by_pattern(self.alpha_pattern, site, self.alpha)), self.rank_at(site)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def _names(keys: Iterable[str], site: Site) -> str | None:
+    """PEFT's lookup: the first key that equals the site's module path or is a dotted suffix of it ("q_proj", "layers.3.self_attn.q_proj").
+
+    Keys are literal here; PEFT also reads them as regular expressions, which adapter_files.py refuses.
+    """
+    path = module_path(site)
+    return next((key for key in keys if path == key or path.endswith("." + key)), None)
+
+
+def _by_pattern(pattern: Mapping[str, Any], site: Site, default: Any) -> Any:
+    key = _names(pattern, site)
+    return default if key is None else pattern[key]
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """The factors of one site: a [r, d_in], b [d_out, r], and the scaling that the update s (x Aᵀ) Bᵀ is multiplied by."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A spec and the factors of every site it changes. `manifest` is what PEFT's config has no field for (prompt, base fingerprint, training)."""
+
+    spec: AdapterSpec
+    modules: Mapping[Site, LoraModule]
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def max_rank(self) -> int:
+        return max((module.rank for module in self.modules.values()), default=0)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(module.a.numel() + module.b.numel() for module in self.modules.values())
+
+    def check_fits(self, shapes: Mapping[str, tuple[int, int]], num_layers: int) -> None:
+        """Raise BaseMismatch at the first site that does not fit a base with linears `shapes` {target: (d_out, d_in)}, or that the base has and the file lacks."""
+        hint = "use the base that the adapter was made for" + (f": {self.spec.base}" if self.spec.base else "")
+        for site in self.spec.sites(num_layers):
+            if site not in self.modules:
+                raise BaseMismatch(
+                    f"the adapter's config covers {module_path(site)}, but its file has no factors for it (the base has {num_layers} layers)",
+                    hint=hint,
+                )
+        for site, module in self.modules.items():
+            if site.layer >= num_layers:
+                raise BaseMismatch(f"the adapter changes layer {site.layer}, but the base has {num_layers} layers", hint=hint)
+            d_out, d_in = shapes[site.target]
+            if module.a.shape[1] != d_in or module.b.shape[0] != d_out:
+                raise BaseMismatch(
+                    f"layer {site.layer} {site.target}: the adapter's factors are for a {module.b.shape[0]} x {module.a.shape[1]} linear, "
+                    f"the base has {d_out} x {d_in}",
+                    hint=hint,
+                )
+
+
+def new_adapter(spec: AdapterSpec, shapes: Mapping[str, tuple[int, int]], num_layers: int, generator: torch.Generator) -> Adapter:
+    """A fresh LoRA in float32: A uniform in ±sqrt(1 / d_in) (Kaiming with a = sqrt(5), as PEFT does), B zero, so the update starts at zero.
+
+    shapes maps a target to its linear's (d_out, d_in). Raises AdapterFormatError when the spec reaches no site.
+    """
+    import torch
+
+    modules: dict[Site, LoraModule] = {}
+    for site in spec.sites(num_layers):
+        d_out, d_in = shapes[site.target]
+        rank, bound = spec.rank_at(site), 1 / math.sqrt(d_in)
+        a = torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)
+        modules[site] = LoraModule(a, torch.zeros(d_out, rank), spec.scaling_at(site))
+    if not modules:
+        raise AdapterFormatError("the adapter changes no module", hint=f"name at least one target module of {', '.join(TARGETS)} and one layer")
+    return Adapter(spec, modules)

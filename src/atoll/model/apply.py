@@ -1,0 +1,178 @@
+"""Add many adapters' updates to one fused linear of one packed batch.
+
+Each segment of neighbouring tokens has its adapter; its factors for a group of linears that share an input (q, k, v) are fused into one thin A, so a
+segment costs one shrink and one expand a member. This plain version serves training (with gradients through the same arithmetic) and prefill.
+Decode rows, one token each, take the batched version: gather the rows' factors from the bank and do one batched product a member.
+tests/model/test_apply.py holds both equal.
+
+Used by decoder.py for every linear. Who owns what: the bank owns the served tensors, a training job owns its own; this file only reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atoll.model.batch import AdapterBatch
+
+
+class Part(NamedTuple):
+    """One member of a group: columns out_start to out_stop of the fused output come from rows rank_start to rank_stop of the fused A, times b.
+
+    b [r, d_out] (the file's B transposed); the update is scaling * z[:, ranks] @ b.
+    """
+
+    rank_start: int
+    rank_stop: int
+    out_start: int
+    out_stop: int
+    b: Tensor
+    scaling: float
+
+
+class Update(NamedTuple):
+    """An adapter's factors at one fused linear: a [R, d_in] with R the sum of its members' ranks, and the members.
+
+    dropout is the share of x's elements that training hides from A (the rest scaled up); the members of a group see the same mask, drawn from dropout_seed.
+    """
+
+    a: Tensor
+    parts: tuple[Part, ...]
+    dropout: float = 0.0
+    dropout_seed: int = 0
+
+
+class AdapterWeights(Protocol):
+    """Anything that can say what it adds at a fused linear: a slot of the bank, or the tensors of a training job."""
+
+    def update(self, layer: int, group: int) -> Update | None:
+        """The factors at (layer, group), in the compute dtype or in float32; None where the adapter changes nothing."""
+        ...
+
+
+@dataclass(frozen=True)
+class BankRows:
+    """Decode rows that use resident adapters: token i = tokens[k] uses slot slots[k] of one bank bucket. Several buckets, several entries."""
+
+    buckets: tuple[BucketRows, ...]
+
+
+class BucketRows(Protocol):
+    """The rows of one rank bucket: see bank.py."""
+
+    tokens: Tensor
+
+    def gathered(self, layer: int, group: int) -> tuple[Tensor, tuple[tuple[int, int, int, int, Tensor], ...]] | None:
+        """(a [n, R, d_in], ((rank_start, rank_stop, out_start, out_stop, b [n, r, d_out]), …)), scaling folded into b; None if no row has this group."""
+        ...
+
+
+def lora_update(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling * (x Aᵀ) Bᵀ, the term LoRA adds to a frozen layer's output (Hu et al. 2021, arXiv 2106.09685).
+
+    Two thin products, never B A: the cost is T*r*(d_in + d_out) instead of T*d_in*d_out. x [T, d_in], a [r, d_in], b [d_out, r]; returns [T, d_out].
+    """
+    return scaling * ((x @ a.T) @ b.T)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: int, group: int, adapters: AdapterBatch) -> Tensor:
+    """x Wᵀ + bias, plus every segment's update. x [T, d_in], weight [d_out, d_in] frozen; returns [T, d_out].
+
+    With gradients enabled the result is differentiable in x and in every A and B, never in W.
+    """
+    updates = [(s.start, s.stop, found) for s in adapters.segments if s.stop > s.start and (found := s.weights.update(layer, group)) is not None]
+    if torch.is_grad_enabled() and (x.requires_grad or any(u.a.requires_grad for _, _, u in updates)):
+        tensors = [tensor for _, _, u in updates for tensor in (u.a, *(part.b for part in u.parts))]
+        layout = [(start, stop, [(*part[:4], part.scaling) for part in u.parts], u.dropout, u.dropout_seed) for start, stop, u in updates]
+        out: Tensor = _LoraLinear.apply(x, weight, bias, layout, *tensors)
+        return out
+    y = F.linear(x, weight, bias)
+    for start, stop, update in updates:
+        _add_segment(y[start:stop], x[start:stop], update)
+    if adapters.bank_rows is not None:
+        for bucket in adapters.bank_rows.buckets:
+            _add_bucket(y, x, bucket, layer, group)
+    return y
+
+
+def _add_segment(y: Tensor, x: Tensor, update: Update) -> None:
+    """y += Σ scaling (x Aᵀ) b in place, for one segment. y [t, d_out], x [t, d_in]."""
+    z = x @ update.a.to(x.dtype).T
+    for part in update.parts:
+        y[:, part.out_start : part.out_stop].addmm_(z[:, part.rank_start : part.rank_stop], part.b.to(x.dtype), alpha=part.scaling)
+
+
+def _add_bucket(y: Tensor, x: Tensor, rows: BucketRows, layer: int, group: int) -> None:
+    """The batched version for decode: n rows, each with its own factors. The shrink is [n, 1, d_in] x [n, d_in, R]."""
+    found = rows.gathered(layer, group)
+    if found is None:
+        return
+    a, parts = found
+    z = torch.bmm(x.index_select(0, rows.tokens).unsqueeze(1), a.transpose(1, 2))
+    for rank_start, rank_stop, out_start, out_stop, b in parts:
+        update = torch.bmm(z[:, :, rank_start:rank_stop], b).squeeze(1)
+        y[:, out_start:out_stop].index_add_(0, rows.tokens, update)
+
+
+def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """x with a share `dropout` of its elements zeroed and the rest scaled by 1 / (1 - dropout). The mask comes from the seed, so the backward draws it again."""
+    if not dropout:
+        return x
+    kept = torch.rand(x.shape, generator=torch.Generator(x.device).manual_seed(seed), device=x.device) >= dropout
+    return x * kept.to(x.dtype).div_(1 - dropout)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """`linear` with the backward by hand: dX = dY W + Σ s (dY Bᵀ) A, dA = s (dY Bᵀ)ᵀ X, dB = s Zᵀ dY, and nothing for W.
+
+    By hand because autograd would keep each slice and cast as a node of its own, and because the cheap association (never form dY Xᵀ) should be visible.
+    Factors come in as float32 masters and are rounded to x's dtype once; their gradients leave in the masters' dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Sequence[Any], *tensors: Tensor) -> Tensor:
+        y = F.linear(x, weight, bias)
+        saved: list[Tensor] = []
+        queue = iter(tensors)
+        for start, stop, parts, dropout, seed in layout:
+            a = next(queue).to(x.dtype)
+            z = _dropped(x[start:stop], dropout, seed) @ a.T
+            saved += [a, z]
+            for rank_start, rank_stop, out_start, out_stop, scaling in parts:
+                b = next(queue).to(x.dtype)
+                y[start:stop, out_start:out_stop].addmm_(z[:, rank_start:rank_stop], b, alpha=scaling)
+                saved.append(b)
+        ctx.save_for_backward(x, weight, *saved)
+        ctx.layout, ctx.dtypes = layout, [tensor.dtype for tensor in tensors]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dy = grads[0].contiguous()
+        x, weight, *saved = ctx.saved_tensors
+        need_x, need_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        dx = dy @ weight if need_x else None
+        out: list[Tensor | None] = []
+        queue = iter(saved)
+        for start, stop, parts, dropout, seed in ctx.layout:
+            a, z = next(queue), next(queue)
+            dys, dz, dbs = dy[start:stop], torch.empty_like(z), []
+            for rank_start, rank_stop, out_start, out_stop, scaling in parts:
+                b, dyp = next(queue), dys[:, out_start:out_stop]
+                torch.mul(dyp @ b.T, scaling, out=dz[:, rank_start:rank_stop])
+                dbs.append((z[:, rank_start:rank_stop].T @ dyp).float() * scaling)
+            if need_factors[len(out)]:
+                out.append((dz.T @ _dropped(x[start:stop], dropout, seed)).to(ctx.dtypes[len(out)]))
+            else:
+                out.append(None)
+            out += [db.to(ctx.dtypes[len(out) + i]) for i, db in enumerate(dbs)]
+            if dx is not None and dropout:
+                dx[start:stop] += _dropped(dz @ a, dropout, seed)
+            elif dx is not None:
+                dx[start:stop].addmm_(dz, a)
+        return (dx, None, None, None, *out)

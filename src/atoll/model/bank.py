@@ -1,0 +1,170 @@
+"""The resident adapters: preallocated stacks by rank bucket, read in place by every step.
+
+An adapter of rank 12 stands in the bucket of 16, padded with zeros, scaling folded into B in float32 before rounding. Each bucket holds one stack a site
+group: A [slots, R, d_in] and, a member, B [slots, r, d_out]. Prefill takes views of one slot (no copy); decode gathers the rows' slots for one batched
+product. A stack grows by doubling; a slot is freed by forgetting it.
+
+Used by the engine's pool, which decides who stays. Buckets are powers of two from 8, so padding costs at most a factor of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from atoll.model.adapter import Adapter
+from atoll.model.apply import BankRows, Part, Update
+from atoll.model.sites import GROUPS, Site
+
+_SMALLEST_BUCKET = 8
+
+
+def bucket_of(rank: int) -> int:
+    """The padded rank: the next power of two, at least 8."""
+    return max(_SMALLEST_BUCKET, 1 << (rank - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One resident adapter's place. As AdapterWeights it gives views into the bank for a segment of tokens."""
+
+    bank: LoraBank
+    bucket: int
+    index: int
+    groups: frozenset[int]
+
+    def update(self, layer: int, group: int) -> Update | None:
+        if group not in self.groups:
+            return None
+        stack = self.bank.stack(self.bucket)
+        parts = tuple(
+            Part(i * self.bucket, (i + 1) * self.bucket, start, stop, b[self.index], 1.0)
+            for i, (start, stop, b) in enumerate(stack.members(layer, group))
+        )
+        return Update(stack.a[layer][group][self.index], parts)
+
+
+@dataclass
+class _Stack:
+    """One bucket's tensors. a[layer][group] is [capacity, members * rank, d_in]; b[layer][target] is [capacity, rank, d_out]."""
+
+    rank: int
+    capacity: int
+    a: list[list[Tensor]]
+    b: list[dict[str, Tensor]]
+    free: list[int] = field(default_factory=list)
+    groups: dict[int, frozenset[int]] = field(default_factory=dict)
+
+    def members(self, layer: int, group: int) -> list[tuple[int, int, Tensor]]:
+        """(out_start, out_stop, b) of each member of a group, in fused order."""
+        out, start = [], 0
+        for target in GROUPS[group]:
+            b = self.b[layer][target]
+            out.append((start, start + b.shape[2], b))
+            start += b.shape[2]
+        return out
+
+
+class LoraBank:
+    """Stacks for every rank bucket in use. shapes maps a target to its linear's (d_out, d_in)."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], num_layers: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.shapes, self.num_layers, self.dtype, self.device = dict(shapes), num_layers, dtype, device
+        self._stacks: dict[int, _Stack] = {}
+
+    def stack(self, bucket: int) -> _Stack:
+        return self._stacks[bucket]
+
+    def slot_bytes(self, adapter: Adapter) -> int:
+        """Bytes that an adapter takes in the bank: its bucket's padded factors at every site of the base."""
+        per_layer = sum(d_out for d_out, _ in self.shapes.values()) + sum(len(g) * self.shapes[g[0]][1] for g in GROUPS)
+        return bucket_of(adapter.max_rank) * per_layer * self.num_layers * self.dtype.itemsize
+
+    def load(self, adapter: Adapter) -> Slot:
+        """Copy an adapter's factors into a free slot. Raises BaseMismatch where they do not fit the base."""
+        adapter.check_fits(self.shapes, self.num_layers)
+        bucket = bucket_of(adapter.max_rank)
+        stack = self._stacks.setdefault(bucket, self._new_stack(bucket)) if bucket not in self._stacks else self._stacks[bucket]
+        if not stack.free:
+            self._grow(stack)
+        index = stack.free.pop()
+        used: set[int] = set()
+        for layer in range(self.num_layers):
+            for group, targets in enumerate(GROUPS):
+                for member, target in enumerate(targets):
+                    a = stack.a[layer][group][index, member * bucket : (member + 1) * bucket]
+                    b = stack.b[layer][target][index]
+                    a.zero_()
+                    b.zero_()
+                    module = adapter.modules.get(Site(layer, target))
+                    if module is not None:
+                        a[: module.rank].copy_(module.a)
+                        b[: module.rank].copy_((module.b.float() * module.scaling).T)
+                        used.add(group)
+        slot = Slot(self, bucket, index, frozenset(used))
+        stack.groups[index] = slot.groups
+        return slot
+
+    def unload(self, slot: Slot) -> None:
+        """Free a slot. The caller makes sure that no running row uses it."""
+        stack = self._stacks[slot.bucket]
+        if slot.index not in stack.groups:
+            raise AssertionError(f"slot {slot.index} of bucket {slot.bucket} is freed twice")
+        del stack.groups[slot.index]
+        stack.free.append(slot.index)
+
+    def rows(self, tokens: Sequence[int], slots: Sequence[Slot]) -> BankRows:
+        """Decode rows for `AdapterBatch.bank_rows`: token tokens[i] of the packed batch uses slots[i]; grouped by bucket here."""
+        by_bucket: dict[int, list[tuple[int, Slot]]] = {}
+        for token, slot in zip(tokens, slots, strict=True):
+            by_bucket.setdefault(slot.bucket, []).append((token, slot))
+        return BankRows(tuple(_Rows(self._stacks[bucket], pairs, self.device) for bucket, pairs in sorted(by_bucket.items())))
+
+    def _new_stack(self, bucket: int) -> _Stack:
+        a = [
+            [torch.zeros(0, len(g) * bucket, self.shapes[g[0]][1], dtype=self.dtype, device=self.device) for g in GROUPS]
+            for _ in range(self.num_layers)
+        ]
+        b = [
+            {t: torch.zeros(0, bucket, d_out, dtype=self.dtype, device=self.device) for t, (d_out, _) in self.shapes.items()}
+            for _ in range(self.num_layers)
+        ]
+        return _Stack(bucket, 0, a, b)
+
+    def _grow(self, stack: _Stack) -> None:
+        """Double a stack (from 0 to 4). Old slots keep their index; views handed out for a step are not kept beyond it."""
+        capacity = max(4, 2 * stack.capacity)
+
+        def larger(old: Tensor) -> Tensor:
+            new = torch.zeros(capacity, *old.shape[1:], dtype=old.dtype, device=old.device)
+            new[: stack.capacity] = old
+            return new
+
+        for layer in range(self.num_layers):
+            stack.a[layer] = [larger(a) for a in stack.a[layer]]
+            stack.b[layer] = {target: larger(b) for target, b in stack.b[layer].items()}
+        stack.free.extend(range(capacity - 1, stack.capacity - 1, -1))
+        stack.capacity = capacity
+
+
+class _Rows:
+    """One bucket's decode rows: gathers their factors for a site. Implements apply.BucketRows."""
+
+    def __init__(self, stack: _Stack, pairs: list[tuple[int, Slot]], device: torch.device | str) -> None:
+        self._stack = stack
+        self.tokens = torch.tensor([token for token, _ in pairs], dtype=torch.int64, device=device)
+        self._index = torch.tensor([slot.index for _, slot in pairs], dtype=torch.int64, device=device)
+        self._groups = frozenset().union(*(slot.groups for _, slot in pairs))
+
+    def gathered(self, layer: int, group: int) -> tuple[Tensor, tuple[tuple[int, int, int, int, Tensor], ...]] | None:
+        if group not in self._groups:
+            return None
+        rank = self._stack.rank
+        parts = tuple(
+            (i * rank, (i + 1) * rank, start, stop, b.index_select(0, self._index))
+            for i, (start, stop, b) in enumerate(self._stack.members(layer, group))
+        )
+        return self._stack.a[layer][group].index_select(0, self._index), parts

@@ -1,0 +1,116 @@
+"""The two things every forward takes: rows' tokens end to end, and which adapter each token uses.
+
+A PackedBatch has no padding: B rows of any length stand behind one another, T tokens in all. A row may continue a sequence whose earlier tokens are in
+the KV cache (`context`), so prefill, chunked prefill, decode, scoring and training are one form. An AdapterBatch names segments of those T tokens.
+
+Used by decoder.py; built by train (no cache, adapters that need gradients) and by the engine's runner (cache, adapters in a bank).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from atoll.model.apply import AdapterWeights, BankRows
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B rows, T tokens.
+
+    token_ids [T] int64; positions [T] int64, each token's place in its sequence; row_starts B + 1 bounds; context B counts of tokens that the row
+    already has in the cache; kv_rows B places in the cache (None: no cache); output_index [N] int64, the tokens whose hidden states are wanted (None: all).
+    store=False reads the cached context but leaves the cache as it was, so several rows may continue one cached prompt (scoring options).
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    row_starts: tuple[int, ...]
+    context: tuple[int, ...]
+    kv_rows: tuple[int, ...] | None = None
+    output_index: Tensor | None = None
+    store: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[Sequence[int]],
+        *,
+        context: Sequence[int] | None = None,
+        kv_rows: Sequence[int] | None = None,
+        outputs: str | Sequence[int] = "all",
+        store: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> PackedBatch:
+        """Pack token lists. outputs: "all", "last" (each row's last token), or indices into the packed tokens."""
+        starts = (0, *accumulate(len(row) for row in rows))
+        before = tuple(context) if context is not None else (0,) * len(rows)
+        positions = list(chain.from_iterable(range(ctx, ctx + len(row)) for row, ctx in zip(rows, before, strict=True)))
+        if outputs == "all":
+            index = None
+        elif outputs == "last":
+            index = torch.tensor([stop - 1 for stop in starts[1:]], dtype=torch.int64, device=device)
+        else:
+            index = torch.as_tensor(list(outputs), dtype=torch.int64, device=device)
+        return cls(
+            torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64, device=device),
+            torch.tensor(positions, dtype=torch.int64, device=device),
+            starts,
+            before,
+            tuple(kv_rows) if kv_rows is not None else None,
+            index,
+            store,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_starts) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.row_starts[-1]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """New tokens a row."""
+        return tuple(stop - start for start, stop in zip(self.row_starts, self.row_starts[1:], strict=False))
+
+    @cached_property
+    def row_of_token(self) -> Tensor:
+        """[T] int64: the row each token belongs to."""
+        counts = torch.tensor(self.lengths, device=self.token_ids.device)
+        return torch.repeat_interleave(torch.arange(self.num_rows, device=self.token_ids.device), counts)
+
+
+class Segment(NamedTuple):
+    """Tokens start to stop (exclusive) of a packed batch use one adapter's weights."""
+
+    start: int
+    stop: int
+    weights: AdapterWeights
+
+
+@dataclass(frozen=True)
+class AdapterBatch:
+    """Which adapter each token uses; tokens in no segment and in no bank row use the base alone.
+
+    segments do not overlap. bank_rows, if given, covers single-token rows (decode) whose adapters stand in a bank: one product a site for all of them.
+    """
+
+    segments: tuple[Segment, ...] = ()
+    bank_rows: BankRows | None = None
+
+    @classmethod
+    def single(cls, weights: AdapterWeights, num_tokens: int) -> AdapterBatch:
+        """All tokens use one adapter: what training one job passes."""
+        return cls((Segment(0, num_tokens, weights),))
+
+
+BASE_ONLY = AdapterBatch()

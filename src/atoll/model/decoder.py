@@ -1,0 +1,304 @@
+"""The native forward of the Llama family: Llama, Mistral, Qwen2, Qwen3 and all that share their blocks (SmolLM2 among them).
+
+One function runs training, prefill, decode and scoring, because all of them are packed batches. Linears are fused where they share an input (q k v; gate
+up), the residual stream stays float32 and only the inputs of products are rounded to the compute dtype, and nothing frozen ever asks for a gradient.
+
+Used by train (gradients, no cache) and by the engine's runner (cache, no gradients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atoll.errors import BaseFormatError
+from atoll.model.apply import linear
+from atoll.model.attention import Attention
+from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
+from atoll.model.kv_cache import KvCache
+from atoll.model.rope import RotaryTable, rotate
+from atoll.model.sites import DOWN, GATE_UP, OUT, QKV
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes that everything else derives from. windows holds each layer's sliding window in tokens, None for full attention."""
+
+    vocabulary: int
+    hidden: int
+    mlp: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    norm_eps: float
+    context: int
+    windows: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, config: Any) -> DecoderShape:
+        """Read a transformers config. Raises BaseFormatError for a family or an option that the native forward does not compute."""
+        family = str(config.model_type)
+        if family not in FAMILIES:
+            raise BaseFormatError(
+                f"the base is a {family!r} model, but the native forward runs {', '.join(FAMILIES)}",
+                hint="choose a base of one of these families, such as smollm2-135m-instruct",
+            )
+        if config.hidden_act != "silu":
+            raise BaseFormatError(f"the base's activation is {config.hidden_act!r}, but the native forward computes 'silu' only")
+        return cls(
+            vocabulary=config.vocab_size,
+            hidden=config.hidden_size,
+            mlp=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            norm_eps=config.rms_norm_eps,
+            context=config.max_position_embeddings,
+            windows=_windows(config),
+        )
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(d_out, d_in) of each of the seven linears."""
+        q, kv = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        return {
+            "q_proj": (q, self.hidden),
+            "k_proj": (kv, self.hidden),
+            "v_proj": (kv, self.hidden),
+            "o_proj": (self.hidden, q),
+            "gate_proj": (self.mlp, self.hidden),
+            "up_proj": (self.mlp, self.hidden),
+            "down_proj": (self.hidden, self.mlp),
+        }
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    """Each layer's window: Mistral has one for all layers, Qwen2 and Qwen3 name sliding layers in layer_types."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if config.model_type == "llama":
+        window = None
+    if kinds is None or config.model_type == "mistral":
+        return (window,) * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One block's frozen tensors. norms are float32; weights are [d_out, d_in] in the compute dtype; q_norm and k_norm are Qwen3's, [K]."""
+
+    input_norm: Tensor
+    post_norm: Tensor
+    weights: tuple[Tensor, Tensor, Tensor, Tensor]
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+
+class Decoder:
+    """A frozen base ready to run. Make it with `from_state_dict`; it owns its tensors and shares them with nobody who writes."""
+
+    def __init__(
+        self, shape: DecoderShape, embedding: Tensor, layers: tuple[_Layer, ...], final_norm: Tensor, head: Tensor, rotary: RotaryTable
+    ) -> None:
+        self.shape, self.embedding, self.layers, self.final_norm, self.head, self.rotary = shape, embedding, layers, final_norm, head, rotary
+
+    @classmethod
+    def from_state_dict(cls, config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str = "cpu") -> Decoder:
+        """Build from transformers' names ("model.layers.0.self_attn.q_proj.weight", …).
+
+        Raises BaseFormatError naming the first tensor that is missing, left over or of another shape than the config says.
+        """
+        shape = DecoderShape.of(config)
+        reader = _Reader(tensors, dtype, device)
+        layers = tuple(_read_layer(reader, shape, index, config) for index in range(shape.num_layers))
+        embedding = reader.take("model.embed_tokens.weight", (shape.vocabulary, shape.hidden))
+        final_norm = reader.take("model.norm.weight", (shape.hidden,)).float()
+        tied = bool(config.tie_word_embeddings)
+        head = embedding if tied else reader.take("lm_head.weight", (shape.vocabulary, shape.hidden))
+        reader.refuse_leftovers(allowed=("lm_head.weight",) if tied else ())
+        return cls(shape, embedding, layers, final_norm, head, RotaryTable(config, device))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def new_cache(self, num_rows: int, row_tokens: int) -> KvCache:
+        """A KV cache of this base's shape in its dtype."""
+        shape = self.shape
+        return KvCache(shape.num_layers, num_rows, row_tokens, shape.num_kv_heads, shape.head_size, self.dtype, self.device)
+
+    def forward(self, batch: PackedBatch, adapters: AdapterBatch = BASE_ONLY, cache: KvCache | None = None) -> Tensor:
+        """The final normed hidden states [N, D] of the tokens in batch.output_index (all T tokens if None), in the compute dtype.
+
+        cache is needed exactly when the batch names kv_rows. Differentiable in the adapters' tensors when gradients are enabled and there is no cache.
+        """
+        cos, sin = self.rotary.cos_sin(batch)
+        attention = Attention(batch, cache)
+        residual = F.embedding(batch.token_ids, self.embedding).float()
+        for index, layer in enumerate(self.layers):
+            hidden = rms_norm(residual, layer.input_norm, self.shape.norm_eps, self.dtype)
+            residual = residual + self._attend(index, layer, hidden, cos, sin, attention, adapters)
+            hidden = rms_norm(residual, layer.post_norm, self.shape.norm_eps, self.dtype)
+            gate_up = linear(hidden, layer.weights[GATE_UP], layer.biases[GATE_UP], index, GATE_UP, adapters)
+            residual = residual + linear(_gated(gate_up), layer.weights[DOWN], layer.biases[DOWN], index, DOWN, adapters)
+        if batch.output_index is not None:
+            residual = residual.index_select(0, batch.output_index)
+        return rms_norm(residual, self.final_norm, self.shape.norm_eps, self.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, D] hidden states to [N, V] float32 logits."""
+        return F.linear(hidden, self.head).float()
+
+    def _attend(self, index: int, layer: _Layer, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention, adapters: AdapterBatch) -> Tensor:
+        shape = self.shape
+        heads, kv_heads, size = shape.num_heads, shape.num_kv_heads, shape.head_size
+        qkv = linear(hidden, layer.weights[QKV], layer.biases[QKV], index, QKV, adapters).view(-1, heads + 2 * kv_heads, size)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = rotate(rms_norm(qkv[:, :heads].float(), layer.q_norm, shape.norm_eps, qkv.dtype), cos, sin)
+            k = rotate(rms_norm(qkv[:, heads : heads + kv_heads].float(), layer.k_norm, shape.norm_eps, qkv.dtype), cos, sin)
+        else:
+            q, k = _rotate_both(qkv[:, : heads + kv_heads], cos, sin).split((heads, kv_heads), 1)
+        out = attention(index, q, k, qkv[:, heads + kv_heads :], shape.windows[index])
+        return linear(out, layer.weights[OUT], layer.biases[OUT], index, OUT, adapters)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight over the last dimension, in float32, rounded to dtype (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        out: Tensor = _RmsNorm.apply(x, weight, eps, dtype)
+        return out
+    return F.rms_norm(x, (x.shape[-1],), weight, eps).to(dtype)
+
+
+def _rotate_both(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        out: Tensor = _Rotate.apply(x, cos, sin)
+        return out
+    return rotate(x, cos, sin)
+
+
+def _gated(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, the two halves of the last dimension."""
+    if torch.is_grad_enabled() and gate_up.requires_grad:
+        out: Tensor = _Gated.apply(gate_up)
+        return out
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """d/dx of rms_norm: (g - n mean(g n)) / rms with n = x / rms and g = dy * weight. Keeps n in the output's dtype, not three float32 copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
+        ctx.save_for_backward(x, inverse, weight)
+        return (x * inverse).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, inverse, weight = ctx.saved_tensors
+        scaled = grads[0].float() * weight
+        normed = x * inverse
+        mean = (scaled * normed).mean(-1, keepdim=True)
+        return scaled.addcmul_(normed, mean, value=-1).mul_(inverse), None, None, None
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the rotation by the negative angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return rotate(grads[0], cos, -sin), None, None
+
+
+class _Gated(torch.autograd.Function):
+    """silu(g) u with d/dg = u s (1 + g (1 - s)), s = sigmoid(g). Keeps only the fused input."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        out = torch.empty_like(gate_up)
+        dgate, dup = out.chunk(2, -1)
+        torch.mul(grads[0], F.silu(gate), out=dup)
+        dgate.copy_(torch.ops.aten.silu_backward(grads[0] * up, gate))
+        return (out,)
+
+
+class _Reader:
+    """Takes named tensors out of a state dict, converted and checked, and knows what nobody took."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str) -> None:
+        self._tensors, self._dtype, self._device = tensors, dtype, device
+        self._taken: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        return name in self._tensors
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name not in self._tensors:
+            raise BaseFormatError(f"the base's weights lack {name!r}", hint="the files are incomplete; fetch the base again")
+        tensor = self._tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise BaseFormatError(f"the base's {name!r} has shape {tuple(tensor.shape)}, but its config says {shape}")
+        self._taken.add(name)
+        return tensor.to(device=self._device, dtype=self._dtype).contiguous()
+
+    def refuse_leftovers(self, allowed: tuple[str, ...]) -> None:
+        """A tensor that the forward does not use would be a part of the model silently left out."""
+        for name in self._tensors:
+            if name not in self._taken and name not in allowed and not name.endswith("rotary_emb.inv_freq"):
+                raise BaseFormatError(
+                    f"the base has a tensor {name!r} that the native forward does not use", hint="it is a variant of the family; choose another base"
+                )
+
+
+def _read_layer(reader: _Reader, shape: DecoderShape, index: int, config: Any) -> _Layer:
+    prefix = f"model.layers.{index}."
+    parents = {target: "mlp." if target in ("gate_proj", "up_proj", "down_proj") else "self_attn." for target in shape.linears}
+
+    def fused(targets: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+        weights = [reader.take(f"{prefix}{parents[t]}{t}.weight", shape.linears[t]) for t in targets]
+        names = [f"{prefix}{parents[t]}{t}.bias" for t in targets]
+        biases = [reader.take(name, (shape.linears[t][0],)) for name, t in zip(names, targets, strict=True) if reader.has(name)]
+        if biases and len(biases) != len(targets):
+            raise BaseFormatError(f"the base has a bias on some but not all of {', '.join(targets)} in layer {index}")
+        return torch.cat(weights), torch.cat(biases) if biases else None
+
+    groups = [fused(targets) for targets in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))]
+    has_head_norm = config.model_type == "qwen3"
+    return _Layer(
+        input_norm=reader.take(f"{prefix}input_layernorm.weight", (shape.hidden,)).float(),
+        post_norm=reader.take(f"{prefix}post_attention_layernorm.weight", (shape.hidden,)).float(),
+        weights=(groups[0][0], groups[1][0], groups[2][0], groups[3][0]),
+        biases=(groups[0][1], groups[1][1], groups[2][1], groups[3][1]),
+        q_norm=reader.take(f"{prefix}self_attn.q_norm.weight", (shape.head_size,)).float() if has_head_norm else None,
+        k_norm=reader.take(f"{prefix}self_attn.k_norm.weight", (shape.head_size,)).float() if has_head_norm else None,
+    )

@@ -1,0 +1,79 @@
+"""A training job's whole state in one file, replaced in one rename.
+
+One file, because two files can be torn apart by a kill between them. It holds the masters, both AdamW moments, the best step's values and, as text in the
+safetensors header, the counters; the digest says which job it belongs to, so a changed config or data set never resumes from it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from atoll.errors import TrainingError
+from atoll.model.adapter_files import write_file
+
+FILE = "checkpoint.safetensors"
+
+
+@dataclass
+class Progress:
+    """How far a job is. step counts finished optimizer steps; stale counts evaluations since the best; seconds adds up over resumed runs."""
+
+    step: int = 0
+    tokens: int = 0
+    label_tokens: int = 0
+    seconds: float = 0.0
+    best_step: int = 0
+    best_loss: float | None = None
+    stale: int = 0
+    stopped_early: bool = False
+    train_loss: float | None = None
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+
+
+def save_checkpoint(folder: Path, job_digest: str, progress: Progress, values: Tensor, optimizer: torch.optim.AdamW, best: Tensor | None) -> None:
+    """Write the state atomically. values [P] float32; best [P] or None. Raises StorageError."""
+    from safetensors.torch import save
+
+    state = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    tensors = {"values": values.detach(), **({"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]} if state else {})}
+    if best is not None:
+        tensors["best"] = best
+    header = {"job": job_digest, "progress": json.dumps(asdict(progress))}
+    write_file(folder / FILE, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=header))
+
+
+def load_checkpoint(folder: Path, job_digest: str, values: Tensor, optimizer: torch.optim.AdamW) -> tuple[Progress, Tensor | None] | None:
+    """Restore the state into `values` and `optimizer`; returns the progress and the best values, or None where there is no checkpoint.
+
+    Raises TrainingError if the checkpoint belongs to another job or does not fit.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    hint = f"choose another --out folder, or delete {folder} to start again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise TrainingError(f"{path} is damaged: {error}", hint=hint) from error
+    if header.get("job") != job_digest:
+        raise TrainingError(f"{folder} holds a checkpoint of another job: its config, data or base differ from this one's", hint=hint)
+    if tensors["values"].shape != values.shape:
+        raise TrainingError(f"{path} holds {tensors['values'].numel()} parameters, but the job trains {values.numel()}", hint=hint)
+    progress = Progress(**json.loads(header["progress"]))
+    progress.evaluations = [(int(step), float(loss)) for step, loss in progress.evaluations]
+    with torch.no_grad():
+        values.copy_(tensors["values"])
+    if "exp_avg" in tensors:
+        parameter = optimizer.param_groups[0]["params"][0]
+        step = torch.tensor(float(progress.step), dtype=torch.float32)
+        optimizer.state[parameter] = {"step": step, "exp_avg": tensors["exp_avg"], "exp_avg_sq": tensors["exp_avg_sq"]}
+    return progress, tensors.get("best")
