@@ -22,7 +22,22 @@ from atoll.model_errors import config_error
 from atoll.yaml_file import kind_of, nearest
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-METRICS = ("accuracy", "exact_match", "rouge_l", "span_f1", "pearson", "label_and_explanation", "sql_execution", "pass_at_1")
+METRICS = (
+    "accuracy",
+    "exact_match",
+    "f1",
+    "label_and_explanation",
+    "macro_f1",
+    "matthews_corrcoef",
+    "pass_at_1",
+    "pearson",
+    "rouge_l",
+    "span_f1",
+    "spearman",
+    "sql_execution",
+    "token_f1",
+)
+MATCHES = ("plain", "number", "number_after_####", "sql", "json")
 BUILTIN = "builtin:"  # data paths that name a generated task
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 NAME_RULE = "must start with a letter or digit, hold only letters, digits, '.', '_' and '-' (96 at most), and have no '..'"
@@ -121,9 +136,7 @@ class DataConfig(Section):
     max_validation_rows: int | None = Field(default=None, ge=1, description="Use at most so many validation rows.")
     max_test_rows: int | None = Field(default=None, ge=1, description="Use at most so many test rows.")
     metric: str | None = Field(default=None, description=f"How answers are scored: {', '.join(METRICS)}. A task folder brings its own.")
-    match: str | None = Field(
-        default=None, min_length=1, description="How exact_match compares: number, number_after_#### or sql; without it, as text."
-    )
+    match: str | None = Field(default=None, description=f"How exact_match compares: {', '.join(MATCHES)}. Without it, as plain text.")
     label_set: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="Every allowed answer, for a closed set; text, so quote numbers."
     )
@@ -146,13 +159,14 @@ class DataConfig(Section):
             raise ValueError("the first share is for training and must be above 0")
         return ratios
 
-    @field_validator("metric")
+    @field_validator("metric", "match")
     @classmethod
-    def _check_metric(cls, metric: str | None) -> str | None:
-        if metric is not None and metric not in METRICS:
-            guess = nearest(metric, METRICS)
-            raise ValueError(f"must be one of {', '.join(METRICS)}" + (f"; did you mean {guess}?" if guess else ""))
-        return metric
+    def _check_scoring(cls, name: str | None, info: ValidationInfo) -> str | None:
+        known = METRICS if info.field_name == "metric" else MATCHES
+        if name is not None and name not in known:
+            guess = nearest(name, known)
+            raise ValueError(f"must be one of {', '.join(known)}" + (f"; did you mean {guess}?" if guess else ""))
+        return name
 
     @field_validator("label_set")
     @classmethod

@@ -1,6 +1,6 @@
 """From a YAML file to a checked configuration.
 
-The one idea: whatever form a file has (a training file, a land file, one written for Ludwig or Predibase), it becomes a plain mapping of Atoll's keys first;
+The one idea: whatever form a file has (a training file, a land file, one written for Ludwig or Predibase), it becomes a mapping of Atoll's keys;
 overrides from the command line are laid over that, and one check by the models in config.py follows. Every complaint names file, line and key.
 
     read_yaml ─► (ludwig.translate) ─► overrides ─► TrainConfig | LandConfig
@@ -61,8 +61,8 @@ def load_config(
 ) -> LoadedConfig[TrainConfig] | LoadedConfig[LandConfig]:
     """Read, translate, override and check a file. Raises ConfigError, one sentence for all its problems.
 
-    kind: which kind of file is wanted; None takes either. overrides: values by dotted key of Atoll's own form (`trainer.epochs`, `tasks.dates.adapter.r`),
-    as `--set` gives them (parse_overrides); data files among them are relative to the working directory, not to the file.
+    kind: which kind of file is wanted; None takes either. overrides: values by dotted key of Atoll's own form (`trainer.epochs`,
+    `tasks.dates.adapter.r`), as `--set` gives them (parse_overrides); paths among them are relative to the working directory, not to the file.
     """
     file = read_yaml(Path(path))
     foreign = translate(file) if is_ludwig(file.data) else None
@@ -90,7 +90,7 @@ def load_config(
 
 
 def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
-    """The values of `key=value` texts from a command line; the value is read as YAML, so `5e-4`, `null` and `[q_proj, v_proj]` mean what they do there."""
+    """The values of `key=value` texts from a command line, read as YAML: `5e-4`, `null` and `[q_proj, v_proj]` mean what they do in a file."""
     overrides = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -171,14 +171,14 @@ def _wrong_kind(file: YamlFile, found: str, foreign: bool) -> ConfigError:
 def _with_override(data: Any, key: str, value: Any, done: str = "") -> Any:
     """A copy of `data` with a value set at a dotted key. Sections that are absent are made; a task is found by number or name."""
     head, dot, rest = key.partition(".")
-    if isinstance(data, list):
+    if isinstance(data, list) and done == "tasks":
         return _with_task_override(data, key, value, done)
     if data is None:
         data = {}
     if isinstance(data, str) and done.rpartition(".")[2] == "data":
         data = {"path": data}  # the short form of a data section
     if not isinstance(data, dict):
-        raise ConfigError(f"--set {done}.{key}: {done} is {kind_of(data)}, which has no keys")
+        raise ConfigError(f"--set {done}.{key}: {done} is {kind_of(data)}, which has no keys", hint=f"set it as a whole: --set {done}=...")
     place = f"{done}.{head}" if done else head
     return {**data, head: _with_override(data.get(head), rest, value, place) if dot else value}
 
@@ -229,9 +229,7 @@ def _notes(configs: tuple[TrainConfig, ...]) -> tuple[str, ...]:
 
 
 def _quantization_note(quantization: QuantizationConfig) -> str:
-    return (
-        f"quantization ({quantization.bits} bits) has no effect yet: training and serving use the unquantised base, and the adapter's record says so"
-    )
+    return f"quantization to {quantization.bits} bits has no effect yet: training and serving use the unquantised base, as the adapter's record says"
 
 
 def _write_text(target: Path, text: str) -> None:

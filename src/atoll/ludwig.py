@@ -1,8 +1,8 @@
 """Read configurations written for Ludwig: LoRA Land's short form, Ludwig's long form, and the form in LoRA Land's paper.
 
-The one idea: translate to a plain mapping of Atoll's keys, and remember for each which key of the file it came from, so that a wrong value is reported
-in the file's own words. What the file leaves out gets LoRA Land's settings (learning rate 2e-4, cosine, warmup 0.03, batches of 16, 3 epochs), not
-Ludwig's defaults for tables; but LoRA's own (rank 8, alpha 2r, dropout 0.05, query and value) are Ludwig's. ludwig_keys says what becomes of each key.
+The one idea: translate to a plain mapping of Atoll's keys, and remember for each which key of the file it came from, so that a wrong value is
+reported in the file's own words. What the file leaves out gets LoRA Land's settings (rate 2e-4, cosine, warmup 0.03, batches of 16, 3 epochs), not
+Ludwig's defaults for tables; but LoRA's own (rank 8, alpha 2r, dropout 0.05, query and value) are Ludwig's. ludwig_keys says what becomes of a key.
 
 Used by config_file.
 """

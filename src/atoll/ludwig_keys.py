@@ -28,52 +28,19 @@ class Rule:
 
 SECTION, USED = Rule("section"), Rule("used")
 
-ADAPTER_TYPES = tuple(
-    [
-        "lora",
-        "adalora",
-        "ia3",
-        "vera",
-        "loha",
-        "lokr",
-        "fourierft",
-        "boft",
-        "oft",
-        "hra",
-        "c3a",
-        "vblora",
-        "tinylora",
-        "waveft",
-        "ln_tuning",
-        "adaption_prompt",
-        "turbo",
-        "turbo_lora",
-    ]
-)
+ADAPTER_TYPES = (
+    "lora", "adalora", "ia3", "vera", "loha", "lokr", "fourierft", "boft", "oft",
+    "hra", "c3a", "vblora", "tinylora", "waveft", "ln_tuning", "adaption_prompt", "turbo", "turbo_lora",
+)  # fmt: skip
 SPLIT_TYPES = ("fixed", "random", "stratify", "datetime", "hash")
 TRAINER_TYPES = ("finetune", "none", "dpo", "kto", "orpo", "grpo")
 DECAYS = ("cosine", "cosine_with_restarts", "linear", "constant", "exponential", "one_cycle", "inverse_sqrt", "polynomial", "wsd")
 ADAM_LIKE = ("adam", "adamw", "paged_adam", "paged_adamw", "adam_8bit", "adamw_8bit", "paged_adam_8bit", "paged_adamw_8bit")
 OPTIMIZERS = (
     *ADAM_LIKE,
-    *[
-        "sgd",
-        "lbfgs",
-        "lion",
-        "lamb",
-        "lars",
-        "adadelta",
-        "adagrad",
-        "adamax",
-        "nadam",
-        "radam",
-        "rmsprop",
-        "ftrl",
-        "schedule_free_adamw",
-        "adafactor",
-        "muon",
-    ],
-)
+    "sgd", "lbfgs", "lion", "lamb", "lars", "adadelta", "adagrad", "adamax",
+    "nadam", "radam", "rmsprop", "ftrl", "schedule_free_adamw", "adafactor", "muon",
+)  # fmt: skip
 
 _GREEDY = "evaluation decodes greedily, and a request to the server brings its own sampling settings"
 _MEMORY = "Atoll divides an optimizer step into forward passes by tokens (trainer.micro_batch_tokens)"

@@ -103,8 +103,9 @@ def test_a_prompt_format_survives_the_manifest() -> None:
 )
 def test_a_malformed_prompt_format_is_refused(value: Any) -> None:
     """Ignoring a part of it would mean asking the adapter in other words than it was trained on."""
-    with pytest.raises(AdapterFormatError):
+    with pytest.raises(AdapterFormatError) as caught:
         PromptFormat.from_json(value)
+    assert caught.value.hint
 
 
 def test_prompt_tokens_keep_what_stands_before_a_text_and_not_what_stands_after(tokenizer: Any) -> None:

@@ -92,7 +92,7 @@ def test_a_cut_text_with_a_whole_answer_line_still_has_its_answer():
 
 
 def test_a_score_is_the_first_number():
-    """"3.5 out of 5" is a rating of 3.5; a number too large for a rating scale is none."""
+    """ "3.5 out of 5" is a rating of 3.5; a number too large for a rating scale is none."""
     assert read_first_number("3.5 out of 5") == 3.5
     assert read_first_number("none") is None
     assert read_first_number("1" + "0" * 200) is None
@@ -137,7 +137,12 @@ SPANS = {
     "{}": [],
     "person: Jane | City: Oslo | person: Jane": [("person", "Jane"), ("city", "Oslo"), ("person", "Jane")],
     "object_name: letty fox: her luck": [("object_name", "letty fox: her luck")],
-    '{"person": ["Jane", "Jane"], "city": "Oslo", "date": null, "size": 3}': [("person", "Jane"), ("person", "Jane"), ("city", "Oslo"), ("size", "3")],
+    '{"person": ["Jane", "Jane"], "city": "Oslo", "date": null, "size": 3}': [
+        ("person", "Jane"),
+        ("person", "Jane"),
+        ("city", "Oslo"),
+        ("size", "3"),
+    ],
 }
 
 

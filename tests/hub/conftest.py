@@ -24,11 +24,30 @@ def write_adapter_folder(folder: Path, seed: int = 0, *, rank: int = 2, manifest
     random = numpy.random.default_rng(seed)
     a = random.normal(size=(rank, D)).astype("float32")
     b = random.normal(size=(rows, rank)).astype("float32")
-    save_file({KEY.format(layer=0, factor="A"): a, KEY.format(layer=0, factor="B"): b}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "toy/base", "layers_to_transform": [0]}
+    save_file(
+        {KEY.format(layer=0, factor="A"): a, KEY.format(layer=0, factor="B"): b}, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": "toy/base",
+        "layers_to_transform": [0],
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     if manifest is not None:
-        whole = {"format": 1, "kind": "lora", "name": "toy", "base": BASE, "prompt": None, "training": None, "parents": [], "licence": None, **manifest}
+        whole = {
+            "format": 1,
+            "kind": "lora",
+            "name": "toy",
+            "base": BASE,
+            "prompt": None,
+            "training": None,
+            "parents": [],
+            "licence": None,
+            **manifest,
+        }
         (folder / "manifest.json").write_text(json.dumps(whole))
     return folder
 

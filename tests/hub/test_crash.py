@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from atoll.hub import Hub
 
 from .conftest import write_adapter_folder
 
-POINTS = ("copy", "staged", "blob", "folder", "row", "committed")
+POINTS = ("copy", "staged", "blob", "locked", "folder", "row", "committed")
 
 
 def _publish_many(root: str, source: str, process: int) -> None:
@@ -36,7 +38,7 @@ def _publish_and_die(root: str, source: str, point: str) -> None:
 
 
 def _start(target, *arguments: object) -> multiprocessing.process.BaseProcess:
-    process = multiprocessing.get_context("spawn").Process(target=target, args=tuple(map(str, arguments)))
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
     process.start()
     return process
 
@@ -44,7 +46,7 @@ def _start(target, *arguments: object) -> multiprocessing.process.BaseProcess:
 def test_two_processes_publishing_at_once_lose_nothing(tmp_path):
     """Both open a hub that does not exist yet, and publish to the same names: every version gets its own number, equal content gets one."""
     root = tmp_path / "hub"
-    processes = [_start(_publish_many, root, tmp_path, number) for number in (1, 2)]
+    processes = [_start(_publish_many, str(root), str(tmp_path), number) for number in (1, 2)]
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
@@ -56,12 +58,12 @@ def test_two_processes_publishing_at_once_lose_nothing(tmp_path):
     assert hub.gc().num_blobs == 0 and not list((root / "staging").iterdir())
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", ["copy", "blob", "folder", "row", "committed"])
 def test_a_killed_publisher_leaves_nothing_visible_and_gc_sweeps_the_rest(tmp_path, make, point):
     """SIGKILL runs no cleanup: what is visible must be whole, and what is left over must be found."""
     hub = Hub(tmp_path / "hub")
     kept = hub.publish(make(1), "kept")
-    process = _start(_publish_and_die, hub.root, make(2), point)
+    process = _start(_publish_and_die, str(hub.root), str(make(2)), point)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     visible = ["kept", "victim"] if point == "committed" else ["kept"]
@@ -96,7 +98,11 @@ def small_disk(tmp_path):
     """A file system of 6 MB; skipped where one cannot be mounted."""
     place = tmp_path / "small"
     place.mkdir()
-    if not hasattr(os, "geteuid") or os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], check=False).returncode:
+    if (
+        not hasattr(os, "geteuid")
+        or os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], check=False).returncode
+    ):
         pytest.skip("a small tmpfs cannot be mounted here")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
@@ -121,10 +127,8 @@ def test_a_disk_filled_by_somebody_else_in_mid_publish_leaves_nothing(small_disk
 
     def fill(point: str) -> None:
         if point == "staged":
-            try:
+            with contextlib.suppress(OSError):
                 (small_disk / "somebody").write_bytes(b"x" * (8 << 20))
-            except OSError:
-                pass
 
     with pytest.raises(StorageError):
         Hub(small_disk / "hub", fault=fill).publish(make(1), "a")
@@ -138,14 +142,20 @@ def test_gc_beside_publishers_never_takes_their_files(tmp_path):
     root, errors = tmp_path / "hub", []
     sources = [write_adapter_folder(tmp_path / str(seed), seed) for seed in range(8)]
 
-    def fault(point: str) -> None:
-        if point in ("blob", "folder"):
-            Hub(root).gc()  # at the worst moments; at "row" it would wait for the publisher
+    def collect_until_locked() -> Callable[[str], None]:
+        seen: list[str] = []
+
+        def fault(point: str) -> None:
+            seen.append(point)
+            if "locked" not in seen:  # after it, gc would wait for this very publisher
+                Hub(root).gc()
+
+        return fault
 
     def publish(part: list[Path]) -> None:
         try:
             for source in part:
-                Hub(root, fault=once(fault)).publish(source, source.name)
+                Hub(root, fault=collect_until_locked()).publish(source, source.name)
         except Exception as error:
             errors.append(error)
 
@@ -159,15 +169,3 @@ def test_gc_beside_publishers_never_takes_their_files(tmp_path):
     hub = Hub(root)
     assert len(hub.list()) == 8 and hub.verify() == ()
     assert all(version.path.is_dir() for version in hub.list())
-
-
-def once(fault):
-    """Call `fault` at the first two points only: those outside the writer's transaction, where gc can get the lock."""
-    seen: list[str] = []
-
-    def limited(point: str) -> None:
-        seen.append(point)
-        if seen.count(point) <= (3 if point == "blob" else 1) and "row" not in seen and len(seen) <= 6:
-            fault(point)
-
-    return limited

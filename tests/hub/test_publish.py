@@ -217,11 +217,10 @@ def test_verify_names_every_changed_missing_or_foreign_file_and_publishing_again
     (version.path / "extra.txt").write_text("x")
     found = hub.verify("a")
     assert {Path(problem.file).name for problem in found} == {"blob of adapter_model.safetensors", "adapter_model.safetensors", "extra.txt"}
-    with pytest.raises(IntegrityError, match="adapter_model.safetensors"):
+    with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors"):
         hub.export("a", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert hub.publish(source, "a").number == 1
-    (version.path / "extra.txt").unlink()
     assert hub.verify() == ()
 
 

@@ -84,7 +84,7 @@ def write_tiny_gguf(file: Path, family: str = "llama", *, split: str = "smollm",
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_key_length(config.head_dim or config.hidden_size // config.num_attention_heads)
+    writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     writer.add_tokenizer_model("gpt2")
     if split:
         writer.add_tokenizer_pre(split)

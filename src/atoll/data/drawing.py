@@ -22,7 +22,7 @@ Slots = Mapping[str, "str | Sequence[str] | Callable[[Draw], str]"]
 ALTERNATIVES = re.compile(r"\[([^\[\]]*)\]")
 SLOT = re.compile(r"\{([a-z_]+)(\d?)\}")
 SPACE_BEFORE_MARK = re.compile(r"\s+([,.?!;:])")
-ARTICLE = re.compile(r"\b([Aa]) (?=[aeioAEIO](?!ne\b))")
+ARTICLE = re.compile(r"\b([Aa]) (?=[aeioAEIO](?!ne\b)|[uU]m)")
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from atoll.errors import AdapterFormatError, ConfigError, DataError
 
+MANIFEST_HINT = "the manifest is damaged or was not written by Atoll: publish the adapter again"
 ROLES = ("system", "user", "assistant")
 Turn = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
@@ -80,10 +81,11 @@ class PromptFormat:
             raise AdapterFormatError(f"the prompt format has the unknown key {unknown[0]!r}", hint="a newer Atoll may have written it: upgrade")
         for name, kind in kinds.items():
             if name in value and not isinstance(value[name], kind):
-                raise AdapterFormatError(f"the prompt format's {name} is {value[name]!r}, expected a {'boolean' if kind is bool else 'text'}")
+                expected = "a boolean" if kind is bool else "a text"
+                raise AdapterFormatError(f"the prompt format's {name} is {value[name]!r:.80}, expected {expected}", hint=MANIFEST_HINT)
         stop = value.get("stop", [])
         if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-            raise AdapterFormatError(f"the prompt format's stop is {stop!r}, expected a list of texts, none empty")
+            raise AdapterFormatError(f"the prompt format's stop is {stop!r}, expected a list of texts, none empty", hint=MANIFEST_HINT)
         try:
             return cls(**{**value, "stop": tuple(stop)})
         except ConfigError as error:

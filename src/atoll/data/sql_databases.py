@@ -1,7 +1,7 @@
 """The small databases that `text_to_sql` asks about.
 
-Sixteen subjects, each a table with one text label, some text and some number columns, and for some a second table that refers to it. Every subject gives
-two databases, the second with fewer columns, in another order, and with other rows. All of it is fixed: no seed changes a database.
+Sixteen subjects, each a table with one text label, some text and some number columns, and for some a second table that refers to it. Every
+subject gives two databases, the second with fewer columns, in another order, and with other rows. All of it is fixed: no seed changes a database.
 
 Used by sql_tasks.py.
 """

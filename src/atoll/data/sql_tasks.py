@@ -1,7 +1,8 @@
 """The built-in task `text_to_sql`: a question over a small database, answered by a query that runs.
 
-Conditions are taken from rows that exist and the numbers within a column differ, so a gold query has one answer, and seldom an empty one. A row names its
-database; the task dict's `databases` maps that name to the SQL script that builds it. Four of the sixteen subjects occur in validation and test only.
+Conditions are taken from rows that exist and the numbers within a column differ, so a gold query has one answer, and seldom an empty one. A row names
+its database; the task dict's `databases` maps that name to the SQL script that builds it. Four of the sixteen subjects occur in validation and test
+only.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ QUERIES: dict[str, str] = {
     "join_sum": "SELECT SUM({children}.{child_number}) FROM {children} JOIN {t} ON {children}.{label} = {t}.{label} WHERE {t}.{is_value}",
     "join_count": "SELECT COUNT(*) FROM {children} JOIN {t} ON {children}.{label} = {t}.{label} WHERE {t}.{is_value}",
 }
-# Kinds with few questions to a database get fewer rows, so that the task does not run out of them.
-RARE_KINDS = ("count_all", "distinct", "count_by")
+# Rows of a kind in each round of the generator: fewer where a database has few such questions, so that the task does not run out of them.
+SHARES = {**dict.fromkeys(QUERIES, 4), "superlative": 2, "join_sum": 2, "join_count": 2, "count_all": 1, "distinct": 1, "count_by": 1}
 FUNCTIONS = (("average", "AVG"), ("highest", "MAX"), ("lowest", "MIN"), ("total", "SUM"))
 NEVER_SUMMED = ("year", "founded", "age", "rating", "floor")
 
@@ -164,5 +165,5 @@ def generators() -> tuple[Generator, ...]:
         "target_format": "one SELECT statement for SQLite",
         "notes": "Four of sixteen subjects, and a way to ask for each kind of query, occur in validation and test only.",
     }
-    kinds = tuple(QUERIES) + tuple(kind for kind in QUERIES if kind not in RARE_KINDS) * 3
+    kinds = tuple(kind for kind, share in SHARES.items() for _ in range(share))
     return (Generator(description, kinds, sql_row, ("schema", "question"), _scripts),)

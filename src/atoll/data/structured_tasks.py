@@ -193,7 +193,7 @@ get me a taxi to {destination} at {hour} / I need a cab to {destination} / taxi 
 order a taxi to {destination} for {hour}
 
 check_stock(item, city)
-do you have a {item} in {city}? / is the {item} in stock? / how many of the {item} are left in {city}? / can I get a {item} in the {city} shop?
+do you have a {item} in {city}? / is the {item} in stock? / how many pieces of the {item} are left in {city}? / can I get a {item} in the {city} shop?
 
 start_vacuum(room)
 vacuum the {room} / send the robot to the {room} / clean the floor of the {room} / the {room} is dusty, vacuum it

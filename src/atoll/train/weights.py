@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
+from atoll.model.adapter import Adapter, LoraModule
 from atoll.model.apply import Part, Update
 from atoll.model.sites import GROUPS, TARGETS, Site
 
@@ -83,21 +83,3 @@ class TrainableLora:
 
         modules = {site: LoraModule(copy(a), copy(b).T.contiguous(), scaling) for site in self._sites for a, b, scaling in [self._slices[site]]}
         return Adapter(self.spec, modules, self._manifest)
-
-
-def adapter_spec(base: str, config: object) -> AdapterSpec:
-    """The AdapterSpec that an AdapterConfig (config.py) asks for."""
-    from atoll.config import AdapterConfig
-
-    assert isinstance(config, AdapterConfig)
-    return AdapterSpec(
-        base=base,
-        rank=config.r,
-        alpha=config.scaling_alpha,
-        target_modules=TARGETS if config.target_modules == "all-linear" else tuple(t for t in TARGETS if t in config.target_modules),
-        dropout=config.dropout,
-        use_rslora=config.use_rslora,
-        rank_pattern=dict(config.rank_pattern),
-        alpha_pattern=dict(config.alpha_pattern),
-        layers_to_transform=config.layers_to_transform,
-    )

@@ -1,0 +1,214 @@
+"""What a training job will do, before it does it: its rows, its prompts, its steps, its identity, and what it will cost.
+
+A plan is made from a config and a base; `--dry-run` shows it, and `run_plan` carries it out. The cost is measured on the machine at hand, with one forward
+and backward on some of the job's own rows, because no table of speeds would be true for long.
+
+Used by workflows and the command line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atoll.config import AdapterConfig, TrainConfig
+from atoll.data.batches import epoch_batches, micro_batches
+from atoll.data.encode import Encoded, encode_examples
+from atoll.data.prompt import PromptFormat
+from atoll.data.task import TaskData
+from atoll.model.adapter import AdapterSpec
+from atoll.model.sites import TARGETS
+
+if TYPE_CHECKING:
+    from atoll.model.base import Base
+    from atoll.train.loop import Report, TrainResult
+
+_FORMAT = 1  # raise when the same config would train other weights than before, so that old checkpoints are not resumed
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A job ready to run. digest identifies everything that decides its weights: config, rows, prompts, base."""
+
+    config: TrainConfig
+    base: Base
+    data: TaskData
+    train: Encoded
+    validation: Encoded
+    prompt: PromptFormat
+    spec: AdapterSpec
+    digest: str
+
+    @property
+    def total_steps(self) -> int:
+        from atoll.train.loop import total_steps
+
+        return total_steps(len(self.train.rows), self.config.trainer)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters: r (d_in + d_out) a site."""
+        linears = self.base.decoder.shape.linears
+        return sum(self.spec.rank_at(site) * sum(linears[site.target]) for site in self.spec.sites(self.base.decoder.shape.num_layers))
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """seconds of training and peak memory_bytes of the process, extrapolated from `measured_tokens` tokens."""
+
+    seconds: float
+    memory_bytes: int
+    tokens_per_s: float
+    measured_tokens: int
+
+
+def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tuple[str, ...] = ()) -> TrainingPlan:
+    """Encode the rows and fix everything that decides the result. stop goes into the adapter's prompt format.
+
+    Raises DataError and ConfigError as encode_examples does, and BaseMismatch when layers_to_transform names a layer that the base lacks.
+    """
+    trainer = config.trainer
+    encoded = [
+        encode_examples(
+            examples,
+            base.tokenizer,
+            trainer.max_length,
+            train_on_prompt=trainer.train_on_prompt,
+            chat=data.task.chat,
+            context=base.context_length,
+            eos_ids=base.eos_ids,
+        )
+        for examples in (data.train, data.validation)
+    ]
+    prompt = data.task.prompt_format(stop)
+    spec = adapter_spec(base.name, config.adapter)
+    spec.sites(base.decoder.shape.num_layers)
+    identity = {
+        "format": _FORMAT,
+        "base": base.fingerprint.digest,
+        "adapter": config.adapter.model_dump(mode="json"),
+        "trainer": config.trainer.model_dump(mode="json", exclude={"checkpoint_every", "logging_every"}),
+        "prompt": prompt.to_json(),
+        "rows": [[row.token_ids, row.first_label] for part in encoded for row in part.rows],
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return TrainingPlan(config, base, data, encoded[0], encoded[1], prompt, spec, digest)
+
+
+def adapter_spec(base_name: str, config: AdapterConfig) -> AdapterSpec:
+    """The AdapterSpec that a config asks for."""
+    return AdapterSpec(
+        base=base_name,
+        rank=config.r,
+        alpha=config.scaling_alpha,
+        target_modules=tuple(target for target in TARGETS if target in config.targets),
+        dropout=config.dropout,
+        use_rslora=config.use_rslora,
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+        layers_to_transform=config.layers_to_transform,
+    )
+
+
+def run_plan(plan: TrainingPlan, folder: Path, report: Report | None = None) -> TrainResult:
+    """Train (or go on training) in `folder`; the result's adapter carries its manifest. Raises as TrainingJob.run does."""
+    import dataclasses
+
+    import torch
+
+    from atoll.model.adapter import Adapter, new_adapter
+    from atoll.train.loop import TrainingJob
+
+    decoder = plan.base.decoder
+    generator = torch.Generator().manual_seed(plan.config.trainer.seed)
+    start = new_adapter(plan.spec, decoder.shape.linears, decoder.shape.num_layers, generator)
+    job = TrainingJob(decoder, start, plan.train.rows, plan.validation.rows, plan.config.trainer, folder, plan.digest)
+    result = job.run(report)
+    return dataclasses.replace(result, adapter=Adapter(result.adapter.spec, result.adapter.modules, _manifest(plan, result)))
+
+
+def _manifest(plan: TrainingPlan, result: TrainResult) -> dict[str, Any]:
+    """What PEFT's config has no field for. Everything in it is a function of the job, but for the seconds."""
+    import torch
+
+    progress, task = result.progress, plan.data.task
+    return {
+        "format": 1,
+        "kind": "lora",
+        "name": plan.config.name or task.name,
+        "description": task.title,
+        "task": task.name,
+        "base": plan.base.describe(),
+        "prompt": plan.prompt.to_json(),
+        "quantization": None,
+        "parents": [],
+        "training": {
+            "config": plan.config.model_dump(mode="json", exclude={"base", "name"}),
+            "job": plan.digest,
+            "data": {"task": task.name, "version": plan.data.version, **plan.train.report()},
+            "steps": progress.step,
+            "total_steps": result.total_steps,
+            "stopped_early": progress.stopped_early,
+            "best_step": progress.best_step or progress.step,
+            "tokens": progress.tokens,
+            "label_tokens": progress.label_tokens,
+            "seconds": round(progress.seconds, 1),
+            "train_loss": progress.train_loss,
+            "validation_losses": progress.evaluations,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def estimate_cost(plan: TrainingPlan) -> CostEstimate:
+    """Time one forward and backward on the job's first micro-batch (after one to warm up), and count what must be held at once.
+
+    memory_bytes = base + 5 float32 vectors of the adapter (values, gradient, two moments, best) + activations of the largest micro-batch.
+    """
+    import torch
+
+    from atoll.model.adapter import new_adapter
+    from atoll.model.batch import AdapterBatch
+    from atoll.model.loss import label_loss
+    from atoll.train.rows import label_batch
+    from atoll.train.weights import TrainableLora
+
+    decoder, trainer = plan.base.decoder, plan.config.trainer
+    lengths = [len(row.token_ids) for row in plan.train.rows]
+    micros = micro_batches(epoch_batches(lengths, trainer.batch_size, trainer.seed, 0)[0], lengths, trainer.micro_batch_tokens)
+    packed = label_batch([plan.train.rows[index] for index in micros[0]], decoder.device)
+    weights = TrainableLora(
+        new_adapter(plan.spec, decoder.shape.linears, decoder.shape.num_layers, torch.Generator().manual_seed(0)),
+        decoder.shape.linears,
+        decoder.device,
+    )
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        hidden = decoder.forward(packed.batch, AdapterBatch.single(weights, packed.batch.num_tokens))
+        label_loss(hidden, decoder.head, packed.labels).backward()
+        seconds = time.perf_counter() - started
+    rate = packed.batch.num_tokens / seconds
+    forward_share = 0.4  # a validation pass is the forward only
+    total = sum(lengths) * plan.total_steps / max(1, -(-len(lengths) // trainer.batch_size))
+    evaluations = len(plan.validation.rows) and max(1, plan.total_steps // (trainer.eval_every or -(-len(lengths) // trainer.batch_size)))
+    total += forward_share * evaluations * sum(len(row.token_ids) for row in plan.validation.rows)
+    return CostEstimate(total / rate, _memory_bytes(plan), rate, packed.batch.num_tokens)
+
+
+def _memory_bytes(plan: TrainingPlan) -> int:
+    shape, item = plan.base.decoder.shape, plan.base.dtype.itemsize
+    lengths = sorted((len(row.token_ids) for row in plan.train.rows), reverse=True)
+    step_tokens = sum(lengths[: plan.config.trainer.batch_size])
+    tokens = min(step_tokens, max(plan.config.trainer.micro_batch_tokens, lengths[0]))
+    q, kv = shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
+    scores = shape.num_heads * min(lengths[0], 512)
+    a_token_a_layer = 2 * 4 * shape.hidden + item * (2 * shape.hidden + 3 * (q + 2 * kv) + 2 * q + 3 * shape.mlp + scores)
+    linears = sum(d_out * d_in for d_out, d_in in shape.linears.values()) * shape.num_layers
+    base = item * (linears + shape.vocabulary * shape.hidden)
+    return base + 5 * 4 * plan.num_parameters + tokens * shape.num_layers * a_token_a_layer + 256 * shape.vocabulary * 8
