@@ -135,8 +135,16 @@ class DataConfig(Section):
     max_train_rows: int | None = Field(default=None, ge=1, description="Use at most so many training rows.")
     max_validation_rows: int | None = Field(default=None, ge=1, description="Use at most so many validation rows.")
     max_test_rows: int | None = Field(default=None, ge=1, description="Use at most so many test rows.")
-    metric: str | None = Field(default=None, description=f"How answers are scored: {', '.join(METRICS)}. A task folder brings its own.")
-    match: str | None = Field(default=None, description=f"How exact_match compares: {', '.join(MATCHES)}. Without it, as plain text.")
+    metric: str | None = Field(
+        default=None,
+        description=f"How answers are scored: {', '.join(METRICS)}. A task folder brings its own.",
+        json_schema_extra={"examples": list(METRICS)},
+    )
+    match: str | None = Field(
+        default=None,
+        description=f"How exact_match compares: {', '.join(MATCHES)}. Without it, as plain text.",
+        json_schema_extra={"examples": list(MATCHES)},
+    )
     label_set: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="Every allowed answer, for a closed set; text, so quote numbers."
     )
@@ -206,7 +214,9 @@ class AdapterConfig(Section):
     alpha: float | None = Field(default=None, gt=0, description="LoRA's numerator: the update is scaled by alpha / r. Without it, twice the rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the adapter's inputs set to zero while training.")
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
-        default="all-linear", description=f"Linear layers that get an adapter: all-linear, or a list from {', '.join(TARGET_MODULES)}."
+        default="all-linear",
+        description=f"Linear layers that get an adapter: all-linear, or a list from {', '.join(TARGET_MODULES)}.",
+        json_schema_extra={"examples": ["all-linear", list(TARGET_MODULES)]},
     )
     use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
     rank_pattern: dict[str, int] = Field(

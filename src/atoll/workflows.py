@@ -1,7 +1,7 @@
 """The joined verbs: train and publish, evaluate and record, land. The command line, the server and the library call these and nothing below them.
 
-Everything is kept as it is done: an adapter is in the hub before the next one trains, a score is a file before the next task is asked, and each is found
-again by the digest of what it was made from. So a land that was stopped goes on, and one whose inputs changed redoes just what they touch.
+Everything is kept as it is done: an adapter is in the hub before the next one trains, a score is a file before the next task is asked, and each is
+found again by the digest of what it was made from. So a land that was stopped goes on, and one whose inputs changed redoes just what they touch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class TrainOutcome:
-    """A trained adapter: its folder, its version in the hub (None if not published) and its training record. reused: found finished, not trained now."""
+    """A trained adapter:
+
+    its folder, its version in the hub (None if not published) and its training record. reused: found finished, not trained now.
+    """
 
     adapter_folder: Path
     version: Version | None
@@ -78,7 +81,7 @@ def make_plan(
     return plan_training(config, base, data, stop=_limits(config.generation, data, base)[1])
 
 
-def train(
+def train_and_publish(
     config: TrainConfig,
     *,
     root: Path | None = None,
@@ -147,15 +150,19 @@ def _recorded_run(hub: Hub | None, plan: TrainingPlan) -> Iterator[dict[str, Any
     if hub is None:
         yield found
         return
-    facts = {"kind": "train", "config": plan.config.model_dump(mode="json"), "name": _name(plan), "started": datetime.now(UTC)}
-    run = hub.record_run(**facts, status="running")
+    config, started = plan.config.model_dump(mode="json"), datetime.now(UTC)
+
+    def record(status: str, run_id: int | None = None, **facts: Any) -> int:
+        return hub.record_run("train", config, status=status, started=started, name=_name(plan), run_id=run_id, **facts).id
+
+    run_id = record("running")
     try:
         yield found
     except BaseException as error:
         status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-        hub.record_run(**facts, status=status, finished=datetime.now(UTC), message=str(error)[:500], run_id=run.id)
+        record(status, run_id, finished=datetime.now(UTC), message=str(error)[:500])
         raise
-    hub.record_run(**facts, **found, status="finished", finished=datetime.now(UTC), run_id=run.id)
+    record("finished", run_id, finished=datetime.now(UTC), **found)
 
 
 # ---- evaluate ----
@@ -176,7 +183,8 @@ def evaluate(
 ) -> LandOutcome:
     """Score the base and some adapters of the hub on one task, in one continuous batch; raw outputs and the leaderboard go to `out`.
 
-    models: hub references ("name", "name@2", "name:tag"). Raises AdapterNotFound, BaseMismatch for an adapter of another base, and what loading raises.
+    models: hub references ("name", "name@2", "name:tag"). Raises AdapterNotFound, BaseMismatch for an adapter of another base, and what loading
+    raises.
     """
     from atoll.model.base import load_base
 

@@ -34,7 +34,7 @@ DIGESTS = {
     "support_intents": "da45289b57cfc7c5",
     "text_to_sql": "a81cb8000b13e619",
     "tool_calls": "61e32888a7f799c0",
-    "unit_conversion": "d6fadccb6d19b2dd",
+    "unit_conversion": "89c5117ce8bac267",
     "word_problems": "ef07af840c670950",
 }
 

@@ -33,7 +33,7 @@ class CharTokenizer:
 
 
 class ScriptedEngine:
-    """Answers with `answer(prompt text, adapter)`, a text or (text, finish reason); scores a continuation with `likelihood`; keeps what it was asked."""
+    """Answers with `answer(prompt text, adapter)`, a text or (text, finish reason); scores with `likelihood`; keeps what it was asked."""
 
     def __init__(self, answer: Callable[..., object], likelihood: Callable[..., float] | None = None) -> None:
         self.answer, self.likelihood = answer, likelihood

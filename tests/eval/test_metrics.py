@@ -104,7 +104,7 @@ def test_the_gold_field_is_what_counts():
     assert read("exact_match", "#### 5", row, match="number_after_####", gold_field="final") == (1.0,)
     with pytest.raises(TaskError, match="'finals'"):
         read("exact_match", "#### 5", row, match="number_after_####", gold_field="finals")
-    with pytest.raises(TaskError, match="gold answer of test.jsonl:1"):
+    with pytest.raises(TaskError, match=r"gold answer of test\.jsonl:1"):
         read("exact_match", "5", example("five"), match="number")
 
 
@@ -249,7 +249,7 @@ def test_execution_compares_what_queries_return():
     assert read("sql_execution", "DROP TABLE t", row, database=SCRIPT) is None
     with pytest.raises(TaskError, match="no database"):
         read("sql_execution", "SELECT 1", row)
-    with pytest.raises(TaskError, match="gold query of test.jsonl:1"):
+    with pytest.raises(TaskError, match=r"gold query of test\.jsonl:1"):
         read("sql_execution", "SELECT 1", example("SELECT z FROM t"), database=SCRIPT)
 
 

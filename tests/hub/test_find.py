@@ -66,10 +66,8 @@ def test_search_wants_every_word_and_takes_signs_literally(hub, make):
     """`%` and `_` mean something to a database and nothing to a user."""
     hub.publish(make(1, manifest={"description": "Sorts 100% of support tickets", "task": "intents", "licence": "MIT"}), "acme/a", tags=("good",))
     hub.publish(make(2, manifest={"description": "writes SQL"}), "acme/sql", message="better joins")
-    found = {
-        text: [version.name for version in hub.search(text)]
-        for text in ("SUPPORT mit", "100%", "100_", "joins", "good", "acme", "sql intents", "'; drop")
-    }
+    texts = ("SUPPORT mit", "100%", "100_", "joins", "good", "acme", "sql intents", "'; drop")
+    found = {text: [version.name for version in hub.search(text)] for text in texts}
     assert found["SUPPORT mit"] == found["100%"] == found["good"] == ["acme/a"] and found["joins"] == ["acme/sql"]
     assert found["acme"] == ["acme/a", "acme/sql"] and found["100_"] == found["sql intents"] == found["'; drop"] == []
 

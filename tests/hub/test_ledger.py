@@ -47,9 +47,8 @@ def test_a_run_is_recorded_when_it_starts_and_completed_once(hub):
     started = datetime(2030, 1, 2, 3, 4, tzinfo=timezone(timedelta(hours=2)))
     run = hub.record_run("train", {"r": 16}, status="running", started=started, name="a")
     assert hub.runs(name="a")[0].finished is None
-    done = hub.record_run(
-        "train", {"r": 16}, status="finished", started=started, finished=started, seconds=12.5, digest=DIGEST, name="a", run_id=run.id
-    )
+    facts = {"started": started, "finished": started, "seconds": 12.5, "digest": DIGEST, "name": "a"}
+    done = hub.record_run("train", {"r": 16}, status="finished", run_id=run.id, **facts)
     assert done.id == run.id and hub.runs(digest=DIGEST) == (done,) and done.started == started and hub.runs(kind="compose") == ()
     with pytest.raises(HubError, match="finished"):
         hub.record_run("train", {}, status="failed", started=started, run_id=run.id)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import struct
+import types
 from pathlib import Path
 
 import numpy
@@ -190,6 +191,51 @@ def test_a_repository_that_cannot_be_reached_is_one_sentence(hub):
     with pytest.raises(AtollError, match="not reachable") as caught:
         hub.pull("hf:someone/some-adapter", "a")
     assert "folder" in caught.value.hint and not list((hub.root / "staging").iterdir())
+
+
+@pytest.fixture
+def hugging_face(monkeypatch):
+    """A stand-in for the Hugging Face hub: set `files` (name -> bytes) of its one repository; it notes what was asked for."""
+    import huggingface_hub
+
+    state = types.SimpleNamespace(files={}, asked=[])
+
+    def model_info(_api, repository, *, revision=None, files_metadata=False):
+        siblings = [types.SimpleNamespace(rfilename=name, size=len(data)) for name, data in state.files.items()]
+        return types.SimpleNamespace(sha="c0ffee" if revision is None else revision, siblings=siblings)
+
+    def snapshot_download(repository, *, revision, allow_patterns, local_dir):
+        state.asked.append((repository, revision))
+        (local_dir / ".cache").mkdir(parents=True)
+        for name in set(allow_patterns) & set(state.files):
+            (local_dir / name).write_bytes(state.files[name])
+        return str(local_dir)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return state
+
+
+def test_a_repository_is_pulled_at_one_commit_which_becomes_its_origin(hub, make, hugging_face):
+    """A branch moves; what was pulled must say which commit it was, and its files stay those of the repository."""
+    hugging_face.files = {path.name: path.read_bytes() for path in make(1).iterdir()} | {"training_args.bin": b"pickle", "README.md": b"hi"}
+    version = hub.pull("hf:someone/thing", "thing")
+    assert hugging_face.asked == [("someone/thing", "c0ffee")] and version.left_out == ()
+    assert json.loads((version.path / "manifest.json").read_text())["origin"] == {"source": "hf:someone/thing", "revision": "c0ffee"}
+    assert (version.path / "adapter_model.safetensors").read_bytes() == hugging_face.files["adapter_model.safetensors"]
+    hub.pull("hf:someone/thing@v1", "thing")
+    assert hugging_face.asked[1] == ("someone/thing", "v1")
+
+
+def test_a_repository_with_only_a_pickle_is_refused_before_downloading(hub, hugging_face):
+    """Neither its bytes nor its code should reach this machine."""
+    hugging_face.files = {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"}
+    with pytest.raises(AdapterFormatError, match=r"adapter_model\.bin"):
+        hub.pull("hf:someone/thing", "thing")
+    hugging_face.files = {"adapter_config.json": b" " * (2 << 20), "adapter_model.safetensors": b""}
+    with pytest.raises(AdapterFormatError, match="limit"):
+        hub.pull("hf:someone/thing", "thing")
+    assert hugging_face.asked == []
 
 
 def test_a_hugging_face_cache_folder_of_links_is_taken(hub, make, tmp_path):

@@ -86,7 +86,8 @@ INTENTS: dict[str, tuple[str, ...]] = {
         is there a discount code for a {item}?"""),
     "check_stock": phrases("""
         do you have the {item} in {colour}? / when will the {item} be back in stock? / is the {colour} {item} available in {city}?
-        how many pieces of the {item} do you have left? / the {item} is sold out, will you get more? / is there any {colour} {item} left in the warehouse?
+        how many pieces of the {item} do you have left? / the {item} is sold out, will you get more?
+        is there any {colour} {item} left in the warehouse?
         can I still get a {item} in {colour}? / do you sell a {item} like the one from last year?
         will there be more of the {colour} {item} by {day}?"""),
     "shipping_cost": phrases("""

@@ -52,7 +52,7 @@ STORIES: dict[str, tuple[str, ...]] = {
     "a * b - c": phrases("""
         {name} buys {a} {boxes} with {b} {things} each and uses {c} {things}. How many are left?
         {name} works {a} hours for {b} dollars an hour and spends {c} dollars. How much is left?
-        {a} trees had {b} {things} each. {c} fell down. How many are still up?
+        {a} shelves held {b} {things} each. {c} fell down. How many are still up?
         {name} prints {a} pages of {b} photos and throws {c} photos away. How many photos remain?"""),
     "(a + b) / c": phrases("""
         {name} has {a} {things} and {name2} has {b}. They put them into {c} equal piles. How many are in a pile?
@@ -211,9 +211,10 @@ CONVERSIONS = phrases("""
 def conversion_row(draw: Draw, direction: str) -> Row:
     """One conversion: `down` to the smaller unit (multiply), `up` to the larger (divide), `half` of a unit with a decimal."""
     larger, smaller, factor = draw.any(UNITS)
-    amount = Decimal(draw.integer(2, 40))
+    easy = set(factor[1:]) == {"0"}  # only the decimal point moves: larger amounts are no harder
+    amount = Decimal(draw.integer(2, 400 if easy else 40))
     if direction == "half":
-        amount = Decimal(draw.integer(1, 12)) + Decimal("0.5")
+        amount = Decimal(draw.integer(1, 200 if easy else 12)) + Decimal("0.5")
     product = (amount * Decimal(factor)).normalize()
     source, target, given, result = (smaller, larger, product, amount) if direction == "up" else (larger, smaller, amount, product)
     slots = {"from": source, "to": target, "n": f"{given:f}", "name": FIRST_NAMES}
@@ -275,11 +276,11 @@ def generators() -> tuple[Generator, ...]:
         "match": "number",
         "instruction": "Convert the amount and answer with the number alone.",
         "template": "Question: {question}\nAnswer:",
-        "notes": "A quarter of the wordings occurs in validation and test only.",
+        "notes": "No amount of a unit occurs in two parts, however it is worded. A quarter of the wordings occurs in validation and test only.",
     }
     kinds = tuple(f"{skill}:{style}" for skill in (*WORD_SKILLS, *NUMBER_SKILLS) for style in LIST_FORMATS)
     return (
         Generator(problems, tuple(STORIES), word_problem_row, ("question",)),
-        Generator(lists, kinds, list_row, ("task", "list")),
-        Generator(units, ("down", "up", "half"), conversion_row, ("question",)),
+        Generator(lists, kinds, list_row, ("list",)),
+        Generator(units, ("down", "up", "down", "up", "half"), conversion_row, ("from", "to", "amount")),
     )

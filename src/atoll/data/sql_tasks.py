@@ -163,7 +163,8 @@ def generators() -> tuple[Generator, ...]:
         "instruction": "Write the SQL query that answers the question.",
         "template": "Tables: {schema}\nQuestion: {question}\nSQL:",
         "target_format": "one SELECT statement for SQLite",
-        "notes": "Four of sixteen subjects, and a way to ask for each kind of query, occur in validation and test only.",
+        "notes": "Four of sixteen subjects, and a way to ask for each kind of query, occur in validation and test only. On the other subjects a test "
+        "query may be one of train, asked for in other words.",
     }
     kinds = tuple(kind for kind, share in SHARES.items() for _ in range(share))
     return (Generator(description, kinds, sql_row, ("schema", "question"), _scripts),)

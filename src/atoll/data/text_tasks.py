@@ -1,8 +1,7 @@
 """Two built-in tasks that write sentences: `data_to_text` (a record into prose) and `review_explained` (a label with its reason, as JSON).
 
-`data_to_text` says the same record in several wordings: one is the training target,
-all are references in validation and test. In `review_explained` the
-reason is a clause of the review, so a model has to find it among sentences that judge nothing.
+`data_to_text` says the same record in several wordings: one is the training target, all are references in validation and test. In
+`review_explained` the reason is a clause of the review, so a model has to find it among sentences that judge nothing.
 """
 
 from __future__ import annotations

@@ -12,14 +12,15 @@ from atoll.config import Section
 class EngineConfig(Section):
     """What one engine may hold and do in a step."""
 
-    max_rows: int = Field(64, ge=1, le=4096, description="Sequences that run at once: rows of the KV cache and of a decode step.")
+    max_rows: int = Field(default=64, ge=1, le=4096, description="Sequences that run at once: rows of the KV cache and of a decode step.")
     max_row_tokens: int | None = Field(
-        None, ge=2, description="Tokens one row may hold, prompt and answer together. Default: the base's context length, 2,048 at most."
+        default=None, ge=2, description="Tokens one row may hold, prompt and answer together. Default: the base's context length, 2,048 at most."
     )
-    max_step_tokens: int = Field(2048, ge=2, description="Tokens one step computes: running rows first, prompts with what is left, in chunks if need be.")
-    max_waiting: int = Field(10_000, ge=1, description="Requests that may wait; more are refused.")
-    adapter_bytes: int = Field(1 << 30, ge=1, description="Bytes that resident adapters may take; idle ones leave, least recently used first.")
-    max_overtakes: int = Field(16, ge=0, description="How often later requests may pass one that waits for its adapter before it comes next.")
+    max_step_tokens: int = Field(
+        2048, ge=2, description="Tokens one step computes: running rows first, prompts with what is left, in chunks if need be."
+    ) max_waiting: int = Field(default=10_000, ge=1, description="Requests that may wait; more are refused.") adapter_bytes: int = Field(default=1 <<
+    30, ge=1, description="Bytes that resident adapters may take; idle ones leave, least recently used first.") max_overtakes: int = Field(default=16,
+    ge=0, description="How often later requests may pass one that waits for its adapter before it comes next.")
 
     @model_validator(mode="after")
     def _leave_room_for_prompts(self) -> Self:

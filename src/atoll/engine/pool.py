@@ -1,7 +1,7 @@
 """Which adapters the engine knows (registered) and which stand in the bank (resident).
 
-Identity is the key an adapter is registered under, a digest. Being used is counted: a hold for every running sequence, and nothing that is held or pinned
-leaves. When room is needed, idle adapters leave, least recently used first, and only if that makes enough room.
+Identity is the key an adapter is registered under, a digest. Being used is counted: a hold for every running sequence, and nothing that is held or
+pinned leaves. When room is needed, idle adapters leave, least recently used first, and only if that makes enough room.
 
     register ──► registered ──hold / pin──► resident (holds > 0 or pinned) ──release──► resident, idle ──evict──► registered
 
@@ -61,8 +61,8 @@ class AdapterPool:
     def register(self, key: str, adapter: Adapter) -> None:
         """Make an adapter known under `key`. Registering the same object again changes nothing.
 
-        Raises RequestRefused if the key means another adapter already, BaseMismatch where the factors do not fit the base, PoolFull if it alone is larger
-        than the budget.
+        Raises RequestRefused if the key means another adapter already, BaseMismatch where the factors do not fit the base, PoolFull if it alone is
+        larger than the budget.
         """
         known = self._entries.get(key)
         if known is not None:
@@ -136,6 +136,19 @@ class AdapterPool:
         """Single-token rows by adapter: token tokens[i] of the packed batch uses the held adapter keys[i]."""
         return self._bank.rows(tokens, [self.slot(key) for key in keys])
 
+    def stats(self) -> dict[str, int]:
+        """How many adapters are known, resident, pinned and in use, their bytes, and how often one came or left."""
+        resident = self._resident.values()
+        return {
+            "adapters_registered": len(self._entries),
+            "adapters_resident": len(resident),
+            "adapters_pinned": sum(entry.pinned for entry in resident),
+            "adapters_in_use": sum(entry.holds > 0 for entry in resident),
+            "adapter_bytes": self.resident_bytes,
+            "adapter_loads": self.num_loads,
+            "adapter_evictions": self.num_evictions,
+        }
+
     def check(self, held: Mapping[str, int]) -> None:
         """Raise AssertionError unless holds, bytes and residency add up. held: how many running sequences use each adapter."""
         counted = Counter({key: entry.holds for key, entry in self._entries.items() if entry.holds})
@@ -148,12 +161,16 @@ class AdapterPool:
         if len(set(places)) != len(places):
             raise AssertionError("two adapters share a slot of the bank")
         if self.resident_bytes != sum(entry.num_bytes for entry in self._resident.values()) or self.resident_bytes > self._budget_bytes:
-            raise AssertionError(f"resident adapters are counted as {self.resident_bytes} bytes of {self._budget_bytes}, which is not their sum or too much")
+            raise AssertionError(
+                f"resident adapters are counted as {self.resident_bytes} bytes of {self._budget_bytes}, which is not their sum or too much"
+            )
 
     def _known(self, key: str) -> _Entry:
         entry = self._entries.get(key)
         if entry is None:
-            raise RequestRefused(f"adapter {key!r} is not registered with this engine", hint="register it first; the base is asked for with adapter None")
+            raise RequestRefused(
+                f"adapter {key!r} is not registered with this engine", hint="register it first; the base is asked for with adapter None"
+            )
         return entry
 
     def _load(self, key: str, entry: _Entry) -> bool:
@@ -162,8 +179,9 @@ class AdapterPool:
             return True
         pinned = sum(other.num_bytes for other in self._resident.values() if other.pinned)
         if entry.num_bytes > self._budget_bytes - pinned:
+            left = _mb(self._budget_bytes - pinned)
             raise PoolFull(
-                f"adapter {key!r} takes {_mb(entry.num_bytes)}, but pinned adapters leave {_mb(self._budget_bytes - pinned)} of {_mb(self._budget_bytes)}",
+                f"adapter {key!r} takes {_mb(entry.num_bytes)}, but pinned adapters leave {left} of {_mb(self._budget_bytes)}",
                 hint="unpin one, or raise adapter_bytes",
             )
         missing = self.resident_bytes + entry.num_bytes - self._budget_bytes

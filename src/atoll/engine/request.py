@@ -1,7 +1,7 @@
 """What a user asks of the engine and what comes back: frozen, checked when made, without torch.
 
-A wrong value is refused here with a sentence that names the parameter, so the engine's inside never meets one. What depends on the base (token ids,
-lengths, registered adapters) is checked by Engine.add.
+A wrong value is refused here with a sentence that names the parameter, so the engine's inside never meets one. What depends on the base (token ids
+and lengths) is checked by Limits when a request is added.
 
 Used by everything that generates: eval, workflows, server, cli.
 """
@@ -34,10 +34,10 @@ class SamplingParams:
     """How tokens are chosen. The defaults are greedy decoding until the end-of-text token or the row's last place.
 
     max_new_tokens None: as many as the row has room for. temperature 0: greedy. top_k 0, top_p 1, min_p 0: off. seed None: one is drawn and returned.
-    repetition_penalty divides (or multiplies, below zero) the logits of prompt and answer tokens (Keskar et al. 2019, arXiv 1909.05858); frequency_penalty
-    and presence_penalty are subtracted for answer tokens as in OpenAI's API. stop strings end the answer and are not part of it; neither is the text of
-    stop_token_ids. Until min_new_tokens nothing but the length ends the answer.
-    logprobs None: none; k: of every chosen token and the k likeliest. prompt_logprobs the same for the prompt's tokens.
+    repetition_penalty divides (or multiplies, below zero) the logits of prompt and answer tokens (Keskar et al. 2019, arXiv 1909.05858);
+    frequency_penalty and presence_penalty are subtracted for answer tokens as in OpenAI's API. stop strings end the answer and are not part of it;
+    neither is the text of stop_token_ids. Until min_new_tokens nothing but the length ends the answer. logprobs None: none; k: of every chosen token
+    and the k likeliest. prompt_logprobs the same for the prompt's tokens.
     """
 
     max_new_tokens: int | None = None
@@ -151,6 +151,51 @@ class TokenEvent:
         return None if self.completion is None else self.completion.finish_reason
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a base and an engine can take: ids below `vocabulary`, `row_tokens` tokens a row."""
+
+    vocabulary: int
+    row_tokens: int
+
+    def check(self, request: Request) -> None:
+        """Raise RequestRefused where a request does not fit."""
+        sampling = request.sampling
+        self._check_ids("the prompt", request.prompt_ids)
+        self._check_ids("stop_token_ids", sampling.stop_token_ids, may_be_empty=True)
+        self._check_ids("logit_bias", tuple(sampling.logit_bias), may_be_empty=True)
+        prompt, wanted = len(request.prompt_ids), sampling.max_new_tokens if sampling.max_new_tokens is not None else max(1, sampling.min_new_tokens)
+        if prompt + wanted > self.row_tokens:
+            raise RequestRefused(
+                f"the prompt has {prompt} tokens and {wanted} more are asked for, but a row holds {self.row_tokens}",
+                hint="shorten the prompt, ask for fewer tokens, or raise the engine's max_row_tokens if the base's context allows",
+            )
+
+    def check_score(self, item: ScoreRequest) -> None:
+        """Raise RequestRefused where a scoring request does not fit."""
+        self._check_ids("the prompt", item.prompt_ids)
+        for continuation in item.continuations:
+            self._check_ids("a continuation", continuation)
+        longest = max(map(len, item.continuations), default=0)
+        if len(item.prompt_ids) + longest > self.row_tokens:
+            raise RequestRefused(
+                f"the prompt has {len(item.prompt_ids)} tokens and its longest continuation {longest}, but a row holds {self.row_tokens}",
+                hint="shorten the prompt, or raise the engine's max_row_tokens if the base's context allows",
+            )
+
+    def max_new_tokens(self, request: Request) -> int:
+        """How long the answer may get: what was asked for, else what the row has room for."""
+        asked = request.sampling.max_new_tokens
+        return self.row_tokens - len(request.prompt_ids) if asked is None else asked
+
+    def _check_ids(self, what: str, ids: Sequence[int], *, may_be_empty: bool = False) -> None:
+        if not ids and not may_be_empty:
+            raise RequestRefused(f"{what} has no tokens", hint="give at least one; a base's begin-of-text token counts")
+        for token in ids:
+            if not isinstance(token, int) or not 0 <= token < self.vocabulary:
+                raise RequestRefused(f"{what} holds {token!r}, but token ids are whole numbers from 0 to {self.vocabulary - 1}")
+
+
 def _whole(name: str, value: object, low: int, high: int | None = None) -> None:
     limits = f"{low} or more" if high is None else f"from {low} to {high}"
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
@@ -159,7 +204,13 @@ def _whole(name: str, value: object, low: int, high: int | None = None) -> None:
 
 def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
     """above: the lower limit itself is refused too."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and (low < value if above else low <= value) and value <= high
+    fits = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (low < value if above else low <= value)
+        and value <= high
+    )
     if not fits:
         limits = f"{'above' if above else 'at least'} {low:g}" + ("" if math.isinf(high) else f" and at most {high:g}")
         raise RequestRefused(f"{name} is {value!r}, but must be a number {limits}")

@@ -1,7 +1,7 @@
 """One step's tensors: rows of tokens in, hidden states out.
 
-Rows are put in the order the forward likes: single tokens first, then longer rows, each sorted by adapter, so that equal adapters are neighbours and form
-one segment. Where single tokens use more than a few adapters, one batched product a site for all of them replaces their segments.
+Rows are put in the order the forward likes: single tokens first, then longer rows, each sorted by adapter, so that equal adapters are neighbours and
+form one segment. Where single tokens use more than a few adapters, one batched product a site for all of them replaces their segments.
 
 Used by engine.py (prompts and decoding) and scoring.py. It keeps nothing between calls.
 """
@@ -23,7 +23,10 @@ from atoll.model.kv_cache import KvCache
 
 Outputs = Literal["none", "last", "all"]
 
-_MAX_DECODE_SEGMENTS = 2  # adapters among single-token rows that still get a segment each; more are gathered (cost grows with rows, not with adapters)
+LOGIT_ROWS = 256  # rows whose logits exist at a time: 256 x 49,152 float32 are 50 MB
+_MAX_DECODE_SEGMENTS = (
+    2  # adapters among single-token rows that still get a segment each; more are gathered (cost grows with rows, not with adapters)
+)
 
 
 class Row(NamedTuple):
@@ -42,6 +45,11 @@ class StepOutput:
 
     hidden: Tensor
     spans: tuple[tuple[int, int], ...]
+
+    def of(self, row: int) -> Tensor:
+        """The wanted hidden states of one row."""
+        start, stop = self.spans[row]
+        return self.hidden[start:stop]
 
     def last(self, rows: Sequence[int]) -> Tensor:
         """[len(rows), D]: the last hidden state of each of these rows."""

@@ -1,8 +1,9 @@
 """Logits to tokens, one row a sequence, so that a row's token depends on that row alone.
 
-A batch of plain greedy rows is one maximum over all of them; everything else is done for the rows that ask for it, in this order: log-probabilities of the raw
-distribution, penalties, logit_bias, the ban on stopping early, then argmax or, for sampled rows, temperature, top_k, top_p, min_p and one random number
-of the sequence's own, looked up in the cumulative distribution in vocabulary order (so that near-equal tokens do not swap places with rounding).
+A batch of plain greedy rows is one maximum over all of them; everything else is done for the rows that ask for it, in this order: log-probabilities
+of the raw distribution, penalties, logit_bias, the ban on stopping early, then argmax or, for sampled rows, temperature, top_k, top_p, min_p and one
+random number of the sequence's own, looked up in the cumulative distribution in vocabulary order (so that near-equal tokens do not swap places with
+rounding).
 
 Used by engine.py once a step.
 """
@@ -137,7 +138,7 @@ def _floor(probs: Tensor, settings: Seq[SamplingParams]) -> Tensor | None:
 
 
 def _nucleus_floor(probs: Tensor, settings: Seq[SamplingParams]) -> Tensor:
-    """[n]: the probability of the last token kept by top_k and then top_p of what top_k left: the fewest likeliest tokens whose mass reaches top_p."""
+    """[n]: the probability of the last token kept by top_k, then top_p of what top_k left (the fewest likeliest tokens whose mass reaches it)."""
     vocabulary, device = probs.shape[1], probs.device
     limit = torch.tensor([min(s.top_k or vocabulary, vocabulary) for s in settings], device=device).unsqueeze(1)
     top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float64, device=device).unsqueeze(1)

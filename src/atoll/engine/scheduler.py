@@ -1,8 +1,8 @@
 """Who runs in the next step: plain Python, without torch.
 
-Every running sequence that decodes gets its one token; what is left of the step's token budget goes to prompts, first those already begun, then waiting
-ones, in order of arrival. A waiting request whose adapter has no place now is passed over, not waited for; but whoever was passed `max_overtakes` times
-comes next: until it starts, no later request may take or keep busy a place among the adapters.
+Every running sequence that decodes gets its one token; what is left of the step's token budget goes to prompts, first those already begun, then
+waiting ones, in order of arrival. A waiting request whose adapter has no place now is passed over, not waited for; but whoever was passed
+`max_overtakes` times comes next: until it starts, no later request may take or keep busy a place among the adapters.
 
     waiting ──admit (KV row + hold on adapter)──► running: prefill in chunks ──► running: decode ──► released
 

@@ -1,7 +1,7 @@
 """Log-probabilities of given continuations: how an engine ranks the options of a closed label set.
 
-Each prompt is computed once into a KV row; its continuations then run as rows that read that row and store nothing. The prompt's last hidden state predicts a
-continuation's first token, so only the tokens before a continuation's last are fed, and one-token continuations need no second forward.
+Each prompt is computed once into a KV row; its continuations then run as rows that read that row and store nothing. The prompt's last hidden state
+predicts a continuation's first token, so only the tokens before a continuation's last are fed, and one-token continuations need no second forward.
 
 Used by Engine.score, which lends KV rows and adapters. Prompts and continuations are packed up to the step's token budget.
 """
@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from atoll.engine.request import ScoreRequest
-from atoll.engine.runner import Row, Runner
-from atoll.errors import EngineError
-
-_LOGIT_ROWS = 256  # tokens whose logits exist at a time: 256 x 49,152 float32 are 50 MB
+from atoll.engine.runner import LOGIT_ROWS, Row, Runner
+from atoll.engine.step import not_finite
 
 
 @dataclass
@@ -42,8 +40,7 @@ def score_batch(runner: Runner, batch: Sequence[Scoring], max_tokens: int) -> No
         _score_later_tokens(runner, rows)
     for scoring in batch:
         if not torch.isfinite(torch.tensor(scoring.sums)).all():
-            owner = "the base" if scoring.item.adapter is None else f"adapter {scoring.item.adapter!r}"
-            raise EngineError(f"{owner} gave log-probabilities that are not finite", hint="its weights are damaged or overflow the base's dtype")
+            raise not_finite(scoring.item.adapter)
 
 
 Chunk = tuple[Scoring, int, int]  # tokens start to stop of a prompt
@@ -122,7 +119,7 @@ def _score_later_tokens(runner: Runner, members: Sequence[tuple[Scoring, int]]) 
 def _target_logprobs(runner: Runner, hidden: Tensor, targets: Tensor) -> Tensor:
     """[N] float64 log-probabilities of targets [N] int64 under hidden [N, D]."""
     parts = []
-    for start in range(0, hidden.shape[0], _LOGIT_ROWS):
-        logits = runner.logits(hidden[start : start + _LOGIT_ROWS])
-        parts.append(logits.gather(1, targets[start : start + _LOGIT_ROWS].unsqueeze(1)).squeeze(1) - logits.logsumexp(-1))
+    for start in range(0, hidden.shape[0], LOGIT_ROWS):
+        logits = runner.logits(hidden[start : start + LOGIT_ROWS])
+        parts.append(logits.gather(1, targets[start : start + LOGIT_ROWS].unsqueeze(1)).squeeze(1) - logits.logsumexp(-1))
     return torch.cat(parts).double()

@@ -1,19 +1,19 @@
 """The engine's state for one request: its tokens, how many of them the cache has, its text, its random numbers.
 
-A sequence is everything a request needs to go on, so nothing about it depends on the batch it runs in: random numbers come from its own seeded source, one
-a sampled token, and penalties from its own counts.
+A sequence is everything a request needs to go on, so nothing about it depends on the batch it runs in: a random number is a function of the request's
+seed and the token's place in the answer, and penalties come from the sequence's own counts.
 
 Used by scheduler.py (which reads progress), sampler.py (which reads settings and counts) and engine.py (which owns it). No torch.
 """
 
 from __future__ import annotations
 
-import random
 import secrets
 from collections import Counter
 from collections.abc import Sequence as Seq
+from hashlib import blake2b
 
-from atoll.engine.request import Completion, FinishReason, Request, SamplingParams, TokenEvent, TokenLogprob
+from atoll.engine.request import Completion, FinishReason, Request, TokenEvent, TokenLogprob
 from atoll.engine.stops import Decode, TextStream
 
 _CONTEXT_TOKENS = 5  # of the prompt, decoded before the answer; enough for any character and a word's leading space
@@ -33,7 +33,6 @@ class Sequence:
         self.overtaken = 0  # requests that came later and started earlier, while the adapter had no place
         self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else frozenset(eos_ids))
         self.seed = None if sampling.is_greedy else sampling.seed if sampling.seed is not None else secrets.randbits(63)
-        self._random = random.Random(self.seed)
         self._text = TextStream(decode, sampling.stop, self.tokens[-_CONTEXT_TOKENS:])
         self.prompt_set: frozenset[int] = frozenset(self.tokens) if sampling.repetition_penalty != 1.0 else frozenset()
         self.counts: Counter[int] = Counter()  # of answer tokens; kept only where a penalty reads it
@@ -57,8 +56,10 @@ class Sequence:
         return self.num_new >= self.sampling.min_new_tokens
 
     def draw(self) -> float:
-        """The next random number in [0, 1): a function of the seed and of how many tokens this request has sampled, of nothing else."""
-        return self._random.random()
+        """The random number in [0, 1) for the token that comes next: 53 bits of a hash of seed and place, the same however often it is drawn."""
+        assert self.seed is not None
+        digest = blake2b(self.seed.to_bytes(8, "little") + self.num_new.to_bytes(8, "little"), digest_size=8).digest()
+        return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
     def append(self, token: int, logprob: TokenLogprob | None) -> TokenEvent:
         """Take the token that was chosen; returns its event, with the completion if it was the last."""

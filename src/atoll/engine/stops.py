@@ -20,8 +20,8 @@ _WINDOW_TOKENS = 64  # bytes that never make sense are given up after so many to
 class Detokenizer:
     """Grows a token list and says what text each token makes final.
 
-    Some decoders treat a text's first token differently (a leading space is stripped), so tokens are decoded behind those that were given out last, whose
-    own text is cut off.
+    Some decoders treat a text's first token differently (a leading space is stripped), so tokens are decoded behind those that were given out last,
+    whose own text is cut off.
     """
 
     def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:

@@ -140,7 +140,8 @@ class Ledger:
     ) -> Run:
         """Add a run, or with `run_id` replace the record of one that was running."""
         if kind not in RUN_KINDS or status not in RUN_STATUSES:
-            raise HubError(f"run of kind {kind!r} with status {status!r}", hint=f"kinds: {', '.join(RUN_KINDS)}; statuses: {', '.join(RUN_STATUSES)}")
+            known = f"kinds {', '.join(RUN_KINDS)}; statuses {', '.join(RUN_STATUSES)}"
+            raise HubError(f"a run of kind {kind!r} with status {status!r} cannot be recorded; known are {known}", hint="use one of those")
         facts = plain_json(config, f"config of the {kind} run")
         with self._database.write() as session:
             row = RunRow() if run_id is None else session.get(RunRow, run_id)

@@ -7,6 +7,7 @@ Used by store.py.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ def opened(source: str | Path, scratch: Path) -> Iterator[tuple[Path, dict[str, 
 
 
 def _download(source: str, scratch: Path) -> tuple[Path, dict[str, Any]]:
+    import httpx  # the HTTP library of huggingface_hub, whose errors it lets through
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -36,22 +38,19 @@ def _download(source: str, scratch: Path) -> tuple[Path, dict[str, Any]]:
     try:
         info = HfApi().model_info(repository, revision=revision or None, files_metadata=True)
         _check_listing(source, {file.rfilename: file.size or 0 for file in info.siblings or []})
-        folder = snapshot_download(repository, revision=info.sha, allow_patterns=list(MAX_BYTES), local_dir=scratch)
+        folder = Path(snapshot_download(repository, revision=info.sha, allow_patterns=list(MAX_BYTES), local_dir=scratch))
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx.TransportError, ConnectionError) as error:
+        raise HubError(f"{source} could not be fetched: the Hugging Face hub is not reachable", hint="go online, or pull from a folder") from error
+    except HFValidationError as error:
+        raise HubError(f"{source}: {error}", hint="write hf:owner/name or hf:owner/name@revision") from error
     except RepositoryNotFoundError as error:
         raise AdapterNotFound(
             f"{source}: the Hugging Face hub has no such repository", hint="check the name; a private one needs `hf auth login`"
         ) from error
-    except HFValidationError as error:
-        raise HubError(f"{source}: {error}", hint="write hf:owner/name or hf:owner/name@revision") from error
     except HfHubHTTPError as error:
         raise HubError(f"{source}: the Hugging Face hub answered {error.response.status_code}", hint="check the name and the revision") from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
-        raise HubError(f"{source} could not be fetched: the Hugging Face hub is not reachable", hint="go online, or pull from a folder") from error
-    except Exception as error:
-        if not type(error).__module__.startswith("httpx"):  # the client raises its HTTP library's errors for a dead network
-            raise
-        raise HubError(f"{source} could not be fetched: the Hugging Face hub is not reachable", hint="go online, or pull from a folder") from error
-    return Path(folder), {"source": f"hf:{repository}", "revision": info.sha}
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the downloader's notes, which are not the repository's
+    return folder, {"source": f"hf:{repository}", "revision": info.sha}
 
 
 def _check_listing(source: str, sizes: dict[str, int]) -> None:

@@ -103,7 +103,10 @@ class Adapter:
         return sum(module.a.numel() + module.b.numel() for module in self.modules.values())
 
     def check_fits(self, shapes: Mapping[str, tuple[int, int]], num_layers: int) -> None:
-        """Raise BaseMismatch at the first site that does not fit a base with linears `shapes` {target: (d_out, d_in)}, or that the base has and the file lacks."""
+        """Raise BaseMismatch at the first site that does not fit a base with linears `shapes` {target:
+
+        (d_out, d_in)}, or that the base has and the file lacks.
+        """
         hint = "use the base that the adapter was made for" + (f": {self.spec.base}" if self.spec.base else "")
         for site in self.spec.sites(num_layers):
             if site not in self.modules:

@@ -1,8 +1,8 @@
 """Adapters on disk: PEFT's two files, and the manifest beside them.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`, exactly as PEFT writes and reads them, and `manifest.json` for what PEFT has no field
-for. Files come from strangers: nothing here runs code, loads a pickle, compiles a pattern from a file or trusts a header; an option that Atoll does not
-apply is refused by name, because applying the rest would be silently wrong.
+A folder holds `adapter_config.json` and `adapter_model.safetensors`, exactly as PEFT writes and reads them, and `manifest.json` for what PEFT has no
+field for. Files come from strangers: nothing here runs code, loads a pickle, compiles a pattern from a file or trusts a header; an option that Atoll
+does not apply is refused by name, because applying the rest would be silently wrong.
 
 Used by the hub (check on publish and pull), train (write), engine and workflows (read).
 """
@@ -306,8 +306,8 @@ def _read_modules(path: Path, spec: AdapterSpec) -> dict[Site, LoraModule]:
 def check_header(path: Path) -> dict[Site, tuple[int, int]]:
     """Check a safetensors header without mapping a tensor; returns {site: (d_out, d_in)}.
 
-    Refuses: a header over 1 MB, repeated names, tensors that overlap, leave gaps or end elsewhere than the file, other dtypes, names that are not LoRA
-    factors of the seven linears, a site with only one factor.
+    Refuses: a header over 1 MB, repeated names, tensors that overlap, leave gaps or end elsewhere than the file, other dtypes, names that are not
+    LoRA factors of the seven linears, a site with only one factor.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     spans: list[tuple[int, int, str]] = []

@@ -38,7 +38,8 @@ class Part(NamedTuple):
 class Update(NamedTuple):
     """An adapter's factors at one fused linear: a [R, d_in] with R the sum of its members' ranks, and the members.
 
-    dropout is the share of x's elements that training hides from A (the rest scaled up); the members of a group see the same mask, drawn from dropout_seed.
+    dropout is the share of x's elements that training hides from A (the rest scaled up); the members of a group see the same mask, drawn from
+    dropout_seed.
     """
 
     a: Tensor
@@ -120,7 +121,10 @@ def _add_bucket(y: Tensor, x: Tensor, rows: BucketRows, layer: int, group: int) 
 
 
 def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """x with a share `dropout` of its elements zeroed and the rest scaled by 1 / (1 - dropout). The mask comes from the seed, so the backward draws it again."""
+    """x with a share `dropout` of its elements zeroed and the rest scaled by 1 / (1 - dropout).
+
+    The mask comes from the seed, so the backward draws it again.
+    """
     if not dropout:
         return x
     kept = torch.rand(x.shape, generator=torch.Generator(x.device).manual_seed(seed), device=x.device) >= dropout
@@ -130,8 +134,8 @@ def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
 class _LoraLinear(torch.autograd.Function):
     """`linear` with the backward by hand: dX = dY W + Σ s (dY Bᵀ) A, dA = s (dY Bᵀ)ᵀ X, dB = s Zᵀ dY, and nothing for W.
 
-    By hand because autograd would keep each slice and cast as a node of its own, and because the cheap association (never form dY Xᵀ) should be visible.
-    Factors come in as float32 masters and are rounded to x's dtype once; their gradients leave in the masters' dtype.
+    By hand because autograd would keep each slice and cast as a node of its own, and because the cheap association (never form dY Xᵀ) should be
+    visible. Factors come in as float32 masters and are rounded to x's dtype once; their gradients leave in the masters' dtype.
     """
 
     @staticmethod

@@ -1,9 +1,11 @@
 """Causal attention over packed rows: with gradients, over a prompt, and over a KV cache.
 
-Rows of a packed batch must not see each other. Without a cache the rows are laid into one padded block (training batches are sorted by length, so it is
-nearly full) and attention runs once for all. With a cache, decode rows (one new token) are one call over the cache in place, and each prefill row is a call.
+Rows of a packed batch must not see each other. Without a cache the rows are laid into one padded block (training batches are sorted by length, so it
+is nearly full) and attention runs once for all. With a cache, decode rows (one new token) are one call over the cache in place, and each prefill row
+is a call.
 
-Used by decoder.py, once a layer. Grouped heads: H query heads share num_kv_heads key heads. A window limits how far back a token sees (Mistral, Qwen2).
+Used by decoder.py, once a layer. Grouped heads: H query heads share num_kv_heads key heads. A window limits how far back a token sees (Mistral,
+Qwen2).
 """
 
 from __future__ import annotations
@@ -159,8 +161,8 @@ class Attention:
 class _BlockAttention(torch.autograd.Function):
     """softmax(Q Kᵀ / sqrt(K) + mask) V over [B, H, L, K] with the backward by hand.
 
-    Written out because torch's fused CPU kernel is slow backwards in bfloat16 (see docs/notebook.md). The H / num_kv_heads query heads that share a key head
-    are laid behind one another, so grouped heads cost no copy of keys. The weights P [B * num_kv_heads, G * L, L] are kept for the backward.
+    Written out because torch's fused CPU kernel is slow backwards in bfloat16 (see docs/notebook.md). The H / num_kv_heads query heads that share a
+    key head are laid behind one another, so grouped heads cost no copy of keys. The weights P [B * num_kv_heads, G * L, L] are kept for the backward.
     """
 
     @staticmethod

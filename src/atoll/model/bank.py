@@ -1,8 +1,8 @@
 """The resident adapters: preallocated stacks by rank bucket, read in place by every step.
 
-An adapter of rank 12 stands in the bucket of 16, padded with zeros, scaling folded into B in float32 before rounding. Each bucket holds one stack a site
-group: A [slots, R, d_in] and, a member, B [slots, r, d_out]. Prefill takes views of one slot (no copy); decode gathers the rows' slots for one batched
-product. A stack grows by doubling; a slot is freed by forgetting it.
+An adapter of rank 12 stands in the bucket of 16, padded with zeros, scaling folded into B in float32 before rounding. Each bucket holds one stack a
+site group: A [slots, R, d_in] and, a member, B [slots, r, d_out]. Prefill takes views of one slot (no copy); decode gathers the rows' slots for one
+batched product. A stack grows by doubling; a slot is freed by forgetting it.
 
 Used by the engine's pool, which decides who stays. Buckets are powers of two from 8, so padding costs at most a factor of two.
 """

@@ -1,7 +1,7 @@
 """The two things every forward takes: rows' tokens end to end, and which adapter each token uses.
 
-A PackedBatch has no padding: B rows of any length stand behind one another, T tokens in all. A row may continue a sequence whose earlier tokens are in
-the KV cache (`context`), so prefill, chunked prefill, decode, scoring and training are one form. An AdapterBatch names segments of those T tokens.
+A PackedBatch has no padding: B rows of any length stand behind one another, T tokens in all. A row may continue a sequence whose earlier tokens are
+in the KV cache (`context`), so prefill, chunked prefill, decode, scoring and training are one form. An AdapterBatch names segments of those T tokens.
 
 Used by decoder.py; built by train (no cache, adapters that need gradients) and by the engine's runner (cache, adapters in a bank).
 """
@@ -26,8 +26,8 @@ class PackedBatch:
     """B rows, T tokens.
 
     token_ids [T] int64; positions [T] int64, each token's place in its sequence; row_starts B + 1 bounds; context B counts of tokens that the row
-    already has in the cache; kv_rows B places in the cache (None: no cache); output_index [N] int64, the tokens whose hidden states are wanted (None: all).
-    store=False reads the cached context but leaves the cache as it was, so several rows may continue one cached prompt (scoring options).
+    already has in the cache; kv_rows B places in the cache (None: no cache); output_index [N] int64, the tokens whose hidden states are wanted (None:
+    all). store=False reads the cached context but leaves the cache as it was, so several rows may continue one cached prompt (scoring options).
     """
 
     token_ids: Tensor
@@ -101,7 +101,8 @@ class Segment(NamedTuple):
 class AdapterBatch:
     """Which adapter each token uses; tokens in no segment and in no bank row use the base alone.
 
-    segments do not overlap. bank_rows, if given, covers single-token rows (decode) whose adapters stand in a bank: one product a site for all of them.
+    segments do not overlap. bank_rows, if given, covers single-token rows (decode) whose adapters stand in a bank: one product a site for all of
+    them.
     """
 
     segments: tuple[Segment, ...] = ()

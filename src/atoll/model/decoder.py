@@ -1,7 +1,8 @@
 """The native forward of the Llama family: Llama, Mistral, Qwen2, Qwen3 and all that share their blocks (SmolLM2 among them).
 
-One function runs training, prefill, decode and scoring, because all of them are packed batches. Linears are fused where they share an input (q k v; gate
-up), the residual stream stays float32 and only the inputs of products are rounded to the compute dtype, and nothing frozen ever asks for a gradient.
+One function runs training, prefill, decode and scoring, because all of them are packed batches. Linears are fused where they share an input (q k v;
+gate up), the residual stream stays float32 and only the inputs of products are rounded to the compute dtype, and nothing frozen ever asks for a
+gradient.
 
 Used by train (gradients, no cache) and by the engine's runner (cache, no gradients).
 """
@@ -144,7 +145,8 @@ class Decoder:
     def forward(self, batch: PackedBatch, adapters: AdapterBatch = BASE_ONLY, cache: KvCache | None = None) -> Tensor:
         """The final normed hidden states [N, D] of the tokens in batch.output_index (all T tokens if None), in the compute dtype.
 
-        cache is needed exactly when the batch names kv_rows. Differentiable in the adapters' tensors when gradients are enabled and there is no cache.
+        cache is needed exactly when the batch names kv_rows. Differentiable in the adapters' tensors when gradients are enabled and there is no
+        cache.
         """
         cos, sin = self.rotary.cos_sin(batch)
         attention = Attention(batch, cache)

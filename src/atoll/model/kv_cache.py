@@ -1,7 +1,8 @@
 """The keys and values of running sequences: a fixed set of rows, each as long as the longest sequence the engine accepts.
 
 A row belongs to one sequence from `take` to `give_back`; decode reads it in place, without gathering. Rows are handed out lowest first, so running
-sequences stand close together and the batched attention of decode covers few idle rows. Memory that was never written costs nothing (untouched pages).
+sequences stand close together and the batched attention of decode covers few idle rows. Memory that was never written costs nothing (untouched
+pages).
 
 Used by the engine (who owns which row) and by attention.py (the tensors). `check` is the engine's integrity test of itself.
 """

@@ -1,7 +1,7 @@
 """Next-token loss at label positions only, without ever holding all logits.
 
-The head is frozen, so the gradient with respect to the hidden states can be made in the forward, chunk by chunk, while the chunk's logits are at hand:
-with a vocabulary of 49,152, four thousand tokens of float32 logits would be 805 MB written, read, and written again.
+The head is frozen, so the gradient with respect to the hidden states can be made in the forward, chunk by chunk, while the chunk's logits are at
+hand: with a vocabulary of 49,152, four thousand tokens of float32 logits would be 805 MB written, read, and written again.
 
 Used by train. The sum (not the mean) is returned: the caller divides by the label tokens of the whole effective batch.
 """

@@ -1,8 +1,8 @@
 """Rotary position embeddings with every scaling that transformers has for Llama-like models.
 
-The frequencies come from transformers itself (`ROPE_INIT_FUNCTIONS`), so linear, dynamic, yarn, longrope and llama3 mean here what they mean there. Two of
-them depend on how long a sequence is; transformers decides by the longest row of a batch, so there a row's answer depends on its neighbours. Here every row
-decides for itself, and a row gives the same logits alone and in a batch.
+The frequencies come from transformers itself (`ROPE_INIT_FUNCTIONS`), so linear, dynamic, yarn, longrope and llama3 mean here what they mean there.
+Two of them depend on how long a sequence is; transformers decides by the longest row of a batch, so there a row's answer depends on its neighbours.
+Here every row decides for itself, and a row gives the same logits alone and in a batch.
 
 Used by decoder.py, once a forward.
 """
@@ -21,7 +21,10 @@ KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 class RotaryTable:
-    """Turns positions into cos and sin. Frequencies are float32; `cos_sin` gives [T, K/2] each, scaled by the attention factor of yarn and longrope."""
+    """Turns positions into cos and sin.
+
+    Frequencies are float32; `cos_sin` gives [T, K/2] each, scaled by the attention factor of yarn and longrope.
+    """
 
     def __init__(self, config: Any, device: torch.device | str) -> None:
         parameters = dict(config.rope_parameters or {})

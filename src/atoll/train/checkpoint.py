@@ -1,7 +1,7 @@
 """A training job's whole state in one file, replaced in one rename.
 
-One file, because two files can be torn apart by a kill between them. It holds the masters, both AdamW moments, the best step's values and, as text in the
-safetensors header, the counters; the digest says which job it belongs to, so a changed config or data set never resumes from it.
+One file, because two files can be torn apart by a kill between them. It holds the masters, both AdamW moments, the best step's values and, as text in
+the safetensors header, the counters; the digest says which job it belongs to, so a changed config or data set never resumes from it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Train one LoRA adapter over a frozen base.
 
-The state of a job is a step count and three vectors; everything else (row order, dropout, learning rate) is a function of the config and the step. So a
-run that is killed and resumed from its last checkpoint takes the same steps again and ends with the same weights, bit for bit on a CPU in float32.
+The state of a job is a step count and three vectors; everything else (row order, dropout, learning rate) is a function of the config and the step. So
+a run that is killed and resumed from its last checkpoint takes the same steps again and ends with the same weights, bit for bit on a CPU in float32.
 
 The loss is the mean over the label tokens of the whole effective batch, however it is cut into micro-batches. Used by workflows.
 """

@@ -1,7 +1,8 @@
 """The tensors of one training job: float32 masters in one flat buffer, seen by the forward as fused LoRA factors.
 
-Every A and B is a leaf whose storage is a slice of one vector, and its gradient a slice of another, so the optimizer, clipping and checkpoints are single
-operations on two vectors instead of a walk over hundreds of small tensors. Factors of linears that share an input are stored fused (see model.apply).
+Every A and B is a leaf whose storage is a slice of one vector, and its gradient a slice of another, so the optimizer, clipping and checkpoints are
+single operations on two vectors instead of a walk over hundreds of small tensors. Factors of linears that share an input are stored fused (see
+model.apply).
 
 Used by train.loop; `Adapter` in, `Adapter` out.
 """
