@@ -1,7 +1,7 @@
 """Continuous batching in process: any adapter in any row of one batch, prompts and single tokens side by side.
 
-One step is schedule, run, finish. `scheduler` chooses rows in plain Python; `runner` packs them, calls the shared forward and gives hidden states;
-`sampler` turns those into tokens; `engine` joins them and owns who holds what.
+The one idea: a step is schedule, run, finish. The scheduler chooses rows in plain Python, the runner packs them and calls the shared forward, the sampler
+turns hidden states into tokens, and the engine joins them and owns who holds what.
 
     config.py     EngineConfig: the limits
     request.py    what a user asks and gets: Request, SamplingParams, ScoreRequest, Completion, TokenEvent
@@ -11,6 +11,7 @@ One step is schedule, run, finish. `scheduler` chooses rows in plain Python; `ru
     pool.py       registered and resident adapters: load, pin, evict by bytes
     runner.py     one forward over rows of the KV cache
     sampler.py    logits to tokens and log-probabilities
+    step.py       a step's work to outcomes, tried again adapter by adapter where the forward raises
     scoring.py    log-probabilities of given continuations
     engine.py     Engine
 

@@ -1,4 +1,7 @@
-"""The engine's limits. Every field's description is also its help text."""
+"""The engine's limits: rows, tokens a row, tokens a step, waiting requests, bytes of adapters. Every field's description is also its help text.
+
+Used by engine.py, and by whoever makes an engine (workflows, server, cli).
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,13 @@ class EngineConfig(Section):
         default=None, ge=2, description="Tokens one row may hold, prompt and answer together. Default: the base's context length, 2,048 at most."
     )
     max_step_tokens: int = Field(
-        2048, ge=2, description="Tokens one step computes: running rows first, prompts with what is left, in chunks if need be."
-    ) max_waiting: int = Field(default=10_000, ge=1, description="Requests that may wait; more are refused.") adapter_bytes: int = Field(default=1 <<
-    30, ge=1, description="Bytes that resident adapters may take; idle ones leave, least recently used first.") max_overtakes: int = Field(default=16,
-    ge=0, description="How often later requests may pass one that waits for its adapter before it comes next.")
+        default=2048, ge=2, description="Tokens one step computes: running rows first, prompts with what is left, in chunks if need be."
+    )
+    max_waiting: int = Field(default=10_000, ge=1, description="Requests that may wait; more are refused.")
+    adapter_bytes: int = Field(
+        default=1 << 30, ge=1, description="Bytes that resident adapters may take; idle ones leave, least recently used first."
+    )
+    max_overtakes: int = Field(default=16, ge=0, description="How often later requests may pass one that waits for its adapter before it comes next.")
 
     @model_validator(mode="after")
     def _leave_room_for_prompts(self) -> Self:

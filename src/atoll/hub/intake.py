@@ -11,11 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import secrets
+import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from atoll.errors import AdapterFormatError, AtollError, BaseMismatch, UnsupportedAdapter
 from atoll.hub.blobs import copy_and_hash, sha256_of
@@ -53,6 +58,43 @@ class Intake:
     rank: int
     num_parameters: int
     left_out: tuple[str, ...]
+
+
+class Quarantines:
+    """Private folders of publishers at work, on the hub's file system.
+
+    An owner holds the lock file beside its folder as long as it lives, so that `sweep` can tell what a killed process left behind.
+    """
+
+    def __init__(self, root: Path, lock: Path) -> None:
+        """`lock` is the hub's: held for a moment, so that no quarantine appears half-made while another process sweeps."""
+        self._root, self._lock = root, lock
+
+    @contextmanager
+    def new(self) -> Iterator[Path]:
+        """An empty folder, gone at the end of the block."""
+        place = self._root / secrets.token_hex(8)
+        owner = FileLock(place.with_suffix(".lock"))
+        with FileLock(self._lock):
+            owner.acquire()
+            place.mkdir()
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)  # what resists is left for sweep
+            place.with_suffix(".lock").unlink(missing_ok=True)
+            owner.release()
+
+    def sweep(self) -> None:
+        """Remove the quarantines of dead owners."""
+        with FileLock(self._lock):
+            for lock in self._root.glob("*.lock"):
+                try:
+                    with FileLock(lock, timeout=0):
+                        shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                        lock.unlink(missing_ok=True)
+                except Timeout:
+                    continue  # its owner is at work
 
 
 def take_in(

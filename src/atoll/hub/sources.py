@@ -30,7 +30,6 @@ def opened(source: str | Path, scratch: Path) -> Iterator[tuple[Path, dict[str, 
 
 
 def _download(source: str, scratch: Path) -> tuple[Path, dict[str, Any]]:
-    import httpx  # the HTTP library of huggingface_hub, whose errors it lets through
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -39,8 +38,6 @@ def _download(source: str, scratch: Path) -> tuple[Path, dict[str, Any]]:
         info = HfApi().model_info(repository, revision=revision or None, files_metadata=True)
         _check_listing(source, {file.rfilename: file.size or 0 for file in info.siblings or []})
         folder = Path(snapshot_download(repository, revision=info.sha, allow_patterns=list(MAX_BYTES), local_dir=scratch))
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx.TransportError, ConnectionError) as error:
-        raise HubError(f"{source} could not be fetched: the Hugging Face hub is not reachable", hint="go online, or pull from a folder") from error
     except HFValidationError as error:
         raise HubError(f"{source}: {error}", hint="write hf:owner/name or hf:owner/name@revision") from error
     except RepositoryNotFoundError as error:
@@ -49,6 +46,12 @@ def _download(source: str, scratch: Path) -> tuple[Path, dict[str, Any]]:
         ) from error
     except HfHubHTTPError as error:
         raise HubError(f"{source}: the Hugging Face hub answered {error.response.status_code}", hint="check the name and the revision") from error
+    except Exception as error:
+        # The client lets its HTTP library's errors through, and which library that is (requests, httpx, httpx2) depends on its version.
+        offline = isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError | ConnectionError)
+        if not offline and not type(error).__module__.startswith(("httpx", "requests", "urllib3")):
+            raise
+        raise HubError(f"{source} could not be fetched: the Hugging Face hub is not reachable", hint="go online, or pull from a folder") from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the downloader's notes, which are not the repository's
     return folder, {"source": f"hf:{repository}", "revision": info.sha}
 

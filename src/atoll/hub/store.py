@@ -16,13 +16,11 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -32,7 +30,7 @@ from atoll.hub.blobs import copy_and_hash, link_or_copy, open_blobs, sha256_of, 
 from atoll.hub.card import Card, Parent
 from atoll.hub.compatibility import Shapes, Verdict, verdict
 from atoll.hub.database import Database, sqlite_url
-from atoll.hub.intake import MAX_BYTES, README_FILE, Intake, StoredFile, read_json_object, take_in, tensor_shapes, version_digest
+from atoll.hub.intake import MAX_BYTES, README_FILE, Intake, Quarantines, StoredFile, read_json_object, take_in, tensor_shapes, version_digest
 from atoll.hub.ledger import Ledger
 from atoll.hub.names import check_name, check_tag, parse_reference
 from atoll.hub.records import FileRow, ParentRow, TagRow, Version, VersionRow, version_of
@@ -81,12 +79,13 @@ class Hub(Ledger):
 
             root = atoll_home() / "hub"
         self.root = Path(root).expanduser().absolute()
-        self._adapters, self._staging, self._lock = self.root / "adapters", self.root / "staging", self.root / "hub.lock"
+        self._adapters, staging, lock = self.root / "adapters", self.root / "staging", self.root / "hub.lock"
         with storage_errors(f"opening the hub at {self.root}"):
-            for folder in (self._adapters, self._staging):
+            for folder in (self._adapters, staging):
                 folder.mkdir(parents=True, exist_ok=True)
             self._blobs = open_blobs(self.root, blob_url)
-            self._database = Database(database_url or sqlite_url(self.root / "hub.db"), self._lock)
+            self._database = Database(database_url or sqlite_url(self.root / "hub.db"), lock)
+        self._quarantines = Quarantines(staging, lock)
         self._fault = fault
 
     # ---- in and out ----
@@ -110,7 +109,7 @@ class Hub(Ledger):
 
     def pull(self, source: Path | str, name: str, *, tags: Sequence[str] = (), message: str = "", licence: str | None = None) -> Version:
         """Bring a PEFT folder, or "hf:owner/name[@revision]", into the hub. Its files stay bit-exact; a manifest with the origin is put beside."""
-        with storage_errors(f"pulling {source}"), self._quarantine() as scratch, opened(source, scratch / "download") as (folder, origin):
+        with storage_errors(f"pulling {source}"), self._quarantines.new() as scratch, opened(source, scratch / "download") as (folder, origin):
             return self._take(folder, name, tags=tags, message=message, licence=licence, base=None, origin=origin)
 
     def _take(
@@ -130,7 +129,7 @@ class Hub(Ledger):
         with self._database.read() as session:
             index.check_free(session, name)  # before the work; add_version asks again under the writer's lock
             session.rollback()
-        with storage_errors(f"publishing {folder} as {name!r}"), self._quarantine() as place:
+        with storage_errors(f"publishing {folder} as {name!r}"), self._quarantines.new() as place:
             self._check_room(folder)
             files = place / "files"
             files.mkdir()
@@ -179,7 +178,7 @@ class Hub(Ledger):
         """The version's folder, an ordinary PEFT folder that never changes; rebuilt from the blobs if this machine does not have it."""
         found = self.resolve(version) if isinstance(version, str) else version
         if not found.path.is_dir():
-            with storage_errors(f"building the folder of {found.ref}"), self._quarantine() as place:
+            with storage_errors(f"building the folder of {found.ref}"), self._quarantines.new() as place:
                 try:
                     self._build_folder(found.digest, self._files(found.digest), place)
                 except FileNotFoundError as error:
@@ -318,7 +317,7 @@ class Hub(Ledger):
         It holds the writer's lock: a publisher's row is either there, and its files are kept, or not yet, and it will look for its files again.
         """
         num_blobs = num_folders = freed = 0
-        self._sweep_quarantines()
+        self._quarantines.sweep()
         with storage_errors("garbage collection"), self._database.write() as session:
             used = set(session.scalars(select(FileRow.sha256)))
             alive = set(session.scalars(select(VersionRow.digest)))
@@ -332,33 +331,7 @@ class Hub(Ledger):
                     num_folders += 1
         return GcReport(num_blobs, num_folders, freed)
 
-    def _sweep_quarantines(self) -> None:
-        """A quarantine's owner holds the lock file beside it as long as it lives. The hub's lock keeps new ones from appearing meanwhile."""
-        with FileLock(self._lock):
-            for lock in self._staging.glob("*.lock"):
-                try:
-                    with FileLock(lock, timeout=0):
-                        shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-                        lock.unlink(missing_ok=True)
-                except Timeout:
-                    continue  # its owner is at work
-
     # ---- storing ----
-
-    @contextmanager
-    def _quarantine(self) -> Iterator[Path]:
-        """A private empty folder on the hub's file system, gone at the end; what a killed process leaves, gc sweeps."""
-        place = self._staging / secrets.token_hex(8)
-        owner = FileLock(place.with_suffix(".lock"))
-        with FileLock(self._lock):
-            owner.acquire()
-            place.mkdir()
-        try:
-            yield place
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-            place.with_suffix(".lock").unlink(missing_ok=True)
-            owner.release()
 
     def _check_room(self, folder: Path) -> None:
         needed = SPARE_BYTES + sum((folder / name).stat().st_size for name in MAX_BYTES if (folder / name).is_file())

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import struct
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -116,9 +117,10 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     for site, module in adapter.modules.items():
         tensors[peft_key(site, "A")], tensors[peft_key(site, "B")] = module.a.detach().contiguous(), module.b.detach().contiguous()
     write_file(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-    write_file(folder / CONFIG_FILE, _dump(peft_config(adapter.spec)))
+    # Not sorted: PEFT takes the first entry of rank_pattern and alpha_pattern that names a module, so their order has a meaning.
+    write_file(folder / CONFIG_FILE, _dump(peft_config(adapter.spec), sort=False))
     if adapter.manifest:
-        write_file(folder / MANIFEST_FILE, _dump(adapter.manifest))
+        write_file(folder / MANIFEST_FILE, _dump(adapter.manifest, sort=True))
 
 
 def peft_config(spec: AdapterSpec) -> dict[str, Any]:
@@ -161,8 +163,8 @@ def write_file(path: Path, data: bytes) -> None:
         raise StorageError(f"{path} could not be written: {error.strerror or error}", hint="free some space or choose another folder") from error
 
 
-def _dump(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+def _dump(value: Mapping[str, Any], sort: bool) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=sort, ensure_ascii=False) + "\n").encode()
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -186,7 +188,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterFormatError(f"{path.parent} has no {path.name}", hint=f"an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of more digits than Python converts
         raise AdapterFormatError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise AdapterFormatError(f"{path} holds a {type(value).__name__}, but a JSON object was expected")
@@ -217,7 +219,7 @@ def _read_spec(path: Path) -> AdapterSpec:
         alpha=_number(config, "lora_alpha", path, 8.0),
         target_modules=_targets(config.get("target_modules"), path),
         dropout=dropout,
-        use_rslora=bool(config.get("use_rslora", False)),
+        use_rslora=_flag(config, "use_rslora", path),
         rank_pattern={
             _literal(k, "rank_pattern", path): _rank(v, f"rank_pattern.{k}", path) for k, v in _mapping(config, "rank_pattern", path).items()
         },
@@ -235,9 +237,16 @@ def _mapping(config: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
 
 def _number(config: Mapping[str, Any], key: str, path: Path, default: float) -> float:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterFormatError(f"{path}: {key} is {value!r}, but a finite number was expected")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise AdapterFormatError(f"{path}: {key} is {value!r:.40}, but a finite number was expected")
     return float(value)
+
+
+def _flag(config: Mapping[str, Any], key: str, path: Path) -> bool:
+    value = config.get(key) or False
+    if not isinstance(value, bool):
+        raise AdapterFormatError(f"{path}: {key} is {value!r:.40}, but true or false was expected")
+    return value
 
 
 def _rank(value: Any, key: str, path: Path) -> int:
@@ -267,7 +276,7 @@ def _targets(value: Any, path: Path) -> tuple[str, ...]:
 
 
 def _layers(value: Any, path: Path) -> tuple[int, ...] | None:
-    if value is None:
+    if value is None or value == []:  # PEFT reads an empty list as all layers
         return None
     layers = [value] if isinstance(value, int) else value
     if not isinstance(layers, list) or not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 10_000 for item in layers):
@@ -295,7 +304,7 @@ def _read_modules(path: Path, spec: AdapterSpec) -> dict[Site, LoraModule]:
                     f"{path}: {peft_key(site, name)} has values that are not finite (NaN or infinity)", hint="retrain the adapter"
                 )
         modules[site] = LoraModule(a, b, spec.scaling_at(site))
-    expected = set(spec.sites(1 + max(site.layer for site in modules)))
+    expected = set(spec.sites(1 + max(*(site.layer for site in modules), *(spec.layers_to_transform or (0,)))))
     if expected != set(modules):
         site = min(expected ^ set(modules))
         what = "has no factors for" if site in expected else "has factors, which its config does not cover, for"
@@ -352,7 +361,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
 
     try:
         header = json.loads(raw, object_pairs_hook=no_repeats)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterFormatError(f"{path}: the safetensors header is not JSON") from error
     if not isinstance(header, dict):
         raise AdapterFormatError(f"{path}: the safetensors header is not an object")
@@ -367,7 +376,7 @@ def _entry(name: str, entry: Any, path: Path) -> tuple[tuple[int, ...], tuple[in
         whole = False
     if not whole:
         raise AdapterFormatError(f"{path}: the header's entry for {name!r} is malformed")
-    if dtype not in _DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         raise AdapterFormatError(f"{path}: {name} is stored as {dtype}, but {', '.join(_DTYPE_BYTES)} were expected")
     return shape, (start, stop), _DTYPE_BYTES[dtype]
 

@@ -88,6 +88,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: int, group: in
     """
     updates = [(s.start, s.stop, found) for s in adapters.segments if s.stop > s.start and (found := s.weights.update(layer, group)) is not None]
     if torch.is_grad_enabled() and (x.requires_grad or any(u.a.requires_grad for _, _, u in updates)):
+        assert adapters.bank_rows is None, "decode rows of a bank have no gradients"
         tensors = [tensor for _, _, u in updates for tensor in (u.a, *(part.b for part in u.parts))]
         layout = [(start, stop, [(*part[:4], part.scaling) for part in u.parts], u.dropout, u.dropout_seed) for start, stop, u in updates]
         out: Tensor = _LoraLinear.apply(x, weight, bias, layout, *tensors)

@@ -124,9 +124,11 @@ class Decoder:
         layers = tuple(_read_layer(reader, shape, index, config) for index in range(shape.num_layers))
         embedding = reader.take("model.embed_tokens.weight", (shape.vocabulary, shape.hidden))
         final_norm = reader.take("model.norm.weight", (shape.hidden,)).float()
-        tied = bool(config.tie_word_embeddings)
-        head = embedding if tied else reader.take("lm_head.weight", (shape.vocabulary, shape.hidden))
-        reader.refuse_leftovers(allowed=("lm_head.weight",) if tied else ())
+        head = embedding
+        if not config.tie_word_embeddings or reader.has("lm_head.weight"):
+            own = reader.take("lm_head.weight", (shape.vocabulary, shape.hidden))
+            head = embedding if torch.equal(own, embedding) else own  # a head of its own in the files wins over "tied" in the config, as in transformers
+        reader.refuse_leftovers()
         return cls(shape, embedding, layers, final_norm, head, RotaryTable(config, device))
 
     @property
@@ -273,10 +275,10 @@ class _Reader:
         self._taken.add(name)
         return tensor.to(device=self._device, dtype=self._dtype).contiguous()
 
-    def refuse_leftovers(self, allowed: tuple[str, ...]) -> None:
+    def refuse_leftovers(self) -> None:
         """A tensor that the forward does not use would be a part of the model silently left out."""
         for name in self._tensors:
-            if name not in self._taken and name not in allowed and not name.endswith("rotary_emb.inv_freq"):
+            if name not in self._taken and not name.endswith("rotary_emb.inv_freq"):
                 raise BaseFormatError(
                     f"the base has a tensor {name!r} that the native forward does not use", hint="it is a variant of the family; choose another base"
                 )

@@ -14,7 +14,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("o_proj"
 QKV, OUT, GATE_UP, DOWN = range(4)  # indices into GROUPS
 
 _PARENTS = {target: "self_attn" if target in GROUPS[QKV] + GROUPS[OUT] else "mlp" for target in TARGETS}
-_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d{1,4})\.(self_attn|mlp)\.([a-z_]+)\.lora_([AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.model\.layers\.(0|[1-9][0-9]{0,3})\.(self_attn|mlp)\.([a-z_]+)\.lora_([AB])\.weight")
 
 
 class Site(NamedTuple):

@@ -173,6 +173,11 @@ class TrainingJob:
                 total += float(self._loss(rows)[0])
                 labels += sum(row.num_labels for row in rows)
         loss = total / labels
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the validation loss after step {progress.step} is {loss}: training diverged",
+                hint=f"lower trainer.learning_rate (now {config.learning_rate}); the last checkpoint is kept",
+            )
         progress.evaluations.append((progress.step, loss))
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0

@@ -9,6 +9,7 @@ Used by train.loop; `Adapter` in, `Adapter` out.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 
 import torch
@@ -71,7 +72,9 @@ class TrainableLora:
         found = self._updates.get((layer, group))
         if found is None or self.dropout_seed is None or not self.spec.dropout:
             return found
-        return found._replace(dropout=self.spec.dropout, dropout_seed=self.dropout_seed * 4096 + layer * len(GROUPS) + group)
+        # Mixed down to 32 bits here, because torch's CPU generator ignores the higher bits of a seed: steps 1024 apart would share their masks.
+        seed = zlib.crc32(f"{self.dropout_seed} {layer} {group}".encode())
+        return found._replace(dropout=self.spec.dropout, dropout_seed=seed)
 
     def adapter(self, values: Tensor | None = None) -> Adapter:
         """A copy of the factors as they are now, or as they were in `values` [P] (the best step's)."""
