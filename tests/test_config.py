@@ -67,7 +67,7 @@ def problem(**values: Any) -> ConfigError:
         ({"data": {"metric": "acuracy"}}, "did you mean accuracy?"),
         ({"data": {"match": "digits"}}, "must be one of plain, number, number_after_####, sql, json"),
         ({"data": {"label_set": ["yes", False]}}, "data.label_set[1] is False: must be text, but this is true or false; put it in quotes"),
-        ({"data": {"label_set": [1, 2]}}, "data.label_set[0] is 1: must be text, but this is a number; put it in quotes"),
+        ({"data": {"label_set": [1, "b"]}}, "data.label_set[0] is 1: must be text, but this is a number; put it in quotes"),
         ({"data": {"label_set": []}}, "must not be empty"),
         ({"data": {"label_set": ["a", "b", "a"]}}, "has 'a' more than once"),
         ({"data": {"template": "{text"}}, "braces do not match"),
@@ -103,6 +103,7 @@ def test_an_unknown_key_gets_the_nearest_valid_one() -> None:
 
 def test_the_first_problem_is_told_in_full_and_the_others_are_counted() -> None:
     """A wall of text hides the problem; one at a time without a count feels endless."""
+    assert problem(data={"label_set": [1, "b"]}).message.endswith("put it in quotes")  # one wrong entry is one problem
     message = problem(adapter={"r": 0}, trainer={"epochs": 0, "seed": -1}).message
     assert "adapter.r is 0" in message
     assert message.endswith("(and 2 more problems: trainer.epochs, trainer.seed)")
@@ -233,7 +234,9 @@ def test_a_bad_task_is_named_by_its_place(tasks: list[Any], said: str) -> None:
 
 def test_a_mixture_that_contradicts_itself_names_the_task() -> None:
     """Each part may be valid alone; the sum is what is trained."""
-    config = land(defaults={"adapter": {"rank_pattern": {"up_proj": 4}}}, tasks=["builtin:a", {"data": "builtin:b", "adapter": {"target_modules": ["q_proj"]}}])
+    config = land(
+        defaults={"adapter": {"rank_pattern": {"up_proj": 4}}}, tasks=["builtin:a", {"data": "builtin:b", "adapter": {"target_modules": ["q_proj"]}}]
+    )
     with pytest.raises(ConfigError, match=r"tasks\[1\] \(b\), with the defaults: adapter: rank_pattern names 'up_proj'"):
         config.jobs()
 

@@ -22,9 +22,9 @@ def test_importing_atoll_loads_neither_torch_nor_pydantic() -> None:
 
 def test_reading_a_config_loads_no_torch() -> None:
     """Checking a file is quick, also where torch takes seconds to load."""
-    code = "import sys, atoll; atoll.load_config; atoll.TrainConfig(base='x'); print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    code = "import sys, atoll; atoll.load_config; atoll.TrainConfig(base='x'); print('torch' in sys.modules or 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("name", atoll.__all__)

@@ -114,7 +114,13 @@ def test_where_names_the_line_of_a_key_or_of_what_encloses_it(tmp_path: Path) ->
 
 def test_written_yaml_reads_back_the_same(tmp_path: Path) -> None:
     """Text that looks like another type must be quoted when it is written, or a label becomes a number on the way back."""
-    values = {"a": ["5e-4", "017", "true", "null", "~", "", "no", "<<", "12:30", "#x", "- y"], "b": 1e-8, "c": None, "d": "line\n\nline\n", "e": {"f": 3}}
+    values = {
+        "a": ["5e-4", "017", "true", "null", "~", "", "no", "<<", "12:30", "#x", "- y"],
+        "b": 1e-8,
+        "c": None,
+        "d": "line\n\nline\n",
+        "e": {"f": 3},
+    }
     assert read(tmp_path, dump_yaml(values)).data == values
 
 

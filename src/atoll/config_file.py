@@ -65,9 +65,9 @@ def load_config(
     `tasks.dates.adapter.r`), as `--set` gives them (parse_overrides); paths among them are relative to the working directory, not to the file.
     """
     file = read_yaml(Path(path))
-    foreign = translate(file) if is_ludwig(file.data) else None
+    foreign = translate(file) if is_ludwig(file) else None
     data: dict[str, Any] = foreign.data if foreign is not None else file.data
-    found: Literal["train", "land"] = "land" if "tasks" in data else "train"
+    found: Literal["train", "land"] = "land" if "tasks" in data or (foreign is None and "defaults" in data) else "train"
     if kind is not None and kind != found:
         raise _wrong_kind(file, found, foreign is not None)
 
@@ -163,7 +163,7 @@ def _jobs(land: LandConfig, file: YamlFile) -> tuple[TrainConfig, ...]:
 
 def _wrong_kind(file: YamlFile, found: str, foreign: bool) -> ConfigError:
     if found == "land":
-        return ConfigError(f"{file.path} is a land file (it has tasks), expected a training file", hint=f"run: atoll land {file.path}")
+        return ConfigError(f"{file.path} is a land file (it has tasks or defaults), expected a training file", hint=f"run: atoll land {file.path}")
     form = "a training file in Ludwig's form" if foreign else "a training file (it has no tasks)"
     return ConfigError(f"{file.path} is {form}, expected a land file", hint=f"run: atoll train {file.path}")
 

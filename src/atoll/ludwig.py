@@ -19,6 +19,7 @@ from atoll.ludwig_keys import ADAM_LIKE, ADAPTER_TYPES, DECAYS, OPTIMIZERS, RULE
 from atoll.yaml_file import Key, YamlFile, key_hint, key_text, kind_of, nearest
 
 _MARKS = ("base_model", "model_type", "input_features", "output_features", "output_feature", "preprocessing", "prompt")
+_OWN_MARKS = ("base", "data", "tasks")
 _SHORT_SECTIONS = ("adapter", "trainer.optimizer")  # `adapter: lora` is short for `adapter: {type: lora}`
 _LORA_LAND: Mapping[str, Any] = {"learning_rate": 2e-4, "schedule": "cosine", "warmup_fraction": 0.03, "epochs": 3, "early_stop_patience": 5}
 _BATCH_SIZE = 16
@@ -34,9 +35,16 @@ class Translation:
     origins: Mapping[str, Key]
 
 
-def is_ludwig(data: Mapping[str, Any]) -> bool:
-    """Whether a file's top-level keys are Ludwig's or Predibase's rather than Atoll's."""
-    return any(mark in data for mark in _MARKS) and not any(own in data for own in ("base", "data", "tasks"))
+def is_ludwig(file: YamlFile) -> bool:
+    """Whether a file's top-level keys are Ludwig's or Predibase's. Raises ConfigError when some are and some are Atoll's."""
+    theirs = next((mark for mark in _MARKS if mark in file.data), None)
+    ours = next((mark for mark in _OWN_MARKS if mark in file.data), None)
+    if theirs is not None and ours is not None:
+        raise ConfigError(
+            f"{file.where((theirs,))}: {theirs} is a key of Ludwig's form, but {ours} (line {file.lines[ours,]}) is one of Atoll's",
+            hint="keep to one form; examples/train.yaml and examples/lora_land_article.yaml show each",
+        )
+    return theirs is not None
 
 
 def translate(file: YamlFile) -> Translation:

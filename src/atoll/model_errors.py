@@ -35,10 +35,11 @@ def config_error(
     path = renamed(key_text(key)) or key_text(key)
     sentence, hint = _sentence(first, key, path, model)
     origin = where(key)
+    others = [other for other in others if key[: len(other["loc"])] != other["loc"]]  # a list with a wrong entry is no second problem
     if others:
-        names = list(dict.fromkeys(key_text(other["loc"]) for other in others if other["loc"] != key))
-        listed = f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
-        sentence += f" (and {len(others)} more problem{'s' if len(others) > 1 else ''}{listed})"
+        names = list(dict.fromkeys(key_text(other["loc"]) for other in others))
+        listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        sentence += f" (and {len(others)} more problem{'s' if len(others) > 1 else ''}: {listed})"
     return ConfigError(f"{origin}: {sentence}" if origin else sentence, hint=hint)
 
 

@@ -1,7 +1,7 @@
 """Continuous batching in process: any adapter in any row of one batch, prompts and single tokens side by side.
 
-The one idea: a step is schedule, run, finish. The scheduler chooses rows in plain Python, the runner packs them and calls the shared forward, the sampler
-turns hidden states into tokens, and the engine joins them and owns who holds what.
+The one idea: a step is schedule, run, finish. The scheduler chooses rows in plain Python, the runner packs them and calls the shared forward, the
+sampler turns hidden states into tokens, and the engine joins them and owns who holds what.
 
     config.py     EngineConfig: the limits
     request.py    what a user asks and gets: Request, SamplingParams, ScoreRequest, Completion, TokenEvent

@@ -83,7 +83,7 @@ class Sequence:
 
     def end(self, reason: FinishReason, error: str = "") -> TokenEvent:
         """Finish without a token: cancelled, or failed."""
-        return self._last(None, self._text.finish(may_stop=False), None, reason, None, error)
+        return self._last(None, self._text.abandon(), None, reason, None, error)
 
     def _last(
         self, token: int | None, text: str, logprob: TokenLogprob | None, reason: FinishReason, stopped_by: str | int | None, error: str = ""

@@ -94,6 +94,12 @@ class TextStream:
         self._parts.append(rest)
         return out + rest
 
+    def abandon(self) -> str:
+        """The request ends without its last token: return what is decoded; an open character is dropped."""
+        rest, self._held = self._held, ""
+        self._parts.append(rest)
+        return rest
+
     def _advance(self, new: str, may_stop: bool) -> str:
         if not new:
             return ""

@@ -73,7 +73,8 @@ class Card:
 
     def _facts(self) -> str:
         version, base = self.version, self.base
-        spec = [(key, self.config[key]) for key in _SPEC_SHOWN if self.config.get(key) not in (None, {}, [], False)]
+        stated = {key: self.config[key] for key in _SPEC_SHOWN if self.config.get(key) not in (None, {}, [], False)}
+        spec = [(key, ", ".join(map(str, value)) if isinstance(value, list) else value) for key, value in stated.items()]
         rows = [
             ("version", f"{version.number}{' (yanked)' if version.yanked else ''}, {version.created:%Y-%m-%d %H:%M} UTC"),
             ("digest", f"sha256:{version.digest}"),

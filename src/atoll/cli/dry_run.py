@@ -1,0 +1,165 @@
+"""What `atoll train --dry-run` prints: the configuration as it was understood, prompts as the model will see them, counts, and what it would cost.
+
+Nothing is trained and no folder or hub is touched; only a base that is not on this disk yet is fetched, since its tokenizer does the counting.
+
+Used by train.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from atoll.cli.output import Column, clean, duration, size, to_terminal, warn, write, write_json, write_table
+from atoll.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from atoll.config import TrainConfig
+    from atoll.config_file import LoadedConfig
+    from atoll.data.encode import Encoded, EncodedRow
+    from atoll.train.plan import CostEstimate, TrainingPlan
+
+NUM_PROMPTS = 2
+LONGEST_SHOWN = 1500  # characters of a prompt; of a longer one the beginning and the end
+NUM_CUT_SHOWN = 5
+
+
+def show_plan(loaded: LoadedConfig[TrainConfig], as_json: bool) -> None:
+    """Plan the job, measure its cost, print both. Raises what loading raises."""
+    from atoll.train.plan import estimate_cost
+    from atoll.workflows import make_plan
+
+    with progress_bar() as progress:
+        plan = make_plan(loaded.config, root=loaded.root, progress=progress)
+        progress("measuring one forward and backward pass", 0, 1)
+        cost = estimate_cost(plan)
+    warnings = [*loaded.warnings, *plan_warnings(plan)]
+    if as_json:
+        write_json(_as_json(plan, cost, warnings))
+        return
+    _show_config(loaded)
+    _show_prompts(plan)
+    _show_counts(plan)
+    _show_cost(plan, cost)
+    for warning in warnings:
+        warn(warning)
+
+
+def plan_warnings(plan: TrainingPlan) -> list[str]:
+    """What is allowed but probably not meant."""
+    warnings = []
+    if plan.train.num_cut:
+        share = plan.train.num_cut / len(plan.train.rows)
+        warnings.append(f"{plan.train.num_cut} training rows ({share:.0%}) lose the beginning of their prompt at {plan.train.max_length} tokens")
+    if not plan.validation.rows:
+        warnings.append("there are no validation rows: training cannot stop early, and keeps its last step instead of its best one")
+    if not plan.data.test:
+        warnings.append("there are no test rows: the adapter cannot be scored on this data")
+    if plan.config.trainer.max_steps is not None and plan.total_steps * plan.config.trainer.batch_size < len(plan.train.rows):
+        warnings.append(f"{plan.total_steps} steps of {plan.config.trainer.batch_size} rows do not reach every one of the {len(plan.train.rows)} rows")
+    return warnings
+
+
+def _show_config(loaded: LoadedConfig[TrainConfig]) -> None:
+    from atoll.config_file import to_yaml
+
+    form = "" if loaded.source == "atoll" else f", translated from {loaded.source.capitalize()}'s form"
+    write(f"# {loaded.path}{form}, with every default\n{to_yaml(loaded.config).rstrip()}\n")
+
+
+def _show_prompts(plan: TrainingPlan) -> None:
+    rows = plan.train.rows[:NUM_PROMPTS]
+    write(f"# {len(rows)} of {len(plan.train.rows)} training rows; what is learned stands in ⟦ ⟧, the rest is masked")
+    for row in rows:
+        write(f"--- {row.where}: {row.first_label} tokens masked, {row.num_labels} learned")
+        _write_preview(preview_of(row, plan.base.tokenizer))
+    write("")
+
+
+def preview_of(row: EncodedRow, tokenizer: Any) -> list[tuple[str, bool]]:
+    """(text, learned) segments of a row, long texts without their middle."""
+    from atoll.data.encode import preview
+
+    return [(_without_middle(clean(text)), learned) for text, learned in preview(row, tokenizer)]
+
+
+def _write_preview(segments: Sequence[tuple[str, bool]]) -> None:
+    """The marks ⟦ ⟧ are always there; on a terminal the masked part is dim as well."""
+    if not to_terminal():
+        write("".join(f"⟦{text}⟧" if learned else text for text, learned in segments))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    line = Text.assemble(*((f"⟦{text}⟧", "bold green") if learned else (text, "dim") for text, learned in segments))
+    Console(file=sys.stdout, highlight=False).print(line, soft_wrap=True)
+
+
+def _without_middle(text: str) -> str:
+    if len(text) <= LONGEST_SHOWN:
+        return text
+    half = LONGEST_SHOWN // 2
+    return f"{text[:half]} […{len(text) - 2 * half} characters…] {text[-half:]}"
+
+
+def _show_counts(plan: TrainingPlan) -> None:
+    write("# rows and tokens")
+    names = ("part", "rows", "cut", "prompt tokens", "completion tokens", "learned tokens", "p50", "p95", "p99", "longest", "most allowed")
+    rows = []
+    for part, encoded in (("train", plan.train), ("validation", plan.validation)):
+        report = encoded.report()
+        keys = ("rows", "rows_cut", "prompt_tokens", "completion_tokens", "label_tokens", "p50", "p95", "p99", "longest", "max_length")
+        rows.append([part, *(f"{report[key]:,}" for key in keys)])
+    rows.append(["test", f"{len(plan.data.test):,}", *[None] * (len(names) - 2)])
+    write_table([Column(name, right=name != "part") for name in names], rows)
+    for part, encoded in (("train", plan.train), ("validation", plan.validation)):
+        if encoded.cut:
+            write(f"cut in {part}: {_some(encoded)}")
+    write("")
+
+
+def _some(encoded: Encoded) -> str:
+    """The first few places of rows that were cut."""
+    rest = encoded.num_cut - NUM_CUT_SHOWN
+    return ", ".join(encoded.cut[:NUM_CUT_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _show_cost(plan: TrainingPlan, cost: CostEstimate) -> None:
+    measured = f"measured just now on {cost.measured_tokens:,} tokens of this job: {cost.tokens_per_s:,.0f} tokens/s"
+    write(
+        "# what it takes\n"
+        f"trainable parameters  {plan.num_parameters:,}\n"
+        f"optimizer steps       {plan.total_steps:,} of {plan.config.trainer.batch_size} rows\n"
+        f"time                  about {duration(cost.seconds)} ({measured})\n"
+        f"memory                about {size(cost.memory_bytes)} at its peak (computed)"
+    )
+
+
+def _as_json(plan: TrainingPlan, cost: CostEstimate, warnings: Sequence[str]) -> dict[str, Any]:
+    prompts = [
+        {
+            "where": row.where,
+            "segments": [{"text": text, "learned": learned} for text, learned in preview_of(row, plan.base.tokenizer)],
+        }
+        for row in plan.train.rows[:NUM_PROMPTS]
+    ]
+    return {
+        "config": plan.config.model_dump(mode="json"),
+        "job": plan.digest,
+        "prompts": prompts,
+        "rows": {
+            "train": {**plan.train.report(), "cut": list(plan.train.cut)},
+            "validation": {**plan.validation.report(), "cut": list(plan.validation.cut)},
+            "test": {"rows": len(plan.data.test)},
+        },
+        "trainable_parameters": plan.num_parameters,
+        "steps": plan.total_steps,
+        "estimate": {
+            "seconds": round(cost.seconds, 1),
+            "memory_bytes": cost.memory_bytes,
+            "tokens_per_s": round(cost.tokens_per_s, 1),
+            "measured_tokens": cost.measured_tokens,
+        },
+        "warnings": list(warnings),
+    }

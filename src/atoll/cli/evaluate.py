@@ -1,0 +1,103 @@
+"""`atoll eval`: score the base and some adapters on one task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atoll.cli.leaderboard import RUNS, show_board
+from atoll.cli.options import DEFAULT_BASE, BaseOption, DtypeOption, JsonOption, OutOption, overrides, stopped
+from atoll.cli.output import say, write_json
+from atoll.cli.progress import progress_bar
+from atoll.errors import ConfigError
+
+if TYPE_CHECKING:
+    from atoll.config import DataConfig
+
+SECTIONS = ("data", "eval", "generation")
+
+
+def evaluate(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="builtin:NAME, a task folder, or a file of rows.", show_default=False)],
+    models: Annotated[
+        list[str] | None, typer.Option("--model", metavar="REF", help="An adapter of the hub; may be given several times.", show_default=False)
+    ] = None,
+    base: BaseOption = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Use at most so many test rows.", show_default=False)] = None,
+    out: OutOption = None,
+    dtype: DtypeOption = "bfloat16",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting below data, eval or generation, such as data.target=label; repeatable."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score adapters and the base on the test rows of a task, in one batch, and print the leaderboard.
+
+    The base is the one that the first adapter was trained on, unless --base says otherwise. Adapters are asked with the prompt they were trained with.
+    Raw outputs, scores and the leaderboard go to --out (default runs/eval/TASK); what is there already is not measured again.
+
+    \b
+    Examples:
+      atoll eval builtin:dates --model dates
+      atoll eval builtin:support_intents --model support_intents@1 --model support_intents:stable --rows 50
+      atoll eval tickets.csv --model ticket-router --set data.template="Ticket: {text}" --set data.target=team
+    """
+    from atoll.config import EvalConfig, GenerationConfig
+    from atoll.workflows import evaluate as evaluate_workflow
+
+    sections = _sections(settings, rows)
+    data = _data(task, sections["data"])
+    try:
+        with progress_bar() as progress:
+            outcome = evaluate_workflow(
+                base or _base_of(models),
+                models or (),
+                data,
+                root=Path.cwd(),
+                settings=EvalConfig(**sections["eval"]),
+                generation=GenerationConfig(**sections["generation"]),
+                dtype=dtype,
+                out=out or RUNS / "eval" / Path(task.removeprefix("builtin:")).stem,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        raise stopped() from None
+    if as_json:
+        write_json(outcome.leaderboard.to_json())
+    else:
+        show_board(outcome.leaderboard, outcome.notes)
+    say(f"written: {outcome.json_path}, {outcome.markdown_path} and the raw outputs in {outcome.json_path.parent / 'scores'}")
+
+
+def _sections(settings: list[str] | None, rows: int | None) -> dict[str, dict[str, Any]]:
+    """The `--set` values by section."""
+    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for key, value in overrides(settings, eval__test_rows=rows).items():
+        section, dot, name = key.partition(".")
+        if section not in sections or not dot:
+            raise ConfigError(
+                f"--set {key}: an evaluation has the sections {', '.join(SECTIONS)}", hint="for example --set generation.max_new_tokens=64"
+            )
+        sections[section][name] = value
+    return sections
+
+
+def _data(task: str, settings: dict[str, Any]) -> DataConfig:
+    from atoll.config import DataConfig
+
+    return DataConfig(**{"path": task, **settings})
+
+
+def _base_of(models: list[str] | None) -> str:
+    """The base that the first adapter was trained on; the embedded one where no adapter is named."""
+    if not models:
+        return DEFAULT_BASE
+    from atoll.hub import Hub
+
+    version = Hub().resolve(models[0])
+    if version.base is None:
+        raise ConfigError(f"{version.ref} does not say what base it was trained on", hint="name it with --base")
+    return version.base

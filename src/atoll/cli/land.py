@@ -1,0 +1,53 @@
+"""`atoll land`: the main job, from a land file to a leaderboard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atoll.cli.leaderboard import show_board
+from atoll.cli.options import BaseOption, JsonOption, OutOption, SetOption, overrides, stopped
+from atoll.cli.output import say, warn, write_json
+from atoll.cli.progress import progress_bar
+
+
+def land(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The land file (YAML).", show_default=False)],
+    out: OutOption = None,
+    base: BaseOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train an adapter for every task of a file, publish them, measure them against the base, and print the leaderboard.
+
+    Everything goes to --out (default runs/FILE's name): checkpoints, raw outputs, scores, leaderboard.json and leaderboard.md. The same command again
+    does only what is missing or whose inputs have changed. A task that fails is reported at the end, with exit code 1; the others go on.
+
+    \b
+    Examples:
+      atoll land examples/land.yaml
+      atoll land examples/land.yaml --out runs/small --set defaults.data.max_train_rows=100 --set tasks.dates.adapter.r=4
+      atoll land examples/land.yaml --json > leaderboard.json
+    """
+    from atoll.config_file import load_config
+    from atoll.workflows import land as land_workflow
+
+    loaded = load_config(file, "land", overrides(settings, base=base))
+    for warning in loaded.warnings:
+        warn(warning)
+    try:
+        with progress_bar() as progress:
+            outcome = land_workflow(loaded.config, out or Path("runs") / file.stem, root=loaded.root, progress=progress)
+    except KeyboardInterrupt:
+        raise stopped() from None
+    if as_json:
+        write_json(outcome.leaderboard.to_json())
+    else:
+        show_board(outcome.leaderboard, outcome.notes)
+    say(f"written: {outcome.json_path} and {outcome.markdown_path}")
+    for name, error in outcome.failures.items():
+        warn(f"task {name} failed: {error.message}" + (f" (hint: {error.hint})" if error.hint else ""))
+    if outcome.failures:
+        raise typer.Exit(1)

@@ -1,0 +1,114 @@
+"""`atoll leaderboard`: show one, or several merged; also draws the one that land and eval print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from atoll.cli.options import JsonOption
+from atoll.cli.output import Column, say, write, write_json, write_table
+from atoll.errors import DataError
+
+if TYPE_CHECKING:
+    from atoll.eval.leaderboard import Leaderboard, LeaderboardEntry, LeaderboardRow, RowNote
+
+RUNS = Path("runs")  # where land and eval write unless told otherwise
+COLUMNS = (
+    Column("task"),
+    Column("metric", optional=True),
+    Column("n", right=True),
+    Column("majority", right=True, optional=True),
+    Column("base", right=True),
+    Column("adapter"),
+    Column("score", right=True),
+    Column("gain", right=True),
+    Column("p", right=True),
+    Column("options", right=True, optional=True),
+    Column("failures", right=True, optional=True),
+    Column("verdict"),
+)
+
+
+def leaderboard(
+    places: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[PLACE]...", help="Folders of land or eval, or leaderboard.json files; default: all below runs/.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print a leaderboard; several of the same base are merged, and of equal entries the later one counts.
+
+    Scores are from 0 to 1, higher is better, ± is one standard error; gain is over the base in its better prompt style, p of a paired test. options
+    chooses the likeliest label. Boards of different bases are printed one below the other; with --json they have to be asked for apart.
+
+    \b
+    Examples:
+      atoll leaderboard
+      atoll leaderboard runs/land
+      atoll leaderboard runs/land runs/eval/dates --json
+    """
+    from atoll.eval.leaderboard import merge_leaderboards, read_leaderboard
+
+    boards = [read_leaderboard(place) for place in places or _found()]
+    if as_json:
+        write_json(reduce(merge_leaderboards, boards).to_json())
+        return
+    by_base: dict[str, list[Leaderboard]] = {}
+    for board in boards:
+        by_base.setdefault(board.base_fingerprint, []).append(board)
+    for group in by_base.values():
+        show_board(reduce(merge_leaderboards, group))
+
+
+def show_board(board: Leaderboard, notes: Mapping[str, RowNote] | None = None) -> None:
+    """The leaderboard as a table on stdout; columns that nobody has a value in are left out."""
+    lines = [cells for row in board.rows for cells in _lines(row, (notes or {}).get(row.task))]
+    used = [place for place, column in enumerate(COLUMNS) if not column.optional or any(cells[place] is not None for cells in lines)]
+    write(f"{board.base_name}  (fingerprint {board.base_fingerprint[:16]})\n")
+    write_table([COLUMNS[place] for place in used], [[cells[place] for place in used] for cells in lines])
+
+
+def _found() -> list[Path]:
+    """Every leaderboard below runs/, the newest last."""
+    found = sorted(RUNS.glob("**/leaderboard.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise DataError(f"there is no leaderboard below {RUNS}/", hint="name a folder, or make one: atoll land examples/land.yaml")
+    say(f"from {', '.join(str(path.parent) for path in found)}")
+    return found
+
+
+def _lines(row: LeaderboardRow, note: RowNote | None) -> list[list[str | None]]:
+    """The cells of a task: one line for each adapter, or one for the base alone."""
+    base = row.base
+    majority = f"{note.majority.value:.3f}" if note is not None and note.majority is not None else None
+    style = f" ({note.base_prompt_style})" if note is not None and note.base_prompt_style else ""
+    start = [row.task, row.metric, str(row.n), majority, f"{_measured(base)}{style}" if base is not None else None]
+    others = [entry for entry in row.entries if entry.kind != "base"]
+    if not others:
+        return [[*start, None, None, None, None, _figure(base.options_value) if base else None, _failures(base), "base only"]]
+    return [[*start, *_result(entry, base)] for entry in others]
+
+
+def _result(entry: LeaderboardEntry, base: LeaderboardEntry | None) -> list[str | None]:
+    from atoll.eval.leaderboard import beats
+
+    gain = f"{entry.value - base.value:+.3f}" if base is not None else None
+    verdict = "no base" if base is None else "better" if beats(entry, base) else "worse" if beats(base, entry) else "no difference"
+    p = None if entry.p_vs_base is None else "<0.001" if entry.p_vs_base < 0.001 else f"{entry.p_vs_base:.3f}"
+    return [entry.model, _measured(entry), gain, p, _figure(entry.options_value), _failures(entry), verdict]
+
+
+def _measured(entry: LeaderboardEntry) -> str:
+    return f"{entry.value:.3f}" + (f" ± {entry.stderr:.3f}" if entry.stderr is not None else "")
+
+
+def _figure(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"
+
+
+def _failures(entry: LeaderboardEntry | None) -> str | None:
+    return str(entry.failures) if entry is not None and entry.failures else None

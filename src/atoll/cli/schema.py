@@ -1,0 +1,41 @@
+"""`atoll schema`: the JSON Schema of the files, for editors."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atoll.cli.output import write, write_json
+
+
+class Kind(str, Enum):
+    """The files that have a schema."""
+
+    train = "train"
+    land = "land"
+
+
+def schema(
+    kind: Annotated[Kind, typer.Argument(metavar="[train|land]", help="Which file.")] = Kind.train,
+    folder: Annotated[Path | None, typer.Option("--write", metavar="DIR", help="Write both as DIR/KIND.schema.json instead.", show_default=False)] = None,
+) -> None:
+    """Print the JSON Schema of a training or land file: every key with its type, limits, default and meaning.
+
+    An editor with a YAML language server checks and completes a file that begins with the line: # yaml-language-server: $schema=train.schema.json
+
+    \b
+    Examples:
+      atoll schema train
+      atoll schema land > land.schema.json
+      atoll schema --write schemas
+    """
+    from atoll.config_file import json_schemas, write_schemas
+
+    if folder is None:
+        write_json(json_schemas()[kind.value])
+        return
+    for path in write_schemas(folder):
+        write(str(path))

@@ -1,0 +1,112 @@
+"""What the engine's tests share: a tiny base in float32, adapters of several ranks and targets, a reference without cache or batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from atoll.engine.config import EngineConfig
+from atoll.engine.engine import Engine
+from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
+from atoll.model.bank import LoraBank
+from atoll.model.base import Base, load_base
+from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
+from atoll.model.sites import TARGETS, Site
+
+MakeAdapter = Callable[..., Adapter]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """These products are too small to share: threads that wait for one another cost more than they bring, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def base(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """The tiny Llama in float32: results are equal to rounding, so equal tokens can be demanded."""
+    return load_base(str(tiny_base_dir), dtype="float32", home=tmp_path_factory.mktemp("engine-home"))
+
+
+def random_adapter(base: Base, rank: int, targets: Sequence[str] = TARGETS, seed: int = 0, size: float = 0.3) -> Adapter:
+    """A LoRA with both factors random, strong enough to change what the base says."""
+    generator = torch.Generator().manual_seed(seed)
+    spec = AdapterSpec(base=base.name, rank=rank, alpha=2.0 * rank, target_modules=tuple(targets))
+    shapes = base.decoder.shape.linears
+    modules = {}
+    for layer in range(base.decoder.shape.num_layers):
+        for target in targets:
+            d_out, d_in = shapes[target]
+            a = torch.randn(rank, d_in, generator=generator) * size
+            b = torch.randn(d_out, rank, generator=generator) * size / rank
+            modules[Site(layer, target)] = LoraModule(a, b, 2.0)
+    return Adapter(spec, modules)
+
+
+@pytest.fixture(scope="session")
+def make_adapter(base: Base) -> MakeAdapter:
+    """random_adapter over the tiny base."""
+
+    def make(rank: int, targets: Sequence[str] = TARGETS, seed: int = 0, size: float = 0.3) -> Adapter:
+        return random_adapter(base, rank, targets, seed, size)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def adapters(make_adapter: MakeAdapter) -> dict[str, Adapter]:
+    """Ranks 4, 8 and 16 at different targets: the mixture that every batching test uses."""
+    return {
+        "r4": make_adapter(4, ("q_proj", "v_proj"), seed=1),
+        "r8": make_adapter(8, TARGETS, seed=2, size=0.2),
+        "r16": make_adapter(16, ("o_proj", "gate_proj", "down_proj"), seed=3),
+        "r8-too": make_adapter(8, ("k_proj", "up_proj"), seed=4),
+    }
+
+
+@pytest.fixture
+def make_engine(base: Base, adapters: dict[str, Adapter]) -> Callable[..., Engine]:
+    """An engine over the tiny base with the four adapters registered; keywords are EngineConfig's."""
+
+    def make(**settings: int) -> Engine:
+        engine = Engine(base, EngineConfig(**settings))
+        for key, adapter in adapters.items():
+            engine.register(key, adapter)
+        return engine
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference_logits(base: Base) -> Callable[..., torch.Tensor]:
+    """Logits [T, V] of one token list with one adapter: one row, no cache, no engine."""
+
+    def logits(tokens: Sequence[int], adapter: Adapter | None = None) -> torch.Tensor:
+        decoder = base.decoder
+        use = BASE_ONLY
+        with torch.inference_mode():
+            if adapter is not None:
+                bank = LoraBank(decoder.shape.linears, decoder.shape.num_layers, decoder.dtype)
+                use = AdapterBatch.single(bank.load(adapter), len(tokens))
+            return decoder.logits(decoder.forward(PackedBatch.of([tokens]), use))
+
+    return logits
+
+
+@pytest.fixture(scope="session")
+def reference_greedy(reference_logits: Callable[..., torch.Tensor]) -> Callable[..., list[int]]:
+    """Greedy tokens by running the whole text again for every token."""
+
+    def greedy(prompt: Sequence[int], num_tokens: int, adapter: Adapter | None = None) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(num_tokens):
+            tokens.append(int(reference_logits(tokens, adapter)[-1].argmax()))
+        return tokens[len(prompt) :]
+
+    return greedy

@@ -1,0 +1,148 @@
+"""One adapter's failure is its own: neighbours, later tenants of its row and the engine go on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from atoll.engine.engine import Engine
+from atoll.engine.request import Request, SamplingParams, ScoreRequest
+from atoll.errors import EngineError
+from atoll.model.adapter import Adapter, LoraModule
+from atoll.model.batch import AdapterBatch, PackedBatch
+
+MakeEngine = Callable[..., Engine]
+SAMPLING = SamplingParams(max_new_tokens=6, ignore_eos=True)
+
+
+def with_nan(adapter: Adapter) -> Adapter:
+    """The same adapter with one NaN in each factor A, as a diverged training leaves it."""
+    modules = {}
+    for site, module in adapter.modules.items():
+        a = module.a.clone()
+        a[0, 0] = torch.nan
+        modules[site] = LoraModule(a, module.b, module.scaling)
+    return Adapter(adapter.spec, modules)
+
+
+def ask(first: int, key: str | None) -> Request:
+    return Request([first, 21, 22, 23], key, SAMPLING)
+
+
+def test_an_adapter_with_nan_weights_fails_its_own_requests_only(make_engine: MakeEngine, make_adapter: Callable[..., Adapter]) -> None:
+    """Its rows end with an error that names it; rows beside it are untouched."""
+    engine = make_engine()
+    engine.register("nan", with_nan(make_adapter(8)))
+    keys = [None, "nan", "r4", "r8", "nan", "r16"]
+    done = engine.generate([ask(30 + i, key) for i, key in enumerate(keys)])
+    good = make_engine().generate([ask(30 + i, key) for i, key in enumerate(keys) if key != "nan"])
+    assert [c.token_ids for c in done if c.adapter != "nan"] == [c.token_ids for c in good]
+    for completion in done:
+        if completion.adapter == "nan":
+            assert completion.finish_reason == "error"
+            assert "adapter 'nan' gave logits that are not finite" in completion.error
+    assert engine.stats()["finished_error"] == 2
+
+
+def test_the_next_tenant_of_a_failed_row_is_not_poisoned(make_engine: MakeEngine, make_adapter: Callable[..., Adapter]) -> None:
+    """Masked attention multiplies old values by zero, and zero times NaN is NaN: the row has to be cleaned."""
+    long = Request([30] * 40, "nan", SAMPLING)
+    expected = make_engine().generate([ask(31, "r4"), ask(32, None)])
+    engine = make_engine(max_rows=2, max_step_tokens=16)
+    engine.register("nan", with_nan(make_adapter(8)))
+    engine.generate([long, long])
+    engine.add(long)
+    engine.step()
+    engine.cancel("request-3")  # in the middle of its prompt, before anybody could see the NaN
+    assert [c.token_ids for c in engine.generate([ask(31, "r4"), ask(32, None)])] == [c.token_ids for c in expected]
+    with pytest.raises(EngineError, match="adapter 'nan'"):
+        engine.score([ScoreRequest([5, 6, 7], [[8, 9]], "r4"), ScoreRequest([30] * 20, [[8, 9]], "nan")])
+    engine.check()
+    assert [c.token_ids for c in engine.generate([ask(31, "r4"), ask(32, None)])] == [c.token_ids for c in expected]
+
+
+def failing_forward(engine: Engine, key: str) -> Callable[..., Any]:
+    """The decoder's forward, raising whenever `key` is in the batch."""
+    forward = engine.base.decoder.forward
+
+    def raising(batch: PackedBatch, adapters: AdapterBatch, cache: Any) -> Any:
+        slot = engine._pool.slot(key) if key in engine._pool.resident() else None
+        used = any(segment.weights == slot for segment in adapters.segments)
+        gathered = (
+            adapters.bank_rows is not None
+            and slot is not None
+            and any(rows._stack.rank == slot.bucket and slot.index in rows._index.tolist() for rows in adapters.bank_rows.buckets)
+        )
+        if slot is not None and (used or gathered):
+            raise RuntimeError("kernel refused")
+        return forward(batch, adapters, cache)
+
+    return raising
+
+
+def test_a_forward_that_raises_is_tried_again_adapter_by_adapter(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A kernel that dies on one adapter's shapes must not end everybody's answers; sampled rows keep their random numbers."""
+    sampled = SamplingParams(max_new_tokens=6, ignore_eos=True, temperature=1.0, seed=7)
+    keys = [None, "r4", "r8", "r16", "r8", None]
+    requests = [Request([30 + i, 21, 22], key, sampled if i % 2 else SAMPLING) for i, key in enumerate(keys)]
+    expected = make_engine().generate(requests)
+    engine = make_engine()
+    monkeypatch.setattr(engine.base.decoder, "forward", failing_forward(engine, "r8"))
+    with caplog.at_level(logging.WARNING):
+        done = engine.generate(requests)
+    for completion, wanted in zip(done, expected, strict=True):
+        if completion.adapter == "r8":
+            assert (completion.finish_reason, completion.error) == ("error", "kernel refused")
+        else:
+            assert completion.token_ids == wanted.token_ids
+    assert "tried again" in caplog.text
+
+
+def test_a_forward_that_raises_later_fails_those_only_who_cause_it(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in the middle of decoding: what the row had so far is returned with the error."""
+    engine = make_engine()
+    ids = {key: engine.add(ask(40, key)) for key in ("r4", "r8", "r16")}
+    first = engine.step()
+    assert len(first) == 3
+    monkeypatch.setattr(engine.base.decoder, "forward", failing_forward(engine, "r16"))
+    completions = {}
+    while engine.has_work:
+        completions.update({event.request_id: event.completion for event in engine.step() if event.completion is not None})
+    engine.check()
+    assert {key: completions[name].finish_reason for key, name in ids.items()} == {"r4": "length", "r8": "length", "r16": "error"}
+    assert len(completions[ids["r16"]].token_ids) == 1
+
+
+def test_a_tokenizer_that_cannot_decode_ends_one_request_only(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text is made per request; an error there is that request's."""
+    engine = make_engine()
+    decode = engine._decode
+
+    def picky(ids: list[int]) -> str:
+        if 77 in ids:
+            raise ValueError("id 77 has no text")
+        return decode(ids)
+
+    monkeypatch.setattr(engine, "_decode", picky)
+    forced = Request([5], None, SamplingParams(max_new_tokens=3, logit_bias={77: 100.0}))
+    bad, good = engine.generate([forced, ask(31, "r4")])
+    assert (bad.finish_reason, bad.error) == ("error", "id 77 has no text")
+    assert good.finish_reason == "length"
+
+
+def test_pinned_adapters_that_fill_the_budget_fail_the_others_at_once(make_engine: MakeEngine, adapters: dict[str, Adapter]) -> None:
+    """Waiting would never end: the request says why instead."""
+    needed = make_engine()._pool._bank.slot_bytes(adapters["r16"])
+    engine = make_engine(adapter_bytes=needed)
+    engine.pin("r4")
+    pinned, other, base = engine.generate([ask(30, "r4"), ask(31, "r16"), ask(32, None)])
+    assert (pinned.finish_reason, base.finish_reason) == ("length", "length")
+    assert other.finish_reason == "error" and "pinned adapters leave" in other.error
+    engine.unpin("r4")
+    assert engine.generate([ask(31, "r16")])[0].finish_reason == "length"

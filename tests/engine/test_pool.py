@@ -1,0 +1,142 @@
+"""Adapters come and go by bytes, and never under somebody who uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from atoll.engine.pool import AdapterPool
+from atoll.errors import BaseMismatch, EngineError, PoolFull, RequestRefused
+from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
+from atoll.model.bank import LoraBank
+from atoll.model.base import Base
+from atoll.model.sites import Site
+
+RANK_8_BYTES = 8 * (64 + 32 + 32 + 64 + 96 + 96 + 64 + 3 * 64 + 64 + 2 * 64 + 96) * 3 * 4  # rank x (outputs + fused inputs) x layers x float32
+
+
+@pytest.fixture
+def make_pool(base: Base) -> Callable[[int], AdapterPool]:
+    shape = base.decoder.shape
+    return lambda budget: AdapterPool(LoraBank(shape.linears, shape.num_layers, torch.float32), budget)
+
+
+@pytest.fixture
+def pool(make_pool: Callable[[int], AdapterPool], make_adapter: Callable[..., Adapter]) -> AdapterPool:
+    """Room for two of rank 8; a, b, c of rank 8 and wide (rank 16: both places) registered."""
+    pool = make_pool(2 * RANK_8_BYTES)
+    for seed, key in enumerate("abc"):
+        pool.register(key, make_adapter(8, seed=seed))
+    pool.register("wide", make_adapter(16))
+    return pool
+
+
+def test_the_idle_adapter_that_was_used_least_recently_leaves(pool: AdapterPool) -> None:
+    """Eviction keeps what is likely needed again."""
+    for key in ("a", "b", "a"):
+        assert pool.hold(key)
+        pool.release(key)
+    assert pool.hold("c")
+    assert pool.resident() == ("a", "c")
+    pool.check({"c": 1})
+
+
+def test_an_adapter_in_use_or_pinned_never_leaves(pool: AdapterPool) -> None:
+    """Its rows would be answered by another adapter's factors."""
+    pool.pin("a")
+    assert pool.hold("b")
+    assert not pool.hold("c")
+    assert pool.resident() == ("a", "b")
+    pool.release("b")
+    assert pool.hold("c")
+    assert pool.resident() == ("a", "c")
+    pool.unpin("a")
+    pool.release("c")
+    assert pool.hold("wide")
+    assert pool.resident() == ("wide",)
+    pool.check({"wide": 1})
+
+
+def test_nothing_leaves_unless_that_makes_enough_room(pool: AdapterPool) -> None:
+    """Evicting in vain would only cost reloads."""
+    assert pool.hold("a")
+    assert pool.hold("b")
+    pool.release("b")
+    assert not pool.hold("wide")
+    assert pool.resident() == ("a", "b")
+
+
+def test_pinned_adapters_that_leave_too_little_room_are_said_so(pool: AdapterPool) -> None:
+    """Waiting would never end, so the request is told instead."""
+    pool.pin("a")
+    with pytest.raises(PoolFull, match="pinned adapters leave"):
+        pool.hold("wide")
+
+
+def test_pinning_fails_while_others_use_the_places(pool: AdapterPool) -> None:
+    """A pin is a promise about now."""
+    assert pool.hold("a")
+    assert pool.hold("b")
+    with pytest.raises(PoolFull, match="are in use"):
+        pool.pin("c")
+    pool.check({"a": 1, "b": 1})
+
+
+def test_an_adapter_larger_than_the_budget_is_refused_when_it_is_registered(
+    make_pool: Callable[[int], AdapterPool], make_adapter: Callable[..., Adapter]
+) -> None:
+    """Better at once than at the first request."""
+    pool = make_pool(RANK_8_BYTES - 1)
+    with pytest.raises(PoolFull, match="keeps"):
+        pool.register("a", make_adapter(8))
+    assert "a" not in pool
+
+
+def test_a_key_means_one_adapter_for_good(pool: AdapterPool, make_adapter: Callable[..., Adapter]) -> None:
+    """A key that changed its meaning would make running and cached answers lie."""
+    with pytest.raises(RequestRefused, match="registered for another adapter"):
+        pool.register("a", make_adapter(8, seed=0))
+    with pytest.raises(RequestRefused, match="empty"):
+        pool.register("", make_adapter(8))
+
+
+def test_an_adapter_for_another_base_is_refused(pool: AdapterPool) -> None:
+    """Wrong widths are found before they crash a forward."""
+    spec = AdapterSpec(base="other", rank=4, alpha=8.0, target_modules=("q_proj",), layers_to_transform=(0,))
+    with pytest.raises(BaseMismatch, match="q_proj"):
+        pool.register("wrong", Adapter(spec, {Site(0, "q_proj"): LoraModule(torch.zeros(4, 63), torch.zeros(64, 4), 2.0)}))
+    assert "wrong" not in pool
+
+
+def test_an_adapter_in_use_cannot_be_unregistered(pool: AdapterPool) -> None:
+    """And one that is not frees its bytes."""
+    assert pool.hold("a")
+    with pytest.raises(EngineError, match="in use by 1"):
+        pool.unregister("a")
+    pool.release("a")
+    pool.unregister("a")
+    assert pool.resident_bytes == 0
+    with pytest.raises(RequestRefused, match="'a' is not registered"):
+        pool.hold("a")
+    pool.check({})
+
+
+def test_adapters_in_training_can_be_served_without_gradients(make_pool: Callable[[int], AdapterPool], base: Base) -> None:
+    """Composition serves candidates whose tensors may ask for gradients; the bank must not be drawn into their graph."""
+    a, b = torch.ones(4, 64, requires_grad=True), torch.ones(64, 4, requires_grad=True)
+    pool = make_pool(1 << 30)
+    spec = AdapterSpec(base=base.name, rank=4, alpha=4.0, target_modules=("o_proj",), layers_to_transform=(0,))
+    pool.register("t", Adapter(spec, {Site(0, "o_proj"): LoraModule(a, b, 1.0)}))
+    assert pool.hold("t")
+    update = pool.slot("t").update(0, 1)
+    assert update is not None
+    assert not update.a.requires_grad
+
+
+def test_the_check_finds_a_leak(pool: AdapterPool) -> None:
+    """The integrity check is only worth running if it can fail."""
+    assert pool.hold("a")
+    with pytest.raises(AssertionError, match="leak"):
+        pool.check({})
