@@ -29,17 +29,21 @@ def chat(
     adapter: Annotated[str | None, typer.Option("--adapter", "-a", metavar="REF", help="An adapter of the hub.", show_default=False)] = None,
     base: BaseOption = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system turn to begin with.", show_default=False)] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens that have this share together.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="Above 1, tokens that were used get less likely.")] = 1.1,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the draw.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, metavar="N", help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", metavar="X", help="0 takes the likeliest token; above, tokens are drawn.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", metavar="X", help="Draw from the likeliest tokens that have this share together.")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", metavar="X", help="Above 1, tokens that were used get less likely.")
+    ] = 1.1,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of the draw.", show_default=False)] = None,
     dtype: DtypeOption = "bfloat16",
 ) -> None:
     """Talk to the base or to an adapter.
 
-    In the conversation: /adapter NAME changes the adapter (/adapter base takes none), /reset forgets what was said, /exit or Ctrl-D leaves, and Ctrl-C
-    stops the answer at hand. Without a terminal, each line of stdin is a turn.
+    In the conversation: /adapter NAME changes the adapter (/adapter base takes none), /reset forgets what was said, /exit or Ctrl-D leaves, and
+    Ctrl-C stops the answer at hand. Without a terminal, each line of stdin is a turn.
 
     \b
     Examples:
@@ -53,7 +57,9 @@ def chat(
     sampling = SamplingParams(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
     session = open_session([adapter] if adapter else [], base, dtype)
     if not session.base.tokenizer.chat_template:
-        raise ConfigError(f"the base {session.base.name!r} has no chat template", hint="continue plain text with atoll generate --raw, or use an instruct base")
+        raise ConfigError(
+            f"the base {session.base.name!r} has no chat template", hint="use an instruct base, or continue plain text: atoll generate --raw"
+        )
     talk = Conversation(session, sampling, max_new_tokens, system)
     if adapter:
         talk.change_adapter(adapter)

@@ -56,8 +56,9 @@ def plan_warnings(plan: TrainingPlan) -> list[str]:
         warnings.append("there are no validation rows: training cannot stop early, and keeps its last step instead of its best one")
     if not plan.data.test:
         warnings.append("there are no test rows: the adapter cannot be scored on this data")
-    if plan.config.trainer.max_steps is not None and plan.total_steps * plan.config.trainer.batch_size < len(plan.train.rows):
-        warnings.append(f"{plan.total_steps} steps of {plan.config.trainer.batch_size} rows do not reach every one of the {len(plan.train.rows)} rows")
+    reached, there = plan.total_steps * plan.config.trainer.batch_size, len(plan.train.rows)
+    if reached < there:
+        warnings.append(f"{plan.total_steps} steps of {plan.config.trainer.batch_size} rows reach {reached} of the {there} training rows")
     return warnings
 
 
@@ -106,7 +107,7 @@ def _without_middle(text: str) -> str:
 def _show_counts(plan: TrainingPlan) -> None:
     write("# rows and tokens")
     names = ("part", "rows", "cut", "prompt tokens", "completion tokens", "learned tokens", "p50", "p95", "p99", "longest", "most allowed")
-    rows = []
+    rows: list[list[str | None]] = []
     for part, encoded in (("train", plan.train), ("validation", plan.validation)):
         report = encoded.report()
         keys = ("rows", "rows_cut", "prompt_tokens", "completion_tokens", "label_tokens", "p50", "p95", "p99", "longest", "max_length")

@@ -15,7 +15,7 @@ QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 
 
 def prepare(threads: int | None) -> None:
-    """Set the number of compute threads (None: OMP_NUM_THREADS, else every usable core) and silence libraries, where the user has not said otherwise."""
+    """Set the compute threads (None: what OMP_NUM_THREADS says, else every usable core) and silence libraries that the user has not set up."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if threads is not None:

@@ -25,7 +25,7 @@ def evaluate(
         list[str] | None, typer.Option("--model", metavar="REF", help="An adapter of the hub; may be given several times.", show_default=False)
     ] = None,
     base: BaseOption = None,
-    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Use at most so many test rows.", show_default=False)] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, metavar="N", help="Use at most so many test rows.", show_default=False)] = None,
     out: OutOption = None,
     dtype: DtypeOption = "bfloat16",
     settings: Annotated[
@@ -34,10 +34,11 @@ def evaluate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score adapters and the base on the test rows of a task, in one batch, and print the leaderboard.
+    """Score adapters and their base on the test rows of a task.
 
-    The base is the one that the first adapter was trained on, unless --base says otherwise. Adapters are asked with the prompt they were trained with.
-    Raw outputs, scores and the leaderboard go to --out (default runs/eval/TASK); what is there already is not measured again.
+    Prints the leaderboard. The base is the one that the first adapter was trained on, unless --base says otherwise. Adapters are asked with the
+    prompt they were trained with. Raw outputs, scores and the leaderboard go to --out (default runs/eval/TASK); what is there already is not measured
+    again.
 
     \b
     Examples:

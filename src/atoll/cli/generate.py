@@ -24,33 +24,38 @@ DEFAULT_NEW_TOKENS = 256
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; - reads it from stdin.", show_default=False)] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from stdin.", show_default=False)] = None,
     adapter: Annotated[str | None, typer.Option("--adapter", "-a", metavar="REF", help="An adapter of the hub.", show_default=False)] = None,
     base: BaseOption = None,
     field: Annotated[
         list[str] | None, typer.Option("--field", "-f", metavar="NAME=VALUE", help="Fill a column of the adapter's template; repeatable.")
     ] = None,
     rows: Annotated[
-        Path | None, typer.Option("--input", metavar="FILE", help="Rows (.jsonl, .csv) to answer in one batch, as JSONL to stdout.", show_default=False)
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="Rows (.jsonl, .csv) to answer in one batch, as JSONL.", show_default=False),
     ] = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Use the base's chat template, or the text as it is, instead of the adapter's template.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens of an answer.")] = DEFAULT_NEW_TOKENS,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens that have this share together.")] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Draw from this many of the likeliest tokens; 0 is all.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="Above 1, tokens that were used get less likely.")] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the draw; the one used is in --json.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", metavar="N", help="Most tokens of an answer.")] = DEFAULT_NEW_TOKENS,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", metavar="X", help="0 takes the likeliest token; above, tokens are drawn.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", metavar="X", help="Draw from the likeliest tokens that have this share together.")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", metavar="N", help="Draw from this many of the likeliest tokens; 0 is all.")] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", metavar="X", help="Above 1, tokens that were used get less likely.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of the draw; the one used is in --json.", show_default=False)] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer before this text; repeatable.")] = None,
     logprobs: Annotated[
         int | None, typer.Option("--logprobs", metavar="K", help="With --json or --input: log-probabilities of each token and K others.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows of --input answered at the same time.")] = 32,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Rows of --input answered at the same time.")] = 32,
     dtype: DtypeOption = "bfloat16",
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a prompt with the base or an adapter; the text streams to stdout.
+    """Continue a prompt with the base or an adapter, streaming.
 
     An adapter is asked in the words it was trained with: its template, filled with --field, and PROMPT in the one column left. Without a template the
     base's chat template is used if it has one. Rows of --input hold a prompt, messages or the template's columns, and may name their "adapter".
@@ -204,9 +209,7 @@ def _as_json(session: Session, prompt: Prompt, adapter: OpenAdapter | None, comp
 # ---- a file of prompts ----
 
 
-def _answer_rows(
-    file: Path, ref: str | None, base: str | None, dtype: str, style: Style | None, sampling: SamplingParams, batch_size: int
-) -> None:
+def _answer_rows(file: Path, ref: str | None, base: str | None, dtype: str, style: Style | None, sampling: SamplingParams, batch_size: int) -> None:
     """Answer every row in one continuous batch; one JSON object a row to stdout, in the file's order. Rows that failed give exit code 1."""
     from atoll.cli.prompting import make_prompt
     from atoll.cli.session import open_session
@@ -216,10 +219,7 @@ def _answer_rows(
     refs = [_adapter_of(row, ref) for row in rows]
     session = open_session(list(dict.fromkeys(name for name in refs if name)), base, dtype)
     adapters = [session.adapters[name] if name else None for name in refs]
-    prompts = [
-        make_prompt(session.base, adapter, row.values, style, row.where)
-        for row, adapter in zip(rows, adapters, strict=True)
-    ]
+    prompts = [make_prompt(session.base, adapter, row.values, style, row.where) for row, adapter in zip(rows, adapters, strict=True)]
     longest = max(len(prompt.token_ids) for prompt in prompts) + (sampling.max_new_tokens or DEFAULT_NEW_TOKENS)
     engine = session.start(min(batch_size, len(rows)), max(2, longest))
     requests = [_request(prompt, adapter, sampling) for prompt, adapter in zip(prompts, adapters, strict=True)]

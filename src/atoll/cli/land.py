@@ -20,10 +20,11 @@ def land(
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an adapter for every task of a file, publish them, measure them against the base, and print the leaderboard.
+    """Train, publish and measure an adapter for each task.
 
-    Everything goes to --out (default runs/FILE's name): checkpoints, raw outputs, scores, leaderboard.json and leaderboard.md. The same command again
-    does only what is missing or whose inputs have changed. A task that fails is reported at the end, with exit code 1; the others go on.
+    Prints the leaderboard. Everything goes to --out (default runs/FILE's name): checkpoints, raw outputs, scores, leaderboard.json and
+    leaderboard.md. The same command again does only what is missing or whose inputs have changed. A task that fails is reported at the end, with exit
+    code 1; the others go on.
 
     \b
     Examples:

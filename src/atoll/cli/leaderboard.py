@@ -36,12 +36,13 @@ COLUMNS = (
 def leaderboard(
     places: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[PLACE]...", help="Folders of land or eval, or leaderboard.json files; default: all below runs/.", show_default=False),
+        typer.Argument(metavar="PLACE", help="Folders of land or eval, or leaderboard.json files; default: all in runs/.", show_default=False),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print a leaderboard; several of the same base are merged, and of equal entries the later one counts.
+    """Print a leaderboard, or several merged.
 
+    Of equal entries the later one counts.
     Scores are from 0 to 1, higher is better, ± is one standard error; gain is over the base in its better prompt style, p of a paired test. options
     chooses the likeliest label. Boards of different bases are printed one below the other; with --json they have to be asked for apart.
 

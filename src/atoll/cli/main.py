@@ -1,7 +1,7 @@
 """`atoll`: the entry point, its commands, and what becomes of errors.
 
-The one idea: commands raise, and only `run` decides what the user sees. An AtollError is one sentence and a hint, never a traceback; whatever else goes
-wrong is a mistake of ours and keeps its traceback. Exit codes: 0 done, 1 an error or a failed task, 2 wrong usage, 130 stopped by Ctrl-C.
+The one idea: commands raise, and only `run` decides what the user sees. An AtollError is one sentence and a hint, never a traceback; whatever else
+goes wrong is a mistake of ours and keeps its traceback. Exit codes: 0 done, 1 an error or a failed task, 2 wrong usage, 130 stopped by Ctrl-C.
 
 Commands import torch, the database and the like only when they run, so that `atoll --help` answers at once.
 """
@@ -29,8 +29,15 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-for command in (land.land, train.train, evaluate.evaluate, leaderboard.leaderboard, generate.generate, chat.chat, pull.pull, tasks.tasks, schema.schema):
-    app.command("eval" if command is evaluate.evaluate else None)(command)
+app.command()(land.land)
+app.command()(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command()(leaderboard.leaderboard)
+app.command()(generate.generate)
+app.command()(chat.chat)
+app.command()(pull.pull)
+app.command()(tasks.tasks)
+app.command()(schema.schema)
 app.add_typer(hub.app, name="hub")
 
 # What a user's disk, paths and permissions can do to any command; other OSErrors are ours.
@@ -116,10 +123,14 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Compute threads.  [default: every usable core]", show_default=False)] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, metavar="N", help="Compute threads; without it, every usable core.", show_default=False)
+    ] = None,
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")] = False,
 ) -> None:
-    """One base language model, hundreds of small adapters: train, serve and measure them.
+    """One base language model, hundreds of small adapters.
+
+    Train them from YAML files, keep them in a hub, ask them, and measure them against the base.
 
     Bases and the hub are kept in ~/.atoll, or in the folder that ATOLL_HOME names. Data goes to stdout, everything else to stderr. With ATOLL_DEBUG=1
     an error shows where it came from.

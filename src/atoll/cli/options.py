@@ -21,10 +21,12 @@ OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Fo
 BaseOption = Annotated[
     str | None, typer.Option("--base", metavar="BASE", help="Base model: an alias, a folder, a .gguf file or a Hugging Face id.", show_default=False)
 ]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="Number format of the base: bfloat16 or float32.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="Number format of the base: bfloat16 or float32.")]
 TagOption = Annotated[list[str] | None, typer.Option("--tag", metavar="TAG", help="A movable label for the version; may be given several times.")]
-MessageOption = Annotated[str, typer.Option("--message", "-m", help="What is new in this version.", show_default=False)]
-LicenceOption = Annotated[str | None, typer.Option("--licence", "--license", help="Licence of the adapter, for example Apache-2.0.", show_default=False)]
+MessageOption = Annotated[str, typer.Option("--message", "-m", metavar="TEXT", help="What is new in this version.", show_default=False)]
+LicenceOption = Annotated[
+    str | None, typer.Option("--licence", "--license", help="Licence of the adapter, for example Apache-2.0.", show_default=False)
+]
 
 
 def usage(message: str) -> typer.BadParameter:

@@ -1,7 +1,7 @@
 """What the commands print: data to stdout so that it can be piped, everything else to stderr.
 
-A table is drawn with lines where a person looks at it, and is aligned Markdown where a file or a pipe takes it, so nothing is ever cut to the width of a
-terminal that is not there. Text that comes from files or models is shown without control characters on a terminal: it cannot move the cursor.
+A table is drawn with lines where a person looks at it, and is aligned Markdown where a file or a pipe takes it, so nothing is ever cut to the width
+of a terminal that is not there. Text that comes from files or models is shown without control characters on a terminal: it cannot move the cursor.
 
 Used by every command.
 """

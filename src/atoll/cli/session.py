@@ -1,7 +1,7 @@
 """A base in an engine, with adapters of the hub opened by name: what `generate` and `chat` ask.
 
-An adapter is opened whole or not at all: its reference is resolved, its fit to the base checked, its prompt format read, and then it is registered with
-the engine under its digest. The base is the one asked for, or else the one that the first adapter was trained on.
+An adapter is opened whole or not at all: its reference is resolved, its fit to the base checked, its prompt format read, and then it is registered
+with the engine under its digest. The base is the one asked for, or else the one that the first adapter was trained on.
 """
 
 from __future__ import annotations

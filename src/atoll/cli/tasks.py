@@ -19,18 +19,21 @@ SHOWN = ("title", "family", "metric", "match", "label_set", "entity_types", "ins
 
 
 def tasks(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this task.", show_default=False)] = None,
-    rows: Annotated[int, typer.Option("--rows", min=0, help="How many examples to show.")] = 3,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this task.", show_default=False)] = None,
+    rows: Annotated[int, typer.Option("--rows", min=0, metavar="N", help="How many examples to show.")] = 3,
     folder: Annotated[
-        Path | None, typer.Option("--write", metavar="DIR", help="Write the task as a folder of task.json and three .jsonl files.", show_default=False)
+        Path | None,
+        typer.Option("--write", metavar="DIR", help="Write a folder of task.json and three .jsonl files.", show_default=False),
     ] = None,
-    train: Annotated[int, typer.Option("--train", min=1, help="Training rows to write.")] = 600,
-    validation: Annotated[int, typer.Option("--validation", min=0, help="Validation rows to write.")] = 100,
-    test: Annotated[int, typer.Option("--test", min=0, help="Test rows to write.")] = 200,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the rows.")] = 17,
+    train: Annotated[int, typer.Option("--train", min=1, metavar="N", help="Training rows to write.")] = 600,
+    validation: Annotated[int, typer.Option("--validation", min=0, metavar="N", help="Validation rows to write.")] = 100,
+    test: Annotated[int, typer.Option("--test", min=0, metavar="N", help="Test rows to write.")] = 200,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the rows.")] = 17,
     as_json: JsonOption = False,
 ) -> None:
-    """List the built-in tasks, show examples of one, or write one as a folder in the format of your own tasks.
+    """List the built-in tasks, show one, or write one as files.
+
+    A written folder has the format that your own tasks may have.
 
     \b
     Examples:

@@ -19,7 +19,7 @@ def train(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The training file (YAML).", show_default=False)],
     data: Annotated[str | None, typer.Option("--data", metavar="ROWS", help="Rows to learn from, instead of the file's.", show_default=False)] = None,
     base: BaseOption = None,
-    name: Annotated[str | None, typer.Option("--name", help="Name of the adapter in the hub.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the adapter in the hub.", show_default=False)] = None,
     out: OutOption = None,
     settings: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what it would cost; train and write nothing.")] = False,
