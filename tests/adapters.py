@@ -60,5 +60,20 @@ def peft_model(model: Any, adapter: Adapter, folder: Path, trainable: bool = Tru
 
     write_adapter(folder, adapter)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT and transformers deprecate each other's internals
+        warnings.simplefilter("ignore")  # PEFT still uses names that transformers has deprecated
         return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+
+
+def new_peft_model(model: Any, seed: int = 5, **options: Any) -> Any:
+    """A fresh LoRA by PEFT itself with LoraConfig(**options), its B moved away from zero."""
+    from peft import LoraConfig, get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05, generator=generator)
+    return theirs.eval()

@@ -66,18 +66,18 @@ def test_a_request_gives_the_same_tokens_alone_and_in_any_batch(make_engine: Cal
                 done[event.request_id] = event.completion
         crowd.check()
         live = [*crowd._scheduler.running, *crowd._scheduler.waiting]
-        if live and source.random() < 0.08:
+        if live and source.random() < 0.12:
             name = source.choice(live)
             crowd.cancel(name)
             cancelled.add(name)
-    assert set(done) == set(alone) and len(cancelled) >= 2
+    assert set(done) == set(alone) and cancelled
     for name, completion in done.items():
         if name in cancelled:
             assert completion.finish_reason == "cancelled"
             assert completion.token_ids == alone[name].token_ids[: len(completion.token_ids)]
         else:
             assert same(completion, alone[name])
-    assert len(done) - len(cancelled) > 25
+    assert len(done) - len(cancelled) > 20
 
 
 def test_a_prompt_in_chunks_is_the_prompt_at_once(make_engine: Callable[..., Engine]) -> None:

@@ -49,20 +49,33 @@ def test_an_adapter_with_nan_weights_fails_its_own_requests_only(make_engine: Ma
 
 
 def test_the_next_tenant_of_a_failed_row_is_not_poisoned(make_engine: MakeEngine, make_adapter: Callable[..., Adapter]) -> None:
-    """Masked attention multiplies old values by zero, and zero times NaN is NaN: the row has to be cleaned."""
-    long = Request([30] * 40, "nan", SAMPLING)
-    expected = make_engine().generate([ask(31, "r4"), ask(32, None)])
-    engine = make_engine(max_rows=2, max_step_tokens=16)
+    """Masked attention multiplies old values by zero, and zero times NaN is NaN: a failed row has to be cleaned.
+
+    A short answer beside a long one reads the places behind its own end, masked: there stand the former tenant's values.
+    """
+    tenants = [ask(31, "r4"), Request([32] * 60, None, SAMPLING)]
+    expected = [c.token_ids for c in make_engine().generate(tenants)]
+    failing = Request([30] * 50, "nan", SAMPLING)
+    engine = make_engine(max_rows=2, max_step_tokens=100)
     engine.register("nan", with_nan(make_adapter(8)))
-    engine.generate([long, long])
-    engine.add(long)
-    engine.step()
-    engine.cancel("request-3")  # in the middle of its prompt, before anybody could see the NaN
-    assert [c.token_ids for c in engine.generate([ask(31, "r4"), ask(32, None)])] == [c.token_ids for c in expected]
+    assert [c.finish_reason for c in engine.generate([failing, failing])] == ["error", "error"]
+    assert [c.token_ids for c in engine.generate(tenants)] == expected
+
+    chunks = make_engine(max_rows=2, max_step_tokens=30)
+    chunks.register("nan", with_nan(make_adapter(8)))
+    chunks.cancel(_step_with(chunks, failing))  # in the middle of its prompt, before anybody could see the NaN
+    assert [c.token_ids for c in chunks.generate(tenants)] == expected
+
     with pytest.raises(EngineError, match="adapter 'nan'"):
-        engine.score([ScoreRequest([5, 6, 7], [[8, 9]], "r4"), ScoreRequest([30] * 20, [[8, 9]], "nan")])
+        engine.score([ScoreRequest([30] * 40, [[8, 9]], "nan"), ScoreRequest([5, 6, 7], [[8, 9]], "r4")])
     engine.check()
-    assert [c.token_ids for c in engine.generate([ask(31, "r4"), ask(32, None)])] == [c.token_ids for c in expected]
+    assert [c.token_ids for c in engine.generate(tenants)] == expected
+
+
+def _step_with(engine: Engine, request: Request) -> str:
+    request_id = engine.add(request)
+    engine.step()
+    return request_id
 
 
 def failing_forward(engine: Engine, key: str) -> Callable[..., Any]:

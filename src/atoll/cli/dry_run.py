@@ -104,20 +104,29 @@ def _without_middle(text: str) -> str:
     return f"{text[:half]} […{len(text) - 2 * half} characters…] {text[-half:]}"
 
 
+COUNTS = {
+    "rows": "rows",
+    "rows_cut": "rows whose prompt is cut",
+    "prompt_tokens": "prompt tokens",
+    "completion_tokens": "completion tokens",
+    "label_tokens": "tokens learned",
+    "p50": "tokens a row: half have at most",
+    "p95": "95 % have at most",
+    "p99": "99 % have at most",
+    "longest": "longest row",
+    "max_length": "most tokens allowed",
+}
+
+
 def _show_counts(plan: TrainingPlan) -> None:
     write("# rows and tokens")
-    names = ("part", "rows", "cut", "prompt tokens", "completion tokens", "learned tokens", "p50", "p95", "p99", "longest", "most allowed")
-    rows: list[list[str | None]] = []
-    for part, encoded in (("train", plan.train), ("validation", plan.validation)):
-        report = encoded.report()
-        keys = ("rows", "rows_cut", "prompt_tokens", "completion_tokens", "label_tokens", "p50", "p95", "p99", "longest", "max_length")
-        rows.append([part, *(f"{report[key]:,}" for key in keys)])
-    rows.append(["test", f"{len(plan.data.test):,}", *[None] * (len(names) - 2)])
-    write_table([Column(name, right=name != "part") for name in names], rows)
+    reports = [plan.train.report(), plan.validation.report()]
+    rows = [[text, *(f"{report[key]:,}" for report in reports)] for key, text in COUNTS.items()]
+    write_table([Column(""), Column("train", right=True), Column("validation", right=True)], rows)
     for part, encoded in (("train", plan.train), ("validation", plan.validation)):
         if encoded.cut:
             write(f"cut in {part}: {_some(encoded)}")
-    write("")
+    write(f"test rows, for evaluation only: {len(plan.data.test):,}\n")
 
 
 def _some(encoded: Encoded) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,9 +12,6 @@ from atoll.cli.options import DEFAULT_BASE, BaseOption, DtypeOption, JsonOption,
 from atoll.cli.output import say, write_json
 from atoll.cli.progress import progress_bar
 from atoll.errors import ConfigError
-
-if TYPE_CHECKING:
-    from atoll.config import DataConfig
 
 SECTIONS = ("data", "eval", "generation")
 
@@ -26,11 +23,17 @@ def evaluate(
     ] = None,
     base: BaseOption = None,
     rows: Annotated[int | None, typer.Option("--rows", min=1, metavar="N", help="Use at most so many test rows.", show_default=False)] = None,
+    template: Annotated[
+        str | None, typer.Option("--template", metavar="TEXT", help="For a file of rows: the prompt, with {column} in it.", show_default=False)
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="COLUMN", help="For a file of rows: the column with the answer.", show_default=False)
+    ] = None,
     out: OutOption = None,
     dtype: DtypeOption = "bfloat16",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting below data, eval or generation, such as data.target=label; repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting below data, eval or generation, such as data.metric=rouge_l; repeatable."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -44,19 +47,18 @@ def evaluate(
     Examples:
       atoll eval builtin:dates --model dates
       atoll eval builtin:support_intents --model support_intents@1 --model support_intents:stable --rows 50
-      atoll eval tickets.csv --model ticket-router --set data.template="Ticket: {text}" --set data.target=team
+      atoll eval tickets.csv --model ticket-router --template "Ticket: {text}" --target team
     """
-    from atoll.config import EvalConfig, GenerationConfig
+    from atoll.config import DataConfig, EvalConfig, GenerationConfig
     from atoll.workflows import evaluate as evaluate_workflow
 
-    sections = _sections(settings, rows)
-    data = _data(task, sections["data"])
+    sections = _sections(overrides(settings, eval__test_rows=rows, data__path=task, data__template=template, data__target=target))
     try:
         with progress_bar() as progress:
             outcome = evaluate_workflow(
                 base or _base_of(models),
                 models or (),
-                data,
+                DataConfig(**sections["data"]),
                 root=Path.cwd(),
                 settings=EvalConfig(**sections["eval"]),
                 generation=GenerationConfig(**sections["generation"]),
@@ -73,10 +75,10 @@ def evaluate(
     say(f"written: {outcome.json_path}, {outcome.markdown_path} and the raw outputs in {outcome.json_path.parent / 'scores'}")
 
 
-def _sections(settings: list[str] | None, rows: int | None) -> dict[str, dict[str, Any]]:
-    """The `--set` values by section."""
+def _sections(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Values by dotted key, by section."""
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    for key, value in overrides(settings, eval__test_rows=rows).items():
+    for key, value in values.items():
         section, dot, name = key.partition(".")
         if section not in sections or not dot:
             raise ConfigError(
@@ -84,12 +86,6 @@ def _sections(settings: list[str] | None, rows: int | None) -> dict[str, dict[st
             )
         sections[section][name] = value
     return sections
-
-
-def _data(task: str, settings: dict[str, Any]) -> DataConfig:
-    from atoll.config import DataConfig
-
-    return DataConfig(**{"path": task, **settings})
 
 
 def _base_of(models: list[str] | None) -> str:

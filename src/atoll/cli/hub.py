@@ -25,11 +25,11 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="name or owner
 
 VERSION_COLUMNS = (
     Column("adapter"),
-    Column("kind", optional=True),
+    Column("kind", spare=2),
     Column("base"),
-    Column("rank", right=True),
-    Column("size", right=True, optional=True),
-    Column("task", optional=True),
+    Column("rank", right=True, spare=1),
+    Column("size", right=True, spare=3),
+    Column("task", spare=4),
     Column("tags"),
     Column("created"),
 )

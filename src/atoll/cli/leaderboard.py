@@ -19,18 +19,19 @@ if TYPE_CHECKING:
 RUNS = Path("runs")  # where land and eval write unless told otherwise
 COLUMNS = (
     Column("task"),
-    Column("metric", optional=True),
-    Column("n", right=True),
-    Column("majority", right=True, optional=True),
+    Column("metric", spare=7),
+    Column("n", right=True, spare=3),
+    Column("majority", right=True, spare=4),
     Column("base", right=True),
-    Column("adapter"),
+    Column("adapter", spare=2),
     Column("score", right=True),
     Column("gain", right=True),
-    Column("p", right=True),
-    Column("options", right=True, optional=True),
-    Column("failures", right=True, optional=True),
+    Column("p", right=True, spare=1),
+    Column("options", right=True, spare=5),
+    Column("failures", right=True, spare=6),
     Column("verdict"),
 )
+ADAPTER = 5  # the place of the adapter's name among the columns
 
 
 def leaderboard(
@@ -54,6 +55,9 @@ def leaderboard(
     """
     from atoll.eval.leaderboard import merge_leaderboards, read_leaderboard
 
+    for place in places or ():
+        if not place.exists():
+            raise DataError(f"{place} does not exist", hint="name a folder that atoll land or atoll eval wrote to, or its leaderboard.json")
     boards = [read_leaderboard(place) for place in places or _found()]
     if as_json:
         write_json(reduce(merge_leaderboards, boards).to_json())
@@ -68,9 +72,12 @@ def leaderboard(
 def show_board(board: Leaderboard, notes: Mapping[str, RowNote] | None = None) -> None:
     """The leaderboard as a table on stdout; columns that nobody has a value in are left out."""
     lines = [cells for row in board.rows for cells in _lines(row, (notes or {}).get(row.task))]
-    used = [place for place, column in enumerate(COLUMNS) if not column.optional or any(cells[place] is not None for cells in lines)]
+    used = [place for place in range(len(COLUMNS)) if any(cells[place] is not None for cells in lines)]
+    columns = list(COLUMNS)
+    if any(cells[0] != cells[ADAPTER] for cells in lines):
+        columns[ADAPTER] = Column("adapter")  # several a task, or named otherwise than their task: then the name is needed
     write(f"{board.base_name}  (fingerprint {board.base_fingerprint[:16]})\n")
-    write_table([COLUMNS[place] for place in used], [[cells[place] for place in used] for cells in lines])
+    write_table([columns[place] for place in used], [[cells[place] for place in used] for cells in lines])
 
 
 def _found() -> list[Path]:

@@ -27,11 +27,11 @@ HARMFUL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table. optional: left out, last ones first, when the terminal is too narrow for all."""
+    """A column of a table. spare: columns above 0 are left out where the terminal is too narrow, the highest first."""
 
     name: str
     right: bool = False
-    optional: bool = False
+    spare: int = 0
 
 
 def messages() -> Console:
@@ -84,9 +84,10 @@ def write_table(columns: Sequence[Column], rows: Sequence[Sequence[Any]]) -> Non
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)
+    unlimited = Console(width=100_000)
     shown = list(range(len(columns)))
-    for place in reversed([index for index, column in enumerate(columns) if column.optional]):
-        if console.measure(_drawn(columns, cells, shown)).maximum <= console.width:
+    for place in sorted((index for index in shown if columns[index].spare), key=lambda index: -columns[index].spare):
+        if unlimited.measure(_drawn(columns, cells, shown)).maximum <= console.width:
             break
         shown.remove(place)
     console.print(_drawn(columns, cells, shown))
@@ -95,8 +96,8 @@ def write_table(columns: Sequence[Column], rows: Sequence[Sequence[Any]]) -> Non
 def markdown_table(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> str:
     """The table as Markdown whose columns stand below each other."""
     lines = [[column.name for column in columns], *([cell.replace("|", "\\|") for cell in row] for row in cells)]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
-    rule = ["-" * (width - 1) + (":" if column.right else "-") if width > 1 else "-" for column, width in zip(columns, widths, strict=True)]
+    widths = [max(3, *(len(line[place]) for line in lines)) for place in range(len(columns))]
+    rule = ["-" * (width - 1) + (":" if column.right else "-") for column, width in zip(columns, widths, strict=True)]
 
     def drawn(line: Sequence[str]) -> str:
         padded = (cell.rjust(width) if column.right else cell.ljust(width) for cell, width, column in zip(line, widths, columns, strict=True))

@@ -88,21 +88,20 @@ class _Lines(_Stages):
 
     def __init__(self, console: Console, clock: Callable[[], float]) -> None:
         super().__init__(console, clock)
-        self._written_at, self._written = 0.0, ""
+        self._written_at = 0.0
+        self._written = ("", 0, 0)
 
     def show(self, new: bool) -> None:
         if new or self._clock() - self._written_at >= EVERY_S:
             self._write()
 
     def end(self) -> None:
-        if self._seconds >= BRIEF_S:
+        if self._seconds >= BRIEF_S and self._written != (self._text, self._done, self._total):
             self._write()
 
     def _write(self) -> None:
-        self._written_at = self._clock()
-        if self._line() != self._written:
-            self._written = self._line()
-            self._console.print(self._written)
+        self._written_at, self._written = self._clock(), (self._text, self._done, self._total)
+        self._console.print(self._line())
 
 
 class _Bar(_Stages):
@@ -124,9 +123,11 @@ class _Bar(_Stages):
         self._bar.update(self._task, description=self._text, completed=self._done, total=self._total or None, visible=True, count=self._count())
 
     def end(self) -> None:
+        from rich.text import Text
+
         self._bar.update(self._task, visible=False)
         if self._seconds >= BRIEF_S:
-            self._console.print(self._line(), style="dim")
+            self._console.print(Text(self._line(), style="dim"))
 
     def close(self) -> None:
         super().close()

@@ -59,7 +59,7 @@ def _list(as_json: bool) -> None:
     if as_json:
         write_json(facts)
         return
-    columns = (Column("task"), Column("family", optional=True), Column("metric", optional=True), Column("what it asks for"))
+    columns = (Column("task"), Column("family", spare=2), Column("metric", spare=1), Column("what it asks for"))
     write_table(columns, [[f"builtin:{fact['name']}", fact["family"], fact["metric"], fact["title"]] for fact in facts])
 
 

@@ -24,9 +24,7 @@ from atoll.model.kv_cache import KvCache
 Outputs = Literal["none", "last", "all"]
 
 LOGIT_ROWS = 256  # rows whose logits exist at a time: 256 x 49,152 float32 are 50 MB
-_MAX_DECODE_SEGMENTS = (
-    2  # adapters among single-token rows that still get a segment each; more are gathered (cost grows with rows, not with adapters)
-)
+_MAX_DECODE_SEGMENTS = 2  # adapters among single-token rows that get a segment each; more are gathered: cost grows with rows, not with adapters
 
 
 class Row(NamedTuple):

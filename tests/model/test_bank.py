@@ -1,0 +1,127 @@
+"""model/bank.py: resident adapters keep their place and their values while others come and go."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.adapters import CLOSE, ROWS, decoder_of, packed_logits, random_adapter
+from tests.conftest import tiny_model
+
+from atoll.errors import BaseMismatch
+from atoll.model.adapter import Adapter, LoraModule
+from atoll.model.bank import LoraBank, Slot, bucket_of
+from atoll.model.decoder import Decoder
+from atoll.model.sites import Site
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return decoder_of(tiny_model("llama"))
+
+
+@pytest.fixture
+def bank(decoder: Decoder) -> LoraBank:
+    return LoraBank(decoder.shape.linears, decoder.shape.num_layers, torch.float32)
+
+
+@torch.no_grad()
+def answer(decoder: Decoder, slot: Slot | None) -> torch.Tensor:
+    return packed_logits(decoder, ROWS[:1], [slot])[0]
+
+
+@pytest.mark.parametrize(("rank", "bucket"), [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (64, 64), (65, 128), (1024, 1024)])
+def test_ranks_are_padded_to_a_power_of_two(rank: int, bucket: int) -> None:
+    """Buckets bound both the padding and the number of stacks."""
+    assert bucket_of(rank) == bucket
+
+
+def test_a_bank_that_grows_keeps_what_it_holds(decoder: Decoder, bank: LoraBank) -> None:
+    """Nine adapters of one bucket grow its stack twice; slots handed out before must still give their adapter."""
+    adapters = [random_adapter(decoder, 8, seed=seed) for seed in range(9)]
+    first = bank.load(adapters[0])
+    before = answer(decoder, first)
+    slots = [first, *(bank.load(adapter) for adapter in adapters[1:])]
+    assert len({slot.index for slot in slots}) == 9
+    assert bank.stack(8).capacity == 16
+    assert torch.equal(answer(decoder, first), before)
+    alone = LoraBank(decoder.shape.linears, decoder.shape.num_layers, torch.float32)
+    for adapter, slot in zip(adapters[1:], slots[1:], strict=True):
+        assert torch.equal(answer(decoder, slot), answer(decoder, alone.load(adapter)))
+
+
+def test_a_reused_slot_holds_nothing_of_its_last_adapter(decoder: Decoder, bank: LoraBank) -> None:
+    """A factor left over from the adapter before (at a site or rank that the new one does not have) would mix two customers' adapters."""
+    everywhere = bank.load(random_adapter(decoder, 8, seed=1))
+    bank.unload(everywhere)
+    narrow = random_adapter(decoder, 3, seed=2, target_modules=("q_proj",), layers_to_transform=(1,))
+    slot = bank.load(narrow)
+    assert slot.index == everywhere.index, "the test wants the same place"
+    clean = LoraBank(decoder.shape.linears, decoder.shape.num_layers, torch.float32).load(narrow)
+    assert torch.equal(answer(decoder, slot), answer(decoder, clean))
+    for layer in range(decoder.shape.num_layers):
+        for group in range(4):
+            for stack, fresh in ((bank.stack(8), clean.bank.stack(8)),):
+                assert torch.equal(stack.a[layer][group][slot.index], fresh.a[layer][group][clean.index])
+
+
+def test_the_padding_of_a_rank_adds_nothing(decoder: Decoder, bank: LoraBank) -> None:
+    """Rank 12 stands in a bucket of 16: the same answer as unpadded."""
+    from atoll.train.weights import TrainableLora
+
+    adapter = random_adapter(decoder, 12, rank_pattern={"v_proj": 5}, alpha_pattern={"k_proj": 1.5})
+    with torch.no_grad():
+        plain = packed_logits(decoder, ROWS[:1], [TrainableLora(adapter, decoder.shape.linears)])[0]
+    torch.testing.assert_close(answer(decoder, bank.load(adapter)), plain, **CLOSE)
+
+
+def test_an_adapter_that_does_not_fit_takes_no_slot(decoder: Decoder, bank: LoraBank) -> None:
+    """A refused load that kept a slot would fill the pool with nothing."""
+    good = random_adapter(decoder, 8)
+    bad = Adapter(good.spec, {**good.modules, Site(2, "up_proj"): LoraModule(torch.zeros(8, 63), torch.zeros(96, 8), 1.0)})
+    slot = bank.load(good)
+    free = list(bank.stack(8).free)
+    with pytest.raises(BaseMismatch, match="layer 2 up_proj"):
+        bank.load(bad)
+    assert bank.stack(8).free == free
+    bank.unload(slot)
+    assert sorted(bank.stack(8).free) == sorted([*free, slot.index])
+
+
+def test_a_slot_cannot_be_freed_twice(decoder: Decoder, bank: LoraBank) -> None:
+    """The second time it would be somebody else's."""
+    slot = bank.load(random_adapter(decoder, 8))
+    bank.unload(slot)
+    with pytest.raises(AssertionError, match="freed twice"):
+        bank.unload(slot)
+
+
+def test_slot_bytes_are_what_a_slot_takes(decoder: Decoder, bank: LoraBank) -> None:
+    """The pool's budget is in bytes; an estimate below the truth would exceed the machine's memory."""
+    adapter = random_adapter(decoder, 12, target_modules=("q_proj",))
+    bank.load(adapter)
+    stack = bank.stack(16)
+    tensors = [*(a for layer in stack.a for a in layer), *(b for layer in stack.b for b in layer.values())]
+    assert bank.slot_bytes(adapter) == sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
+
+
+def test_the_scaling_is_folded_in_before_rounding(decoder: Decoder) -> None:
+    """bfloat16(s B) is one rounding; bfloat16(s) bfloat16(B) would be three."""
+    bank = LoraBank(decoder.shape.linears, decoder.shape.num_layers, torch.bfloat16)
+    adapter = random_adapter(decoder, 8, alpha=8 / 3)
+    slot = bank.load(adapter)
+    site = Site(1, "down_proj")
+    update = slot.update(1, 3)
+    assert update is not None
+    module = adapter.modules[site]
+    assert torch.equal(update.parts[0].b, (module.b * module.scaling).T.bfloat16())
+    assert update.parts[0].scaling == 1.0
+
+
+def test_groups_that_an_adapter_does_not_change_cost_nothing(decoder: Decoder, bank: LoraBank) -> None:
+    """No product where no row has factors."""
+    slot = bank.load(random_adapter(decoder, 8, target_modules=("v_proj",)))
+    assert slot.update(0, 0) is not None
+    assert [slot.update(0, group) for group in (1, 2, 3)] == [None] * 3
+    rows = bank.rows([0], [slot]).buckets[0]
+    assert rows.gathered(0, 0) is not None
+    assert rows.gathered(0, 2) is None

@@ -1,0 +1,142 @@
+"""The joined verbs, end to end on a tiny base: what is kept, what is redone, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atoll.config import DataConfig, EvalConfig, LandConfig, TrainConfig
+from atoll.errors import AdapterNotFound, BaseMismatch, Busy, DataError, Interrupted
+from atoll.eval.leaderboard import read_leaderboard
+from atoll.hub.store import Hub
+from atoll.workflows import evaluate, land, locked, train_and_publish
+
+ROWS = {"max_train_rows": 8, "max_validation_rows": 4, "max_test_rows": 6}
+QUICK = {"epochs": 1, "batch_size": 4, "dtype": "float32"}
+
+
+@pytest.fixture
+def land_config(tiny_base_dir: Path) -> LandConfig:
+    """Two built-in tasks over the tiny base, two steps each."""
+    return LandConfig.model_validate(
+        {
+            "base": str(tiny_base_dir),
+            "defaults": {"data": ROWS, "trainer": QUICK, "adapter": {"r": 4}, "generation": {"max_new_tokens": 6}},
+            "tasks": ["builtin:support_intents", "builtin:unit_conversion"],
+            "eval": {"batch_size": 8},
+        }
+    )
+
+
+def stages(calls: list[str], word: str) -> int:
+    return sum(word in call for call in calls)
+
+
+def test_a_land_trains_publishes_measures_and_writes_the_board(land_config: LandConfig, tmp_path: Path) -> None:
+    """The main job: every task has a published adapter with the prompt it was trained on, a score file, raw outputs, and a row in the fixed form."""
+    outcome = land(land_config, tmp_path / "out")
+    assert not outcome.failures
+    board = json.loads(outcome.json_path.read_text())
+    assert set(board) == {"base", "rows"} and set(board["base"]) == {"name", "fingerprint"}
+    assert [row["task"] for row in board["rows"]] == ["support_intents", "unit_conversion"]
+    for row in board["rows"]:
+        assert set(row) == {"task", "task_version", "metric", "n", "entries"} and row["n"] == 6
+        assert [entry["kind"] for entry in row["entries"]].count("base") == 1
+        for entry in row["entries"]:
+            assert set(entry) == {"model", "kind", "digest", "value", "stderr", "failures", "p_vs_base", "options_value"}
+    assert read_leaderboard(outcome.json_path) == outcome.leaderboard
+    assert "support_intents" in outcome.markdown_path.read_text()
+    hub = Hub()
+    version = hub.resolve("support_intents")
+    manifest = json.loads((hub.path(version) / "manifest.json").read_text())
+    assert manifest["prompt"]["template"] and manifest["base"]["weights_fingerprint"] and manifest["training"]["steps"] == 2
+    assert [score.task for score in hub.scores(version.digest)] == ["support_intents"]
+    assert [run.status for run in hub.runs(name="support_intents")] == ["finished"]
+    outputs = list((tmp_path / "out" / "scores" / "support_intents").glob("*.outputs.jsonl"))
+    assert len(outputs) == 3  # the base plainly, the base in its chat template, the adapter
+    assert all(len(path.read_text().splitlines()) == 6 for path in outputs)
+
+
+def test_a_land_run_again_redoes_nothing_and_a_changed_task_redoes_only_itself(land_config: LandConfig, tmp_path: Path) -> None:
+    """Resuming by digest: hours of training must neither be repeated for nothing nor be reused for something else."""
+    calls: list[str] = []
+    first = land(land_config, tmp_path / "out")
+    again = land(land_config, tmp_path / "out", progress=lambda stage, done, total: calls.append(stage))
+    assert again.leaderboard == first.leaderboard
+    assert stages(calls, "loss") == 0 and stages(calls, "evaluate") == 0
+    changed = land_config.model_dump(mode="json", exclude_unset=True)
+    changed["tasks"][1] = {"name": "unit_conversion", "data": {"path": "builtin:unit_conversion"}, "adapter": {"r": 2}}
+    third = land(LandConfig.model_validate(changed), tmp_path / "out", progress=lambda stage, done, total: calls.append(stage))
+    assert stages(calls, "support_intents: loss") == 0 and stages(calls, "unit_conversion: loss") == 2
+    assert third.leaderboard.rows[0] == first.leaderboard.rows[0]
+    assert [version.number for version in Hub().list("unit_conversion")] in ([1, 2], [2, 1])
+
+
+def test_an_interrupted_land_goes_on_where_it_was(land_config: LandConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the second task keeps the first task's adapter and says how to go on."""
+    from atoll.train import loop
+
+    steps: list[int] = []
+    original = loop.TrainingJob._one_step
+
+    def stop_at_the_third(self: Any, log: Any) -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            raise Interrupted("training stopped", hint="run the same command again")
+        original(self, log)
+
+    monkeypatch.setattr(loop.TrainingJob, "_one_step", stop_at_the_third)
+    with pytest.raises(Interrupted):
+        land(land_config, tmp_path / "out")
+    assert [run.status for run in Hub().runs(kind="train")] == ["interrupted", "finished"]
+    monkeypatch.undo()
+    calls: list[str] = []
+    monkeypatch.setenv("ATOLL_HOME", str(tmp_path / "atoll-home"))
+    outcome = land(land_config, tmp_path / "out", progress=lambda stage, done, total: calls.append(stage))
+    assert stages(calls, "support_intents: loss") == 0 and len(outcome.leaderboard.rows) == 2
+
+
+def test_two_lands_in_one_directory_are_refused(land_config: LandConfig, tmp_path: Path) -> None:
+    """Two writers of one directory would mix their results."""
+    with locked(tmp_path / "out"), pytest.raises(Busy, match="in use by another"):
+        land(land_config, tmp_path / "out")
+
+
+def test_bad_data_stops_a_land_before_anything_is_trained(land_config: LandConfig, tmp_path: Path) -> None:
+    """All data is read first: a broken file of the last task must not surface after an hour of training the others."""
+    broken = tmp_path / "rows.jsonl"
+    broken.write_text('{"prompt": "a", "completion": "b"}\nnot json\n')
+    changed = land_config.model_dump(mode="json", exclude_unset=True)
+    changed["tasks"].append({"name": "broken", "data": {"path": str(broken)}})
+    with pytest.raises(DataError, match=r"rows\.jsonl:2"):
+        land(LandConfig.model_validate(changed), tmp_path / "out")
+    assert Hub().runs() == ()
+
+
+def test_training_twice_into_one_folder_reuses_the_finished_run(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """The same job again is found finished; published once more it is the same version."""
+    config = TrainConfig.model_validate(
+        {"base": str(tiny_base_dir), "name": "units", "data": {"path": "builtin:unit_conversion", **ROWS}, "trainer": QUICK, "adapter": {"r": 2}}
+    )
+    first = train_and_publish(config, out=tmp_path / "run")
+    second = train_and_publish(config, out=tmp_path / "run")
+    assert not first.reused and second.reused and first.version is not None
+    assert second.version is not None and second.version.digest == first.version.digest
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+def test_an_adapter_of_another_base_is_refused_by_evaluation(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """A score of an adapter on a base that it does not fit would be a number about nothing."""
+    from conftest import write_tiny_base
+
+    other = write_tiny_base(tmp_path / "other", hidden_size=32)
+    data = {"path": "builtin:unit_conversion", **ROWS}
+    config = TrainConfig.model_validate({"base": str(other), "name": "units", "data": data, "trainer": QUICK, "adapter": {"r": 2}})
+    train_and_publish(config, out=tmp_path / "run")
+    with pytest.raises(BaseMismatch, match="units"):
+        evaluate(str(tiny_base_dir), ["units"], DataConfig.model_validate(data), dtype="float32", settings=EvalConfig(), out=tmp_path / "eval")
+    with pytest.raises(AdapterNotFound):
+        evaluate(str(tiny_base_dir), ["unit"], DataConfig.model_validate(data), dtype="float32", out=tmp_path / "eval")
