@@ -67,7 +67,7 @@ def test_block_attention_passes_gradcheck() -> None:
     """Finite differences, so that the formula itself is no shared mistake."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 4, 3, generator=generator, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2))
-    mask = _mask(4, 4, 3, torch.float64, torch.device("cpu"))
+    mask = _mask(0, (4,), 3, torch.float64, torch.device("cpu"))
     assert torch.autograd.gradcheck(lambda q, k, v: _BlockAttention.apply(q, k, v, mask), (q, k, v))
 
 

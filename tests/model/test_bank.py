@@ -78,13 +78,16 @@ def test_an_adapter_that_does_not_fit_takes_no_slot(decoder: Decoder, bank: Lora
     """A refused load that kept a slot would fill the pool with nothing."""
     good = random_adapter(decoder, 8)
     bad = Adapter(good.spec, {**good.modules, Site(2, "up_proj"): LoraModule(torch.zeros(8, 63), torch.zeros(96, 8), 1.0)})
-    slot = bank.load(good)
+    keeper, slot = bank.load(good), bank.load(good)
     free = list(bank.stack(8).free)
     with pytest.raises(BaseMismatch, match="layer 2 up_proj"):
         bank.load(bad)
     assert bank.stack(8).free == free
     bank.unload(slot)
     assert sorted(bank.stack(8).free) == sorted([*free, slot.index])
+    bank.unload(keeper)
+    with pytest.raises(KeyError):
+        bank.stack(8)  # the last adapter of a bucket takes the bucket's memory with it
 
 
 def test_a_slot_cannot_be_freed_twice(decoder: Decoder, bank: LoraBank) -> None:

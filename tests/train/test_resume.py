@@ -114,9 +114,10 @@ def test_training_runs_in_a_thread_too(tmp_path: Path) -> None:
 def test_a_finished_job_is_not_trained_again(tmp_path: Path) -> None:
     """`atoll land` run twice must cost nothing the second time, and give the same adapter: the best one, not the last."""
     validation = toy_rows(6, shift=80)  # another rule: learning the training rows makes it worse
-    first = toy_job(tmp_path, validation=validation, epochs=4).run()
+    first = toy_job(tmp_path, validation=validation, epochs=20).run()
+    assert first.progress.best_step < first.progress.step
     report = Signals(at=-1)
-    again = toy_job(tmp_path, validation=validation, epochs=4).run(report)
+    again = toy_job(tmp_path, validation=validation, epochs=20).run(report)
     assert report.steps == []
     assert again.progress == first.progress
     for site, module in first.adapter.modules.items():

@@ -135,10 +135,12 @@ class Conversation:
                 if event.completion is not None and event.completion.finish_reason == "error":
                     raise EngineError(f"the engine could not answer: {event.completion.error}")
                 if asked():
-                    say("\n(stopped)")
                     break
+            stopped = asked() and event.completion is None
         del events  # closing the stream cancels what is left of it
         write("")
+        if stopped:
+            say("(stopped)")
         return "".join(said)
 
 
@@ -151,6 +153,8 @@ def _lines() -> Iterator[str]:
         try:
             yield input("> " if asks else "")
         except EOFError:
+            if asks:
+                say()  # so that the shell's prompt begins a line
             return
         except KeyboardInterrupt:
             say("\n(Ctrl-D or /exit leaves)")

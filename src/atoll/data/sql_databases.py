@@ -242,12 +242,13 @@ def _subject(block: str, variant: int) -> Database:
     columns = [label, *texts, *numbers]
     if variant:
         columns = [label, *rng.sample(columns[1:], len(columns) - 1)]
-    values = {column.name: rng.sample(range(column.low, column.high + 1), ROWS_IN_TABLE) for column in numbers}
+    values: dict[str, list[Any]] = {column.name: rng.sample(range(column.low, column.high + 1), ROWS_IN_TABLE) for column in numbers}
     for column in texts:
         values[column.name] = rng.choices(column.values, k=ROWS_IN_TABLE)
     values[label.name] = rng.sample(label.values, ROWS_IN_TABLE)
     rows = tuple({column.name: values[column.name][index] for column in columns} for index in range(ROWS_IN_TABLE))
-    child, child_rows = None, ()
+    child: Child | None = None
+    child_rows: tuple[tuple[Any, int], ...] = ()
     for line in rest:
         if line.startswith("+"):
             child_table, child_noun, number = line[1:].strip().split(" | ")

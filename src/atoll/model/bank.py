@@ -87,7 +87,9 @@ class LoraBank:
         """Copy an adapter's factors into a free slot. Raises BaseMismatch where they do not fit the base."""
         adapter.check_fits(self.shapes, self.num_layers)
         bucket = bucket_of(adapter.max_rank)
-        stack = self._stacks.setdefault(bucket, self._new_stack(bucket)) if bucket not in self._stacks else self._stacks[bucket]
+        if bucket not in self._stacks:
+            self._stacks[bucket] = self._new_stack(bucket)
+        stack = self._stacks[bucket]
         if not stack.free:
             self._grow(stack)
         index = stack.free.pop()
@@ -110,11 +112,13 @@ class LoraBank:
 
     def unload(self, slot: Slot) -> None:
         """Free a slot. The caller makes sure that no running row uses it."""
-        stack = self._stacks[slot.bucket]
-        if slot.index not in stack.groups:
+        stack = self._stacks.get(slot.bucket)
+        if stack is None or slot.index not in stack.groups:
             raise AssertionError(f"slot {slot.index} of bucket {slot.bucket} is freed twice")
         del stack.groups[slot.index]
         stack.free.append(slot.index)
+        if not stack.groups:
+            del self._stacks[slot.bucket]  # an empty bucket gives its memory back
 
     def rows(self, tokens: Sequence[int], slots: Sequence[Slot]) -> BankRows:
         """Decode rows for `AdapterBatch.bank_rows`: token tokens[i] of the packed batch uses slots[i]; grouped by bucket here."""

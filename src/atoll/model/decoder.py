@@ -84,7 +84,7 @@ class DecoderShape:
 
 def _windows(config: Any) -> tuple[int | None, ...]:
     """Each layer's window: Mistral has one for all layers, Qwen2 and Qwen3 name sliding layers in layer_types."""
-    window = getattr(config, "sliding_window", None)
+    window: int | None = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if config.model_type == "llama":
         window = None
@@ -127,7 +127,8 @@ class Decoder:
         head = embedding
         if not config.tie_word_embeddings or reader.has("lm_head.weight"):
             own = reader.take("lm_head.weight", (shape.vocabulary, shape.hidden))
-            head = embedding if torch.equal(own, embedding) else own  # a head of its own in the files wins over "tied" in the config, as in transformers
+            # a head of its own in the files wins over "tied" in the config, as in transformers
+            head = embedding if torch.equal(own, embedding) else own
         reader.refuse_leftovers()
         return cls(shape, embedding, layers, final_norm, head, RotaryTable(config, device))
 
