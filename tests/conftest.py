@@ -1,6 +1,6 @@
 """What every test shares: a tiny random base in each family, a byte tokenizer, and their folder on disk.
 
-The tiny models have the shape of the real ones (grouped heads, 2 or 3 layers) at a size where a test takes milliseconds. Weights come from a fixed seed.
+The tiny models have the shape of the real ones (grouped heads, 2 or 3 layers) at a size where a test takes milliseconds. Weights are seeded.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
 
 
 def tiny_tokenizer() -> Any:
-    """One token a byte: ids 0 to 4 are <pad> <s> </s> <|im_start|> <|im_end|>, byte b is 5 + its rank in the byte-level alphabet; has a chat template."""
+    """One token a byte: ids 0 to 4 are <pad> <s> </s> <|im_start|> <|im_end|>, byte b is 5 + its rank in the byte alphabet; has a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

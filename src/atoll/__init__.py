@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow _HOMES; 
     from atoll.engine.request import Request, SamplingParams
     from atoll.errors import AtollError
     from atoll.hub.store import Hub
+    from atoll.model.adapter_files import read_adapter
     from atoll.model.base import load_base
     from atoll.workflows import evaluate, land, train_and_publish
 
@@ -33,6 +34,7 @@ _HOMES = {
     "land": "atoll.workflows",
     "load_base": "atoll.model.base",
     "load_config": "atoll.config_file",
+    "read_adapter": "atoll.model.adapter_files",
     "train_and_publish": "atoll.workflows",
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "land",
     "load_base",
     "load_config",
+    "read_adapter",
     "train_and_publish",
 ]
 

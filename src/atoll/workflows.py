@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from atoll.config import DataConfig, EvalConfig, GenerationConfig, LandConfig, TrainConfig
 from atoll.data.prompt import PromptFormat
 from atoll.data.task import TaskData, load_task
-from atoll.errors import AdapterNotFound, AtollError, BaseMismatch, Busy, Interrupted, StorageError, TrainingError
+from atoll.errors import AtollError, BaseMismatch, Busy, EngineError, Interrupted, StorageError, TaskError, TrainingError
 from atoll.eval.baseline import majority_baseline
 from atoll.eval.evaluate import Contestant, TaskRun, generation_limits, option_requests, plan_run, prompt_styles, requests_for, score_completions
 from atoll.eval.evaluate import with_options as score_options
@@ -57,13 +57,14 @@ class TrainOutcome:
 
 @dataclass(frozen=True)
 class LandOutcome:
-    """The leaderboard, where it was written, and the tasks that failed with their errors."""
+    """The leaderboard, where it was written, the tasks that failed with their errors, and sentences that the user should see."""
 
     leaderboard: Leaderboard
     notes: Mapping[str, RowNote]
     json_path: Path
     markdown_path: Path
     failures: Mapping[str, AtollError] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 # ---- train ----
@@ -133,13 +134,9 @@ def _finished(folder: Path, plan: TrainingPlan, hub: Hub | None) -> TrainOutcome
             hint="choose another --out folder, or delete this one to train again",
         )
     adapter = read_adapter(folder / "adapter")
-    if hub is None:
-        return TrainOutcome(folder / "adapter", None, adapter.manifest["training"], reused=True)
-    try:
-        version = hub.resolve(f"{_name(plan)}@sha256:{written['digest']}")
-    except AdapterNotFound:  # trained, but not (or no longer) in this hub
-        version = hub.publish(folder / "adapter", _name(plan))
-        write_file(path, (json.dumps({**written, "digest": version.digest}, indent=2) + "\n").encode())
+    version = None
+    if hub is not None:
+        version = hub.publish(folder / "adapter", _name(plan))  # the same content is the same version; new only if it was not (or no longer) there
     return TrainOutcome(folder / "adapter", version, adapter.manifest["training"], reused=True)
 
 
@@ -196,7 +193,7 @@ def evaluate(
         arena = _Arena(base, hub, settings, out / "scores")
         scores = arena.measure(task, versions, generation, progress)
         note = {task.task.name: _note(task, scores, settings)}
-        return _write_board(base, scores, note, out, {})
+        return _write_board(base, scores, note, out, {}, arena.warnings)
 
 
 class _Arena:
@@ -206,6 +203,7 @@ class _Arena:
         self._base, self._hub, self._settings, self._folder = base, hub, settings, folder
         self._engine: Engine | None = None
         self._registered: dict[str, Adapter] = {}
+        self.warnings: list[str] = []
 
     def measure(self, data: TaskData, versions: Sequence[Version], generation: GenerationConfig, progress: Progress) -> list[Score]:
         """Scores of the base in each prompt style and of every version, asked together; those on disk are read instead."""
@@ -250,7 +248,7 @@ class _Arena:
             runs.append(
                 plan_run(
                     data,
-                    Contestant(version.name, "lora", version.digest, adapter=version.digest),
+                    Contestant(version.ref, "lora", version.digest, adapter=version.digest),
                     base.tokenizer,
                     prompt_format=PromptFormat.from_json(own) if own else None,
                     **common,
@@ -266,6 +264,8 @@ class _Arena:
             found = self._hub.check_base(version.ref, self._base.fingerprint.to_json(), tensor_shapes(self._base.path))
             if found.kind == "refused":
                 raise BaseMismatch(f"{version.ref} does not fit {self._base.name}: {found.reason}", hint="evaluate it on the base it was trained on")
+            if found.kind == "compatible":
+                self.warnings.append(f"{version.ref} fits {self._base.name} in shape, but is not known to have been trained on it: {found.reason}")
             self._registered[version.digest] = read_adapter(self._hub.path(version))
         return self._registered[version.digest]
 
@@ -359,14 +359,17 @@ def land(config: LandConfig, out: Path, *, root: Path | None = None, hub: Hub | 
         scores: list[Score] = []
         notes: dict[str, RowNote] = {}
         for number, plan in enumerate(plans, 1):
-            name = _name(plan)
-            if name in versions:
-                measured = arenas[plan.config.trainer.dtype].measure(
-                    plan.data, [versions[name]], plan.config.generation, _prefixed(progress, f"[{number}/{len(plans)}]")
-                )
-                scores += measured
+            name, stage = _name(plan), _prefixed(progress, f"[{number}/{len(plans)}]")
+            if name in failures:
+                continue
+            try:
+                measured = arenas[plan.config.trainer.dtype].measure(plan.data, [versions[name]], plan.config.generation, stage)
                 notes[plan.data.task.name] = _note(plan.data, measured, config.eval)
-        return _write_board(next(iter(bases.loaded.values())), scores, notes, out, failures)
+                scores += measured
+            except (EngineError, TaskError) as error:
+                failures[name] = error
+        warnings = [warning for arena in arenas.values() for warning in arena.warnings]
+        return _write_board(next(iter(bases.loaded.values())), scores, notes, out, failures, warnings)
 
 
 class _Bases:
@@ -384,10 +387,12 @@ class _Bases:
         return self.loaded[dtype]
 
 
-def _write_board(base: Base, scores: Sequence[Score], notes: Mapping[str, RowNote], out: Path, failures: Mapping[str, AtollError]) -> LandOutcome:
+def _write_board(
+    base: Base, scores: Sequence[Score], notes: Mapping[str, RowNote], out: Path, failures: Mapping[str, AtollError], warnings: Sequence[str]
+) -> LandOutcome:
     board = build_leaderboard(base.name, base.fingerprint.digest, scores)
     json_path, markdown_path = write_leaderboard(out, board, notes)
-    return LandOutcome(board, notes, json_path, markdown_path, failures)
+    return LandOutcome(board, notes, json_path, markdown_path, failures, tuple(warnings))
 
 
 def _name(plan: TrainingPlan) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from atoll.config import DataConfig
-from atoll.data.generators import builtin_names
 from atoll.data.task import load_task
+from atoll.tasks.generators import builtin_names
 
 
 def test_every_built_in_task_is_listed(atoll):

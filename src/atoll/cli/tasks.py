@@ -52,7 +52,7 @@ def tasks(
 
 
 def _list(as_json: bool) -> None:
-    from atoll.data.generators import builtin_names, describe
+    from atoll.tasks.generators import builtin_names, describe
 
     descriptions = [describe(name) for name in builtin_names()]
     facts = [{key: description.get(key) for key in ("name", "family", "metric", "title")} for description in descriptions]
@@ -65,8 +65,8 @@ def _list(as_json: bool) -> None:
 
 def _show(name: str, rows: int, seed: int, as_json: bool) -> None:
     from atoll.config import DataConfig
-    from atoll.data.generators import describe
     from atoll.data.task import load_task
+    from atoll.tasks.generators import describe
 
     description = describe(name)
     data = DataConfig(path=f"builtin:{name}", max_train_rows=max(rows, 1), max_validation_rows=1, max_test_rows=1, seed=seed)
@@ -88,8 +88,8 @@ def _as_json(example: Example) -> dict[str, Any]:
 
 
 def _write(name: str, folder: Path, sizes: dict[str, int], seed: int) -> None:
-    from atoll.data.generators import generate
     from atoll.eval.score import write_text_atomically
+    from atoll.tasks.generators import generate
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} exists and is not an empty folder", hint="choose a new folder")

@@ -186,7 +186,7 @@ def _read(data: DataConfig, root: Path | None) -> tuple[dict[str, Any], dict[str
 
 
 def _read_builtin(data: DataConfig) -> tuple[dict[str, Any], dict[str, list[Row]]]:
-    from atoll.data.generators import generate
+    from atoll.tasks.generators import generate
 
     name = str(data.path).removeprefix(BUILTIN)
     asked = {"train": data.max_train_rows, "validation": data.max_validation_rows, "test": data.max_test_rows}

@@ -45,7 +45,7 @@ class SqlResult:
     rows: tuple[tuple[object, ...], ...]
 
 
-class QueryFailed(Exception):  # noqa: N818 - it is an outcome of a model's query, not an error of ours
+class QueryFailed(Exception):
     """A query did not run: syntax, unknown column, more than reading, or past a limit. The message is SQLite's or names the limit."""
 
 

@@ -69,7 +69,7 @@ class BucketRows(Protocol):
     tokens: Tensor
 
     def gathered(self, layer: int, group: int) -> tuple[Tensor, tuple[tuple[int, int, int, int, Tensor], ...]] | None:
-        """(a [n, R, d_in], ((rank_start, rank_stop, out_start, out_stop, b [n, r, d_out]), …)), scaling folded into b; None if no row uses the group."""
+        """(a [n, R, d_in], ((rank_start, rank_stop, out_start, out_stop, b [n, r, d_out]), …)), scaling folded into b; None where no row uses it."""
         ...
 
 

@@ -90,7 +90,8 @@ def _windows(config: Any) -> tuple[int | None, ...]:
         window = None
     if kinds is None or config.model_type == "mistral":
         return (window,) * config.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    windows: tuple[int | None, ...] = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return windows
 
 
 @dataclass(frozen=True)

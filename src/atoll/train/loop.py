@@ -162,7 +162,7 @@ class TrainingJob:
         return label_loss(hidden, self._decoder.head, packed.labels), packed.batch.num_tokens
 
     def _validate(self, log: RunLog) -> None:
-        """Mean validation loss a label token; keep the values if it is the best, stop after `early_stop_patience` evaluations without a better one."""
+        """Mean validation loss a label token; keep the values of the best, stop after `early_stop_patience` evaluations without one."""
         progress, config, started = self._progress, self._config, time.perf_counter()
         order = sorted(range(len(self._validation)), key=lambda index: len(self._validation[index].token_ids))
         lengths = [len(row.token_ids) for row in self._validation]

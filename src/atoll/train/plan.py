@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from atoll.model.base import Base
     from atoll.train.loop import Report, TrainResult
 
+_MEASURED_TOKENS = 1000
+_FORWARD_SHARE = 0.4  # of a training step's time: what a validation pass costs a token
+_PROCESS_BYTES = 500 << 20  # python, torch and transformers as loaded
 _FORMAT = 1  # raise when the same config would train other weights than before, so that old checkpoints are not resumed
 
 
@@ -76,13 +79,13 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
         encode_examples(
             examples,
             base.tokenizer,
-            trainer.max_length,
+            max_length,
             train_on_prompt=trainer.train_on_prompt,
             chat=data.task.chat,
             context=base.context_length,
             eos_ids=base.eos_ids,
         )
-        for examples in (data.train, data.validation)
+        for examples, max_length in ((data.train, trainer.max_length), (data.validation, None if trainer.max_length == "p95" else trainer.max_length))
     ]
     prompt = data.task.prompt_format(stop)
     spec = adapter_spec(base.name, config.adapter)
@@ -166,9 +169,9 @@ def _manifest(plan: TrainingPlan, result: TrainResult) -> dict[str, Any]:
 
 
 def estimate_cost(plan: TrainingPlan) -> CostEstimate:
-    """Time one forward and backward on the job's first micro-batch (after one to warm up), and count what must be held at once.
+    """Time forward and backward on the job's first micro-batches, some thousand tokens (after one to warm up), and count what is held at once.
 
-    memory_bytes = base + 5 float32 vectors of the adapter (values, gradient, two moments, best) + activations of the largest micro-batch.
+    memory_bytes = process + base + 5 float32 vectors of the adapter (values, gradient, two moments, best) + activations of the largest micro-batch.
     """
     import torch
 
@@ -179,26 +182,26 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
     from atoll.train.weights import TrainableLora
 
     decoder, trainer = plan.base.decoder, plan.config.trainer
+    shape = decoder.shape
+    weights = TrainableLora(new_adapter(plan.spec, shape.linears, shape.num_layers, torch.Generator().manual_seed(0)), shape.linears, decoder.device)
     lengths = [len(row.token_ids) for row in plan.train.rows]
-    micros = micro_batches(epoch_batches(lengths, trainer.batch_size, trainer.seed, 0)[0], lengths, trainer.micro_batch_tokens)
-    packed = label_batch([plan.train.rows[index] for index in micros[0]], decoder.device)
-    weights = TrainableLora(
-        new_adapter(plan.spec, decoder.shape.linears, decoder.shape.num_layers, torch.Generator().manual_seed(0)),
-        decoder.shape.linears,
-        decoder.device,
-    )
-    seconds = 0.0
-    for _ in range(2):
+    steps = epoch_batches(lengths, trainer.batch_size, trainer.seed, 0)
+    seconds, tokens, warm = 0.0, 0, False
+    for micro in [micro for step in steps for micro in micro_batches(step, lengths, trainer.micro_batch_tokens)]:
+        packed = label_batch([plan.train.rows[index] for index in micro], decoder.device)
         started = time.perf_counter()
         hidden = decoder.forward(packed.batch, AdapterBatch.single(weights, packed.batch.num_tokens))
         label_loss(hidden, decoder.head, packed.labels).backward()
-        seconds = time.perf_counter() - started
-    rate = packed.batch.num_tokens / seconds
-    forward_share = 0.4  # a validation pass is the forward only
-    total = sum(lengths) * plan.total_steps / max(1, -(-len(lengths) // trainer.batch_size))
-    evaluations = len(plan.validation.rows) and max(1, plan.total_steps // (trainer.eval_every or -(-len(lengths) // trainer.batch_size)))
-    total += forward_share * evaluations * sum(len(row.token_ids) for row in plan.validation.rows)
-    return CostEstimate(total / rate, _memory_bytes(plan), rate, packed.batch.num_tokens)
+        if warm:
+            seconds, tokens = seconds + time.perf_counter() - started, tokens + packed.batch.num_tokens
+        warm = True
+        if tokens >= _MEASURED_TOKENS:
+            break
+    if not tokens:  # one micro-batch in all: it has warmed up, time it as it is
+        tokens, seconds = packed.batch.num_tokens, time.perf_counter() - started
+    evaluations = len(plan.validation.rows) and max(1, plan.total_steps // (trainer.eval_every or len(steps)))
+    work = sum(lengths) * plan.total_steps / len(steps) + _FORWARD_SHARE * evaluations * sum(len(row.token_ids) for row in plan.validation.rows)
+    return CostEstimate(work * seconds / tokens, _memory_bytes(plan), tokens / seconds, tokens)
 
 
 def _memory_bytes(plan: TrainingPlan) -> int:
@@ -211,4 +214,4 @@ def _memory_bytes(plan: TrainingPlan) -> int:
     a_token_a_layer = 2 * 4 * shape.hidden + item * (2 * shape.hidden + 3 * (q + 2 * kv) + 2 * q + 3 * shape.mlp + scores)
     linears = sum(d_out * d_in for d_out, d_in in shape.linears.values()) * shape.num_layers
     base = item * (linears + shape.vocabulary * shape.hidden)
-    return base + 5 * 4 * plan.num_parameters + tokens * shape.num_layers * a_token_a_layer + 256 * shape.vocabulary * 8
+    return _PROCESS_BYTES + base + 5 * 4 * plan.num_parameters + tokens * shape.num_layers * a_token_a_layer + 256 * shape.vocabulary * 8

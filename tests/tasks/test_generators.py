@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from atoll.data.drawing import Draw, Generator, known_and_held_out
-from atoll.data.generators import builtin_names, describe, draw_parts, generate
-from atoll.data.vocabulary import FIRST_NAMES, MONTHS, ORDINAL_WORDS
 from atoll.errors import TaskError
+from atoll.tasks.drawing import Draw, Generator, known_and_held_out
+from atoll.tasks.generators import builtin_names, describe, draw_parts, generate
+from atoll.tasks.vocabulary import FIRST_NAMES, MONTHS, ORDINAL_WORDS
 
 NAMES = builtin_names()
 CLASSES = ("dates", "support_intents", "clauses")

@@ -12,8 +12,8 @@ import json
 from collections.abc import Callable
 from decimal import Decimal
 
-from atoll.data.drawing import Draw, Generator, Row, phrases, sentence, words
-from atoll.data.vocabulary import CITIES, CONTAINERS, COUNTED_THINGS, FIRST_NAMES, SHOP_ITEMS, WEEKDAYS
+from atoll.tasks.drawing import Draw, Generator, Row, phrases, sentence, words
+from atoll.tasks.vocabulary import CITIES, CONTAINERS, COUNTED_THINGS, FIRST_NAMES, SHOP_ITEMS, WEEKDAYS
 
 # The expression of each kind of story, and stories. a, b, c are numbers; the last story in four occurs in validation and test only.
 STORIES: dict[str, tuple[str, ...]] = {

@@ -6,7 +6,7 @@ product names are invented.
 
 from __future__ import annotations
 
-from atoll.data.drawing import words
+from atoll.tasks.drawing import words
 
 FIRST_NAMES = words("""
     Jane, Tom, Aisha, Pedro, Mina, Oscar, Ruth, Kofi, Elena, Victor, Naomi, Ivan, Grace, Hassan, Lucia, Peter, Wei, Clara, Samuel, Priya, Anton,

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from atoll.data.drawing import Draw, Generator, Row, Slots, phrases, sentence, words
-from atoll.data.vocabulary import CITIES, COMPANY_KINDS, COMPANY_STEMS, FIRST_NAMES, LAST_NAMES, MONTHS, SHOP_ITEMS, WEEKDAYS, ordinal
+from atoll.tasks.drawing import Draw, Generator, Row, Slots, phrases, sentence, words
+from atoll.tasks.vocabulary import CITIES, COMPANY_KINDS, COMPANY_STEMS, FIRST_NAMES, LAST_NAMES, MONTHS, SHOP_ITEMS, WEEKDAYS, ordinal
 
 ENTITY_TYPES = ("person", "company", "city", "date")
 ENTITY_SENTENCES = phrases("""

@@ -3,7 +3,7 @@
 Sixteen subjects, each a table with one text label, some text and some number columns, and for some a second table that refers to it. Every
 subject gives two databases, the second with fewer columns, in another order, and with other rows. All of it is fixed: no seed changes a database.
 
-Used by sql_tasks.py.
+Used by sql.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from atoll.data.drawing import words
+from atoll.tasks.drawing import words
 
 ROWS_IN_TABLE = 14
 ROWS_IN_CHILD = 18

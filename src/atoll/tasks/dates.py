@@ -10,8 +10,8 @@ import calendar
 from collections.abc import Callable
 from datetime import date, timedelta
 
-from atoll.data.drawing import Draw, Generator, Row, phrases, sentence
-from atoll.data.vocabulary import CITIES, COMPANY_STEMS, COUNTED_THINGS, FIRST_NAMES, MONTHS, ORDINAL_WORDS, SHOP_ITEMS, WEEKDAYS, ordinal
+from atoll.tasks.drawing import Draw, Generator, Row, phrases, sentence
+from atoll.tasks.vocabulary import CITIES, COMPANY_STEMS, COUNTED_THINGS, FIRST_NAMES, MONTHS, ORDINAL_WORDS, SHOP_ITEMS, WEEKDAYS, ordinal
 
 LETTERS = ("(A)", "(B)", "(C)", "(D)", "(E)", "(F)")
 YEARS = tuple(range(1905, 2045))  # every fourth one held out, never a leap year

@@ -15,9 +15,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from atoll.data import classify_tasks, date_tasks, reasoning_tasks, sql_tasks, structured_tasks, text_tasks
-from atoll.data.drawing import Draw, Generator, Row
 from atoll.errors import TaskError
+from atoll.tasks import classification, dates, reasoning, sql, structured, text
+from atoll.tasks.drawing import Draw, Generator, Row
 
 # Test is drawn first and train last, so that asking for more training rows changes neither test nor validation.
 DRAW_ORDER = ("test", "validation", "train")
@@ -102,5 +102,5 @@ def _find(name: str) -> Generator:
 
 
 def _registry() -> dict[str, Generator]:
-    modules = (classify_tasks, date_tasks, reasoning_tasks, sql_tasks, structured_tasks, text_tasks)
+    modules = (classification, dates, reasoning, sql, structured, text)
     return {generator.description["name"]: generator for module in modules for generator in module.generators()}

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from atoll.data.drawing import Draw, Generator, Row, Slots, phrases, sentence, words
-from atoll.data.vocabulary import CITIES, COMPANY_STEMS, FIRST_NAMES, LAST_NAMES, WEEKDAYS
+from atoll.tasks.drawing import Draw, Generator, Row, Slots, phrases, sentence, words
+from atoll.tasks.vocabulary import CITIES, COMPANY_STEMS, FIRST_NAMES, LAST_NAMES, WEEKDAYS
 
 STREETS = words("""
     Mill Lane, Harbour Street, Oak Road, Station Way, Park Row, Bridge Street, Church Hill, Market Square, River Walk, Elm Court, Castle Road,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from atoll.data.drawing import Draw, Generator, Row, phrases
-from atoll.data.sql_databases import databases, literal
+from atoll.tasks.databases import databases, literal
+from atoll.tasks.drawing import Draw, Generator, Row, phrases
 
 # Each kind of query, with the ways to ask for it; the fourth way of each occurs in validation and test only. {t} is the plural, {noun} the
 # singular, {label} the column of names.

@@ -6,8 +6,8 @@ quarter of the cores of each label, of the shop's items and of the parties occur
 
 from __future__ import annotations
 
-from atoll.data.drawing import Draw, Generator, Row, phrases, sentence, words
-from atoll.data.vocabulary import CITIES, FIRST_NAMES, SHOP_ITEMS, WEEKDAYS
+from atoll.tasks.drawing import Draw, Generator, Row, phrases, sentence, words
+from atoll.tasks.vocabulary import CITIES, FIRST_NAMES, SHOP_ITEMS, WEEKDAYS
 
 INTENTS: dict[str, tuple[str, ...]] = {
     "cancel_order": phrases("""
