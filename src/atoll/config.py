@@ -279,7 +279,7 @@ class TrainerConfig(Section):
     max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps in all; decides the length instead of epochs.")
     batch_size: int = Field(default=16, ge=1, description="Rows of one optimizer step, however they are divided into forward passes.")
     micro_batch_tokens: int = Field(
-        default=4096, ge=1, description="Most tokens of one forward pass (a longer row goes alone); for memory and speed."
+        default=2048, ge=1, description="Most tokens of one forward pass (a longer row goes alone); for memory and speed."
     )
     learning_rate: float = Field(default=5e-4, gt=0, le=1, description="Highest learning rate, after the warmup.")
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Learning rate after the warmup; the first two end at 0.")

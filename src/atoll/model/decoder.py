@@ -89,7 +89,7 @@ def _windows(config: Any) -> tuple[int | None, ...]:
     if config.model_type == "llama":
         window = None
     if kinds is None or config.model_type == "mistral":
-        return (window,) * config.num_hidden_layers
+        return (window,) * int(config.num_hidden_layers)
     windows: tuple[int | None, ...] = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return windows
 

@@ -1,1 +1,1 @@
-"""The built-in tasks: seeded generators with disjoint parts and held-out words, for the demo, the tests, and a first try without data of one's own."""
+"""The built-in tasks: seeded generators with disjoint parts and held-out words, for demo, tests, and a first try without data of one's own."""

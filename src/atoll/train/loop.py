@@ -28,7 +28,7 @@ from atoll.model.adapter import Adapter
 from atoll.model.batch import AdapterBatch
 from atoll.model.decoder import Decoder
 from atoll.model.loss import label_loss
-from atoll.model.memory import keep_freed_memory
+from atoll.model.memory import keep_freed_memory, release_memory
 from atoll.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from atoll.train.log import RunLog
 from atoll.train.rows import label_batch
@@ -107,6 +107,7 @@ class TrainingJob:
                     raise Interrupted(
                         f"training stopped after step {progress.step} of {self.total_steps}", hint="run the same command again to go on from there"
                     )
+        release_memory()
         return TrainResult(self.weights.adapter(self._best), progress, self.total_steps)
 
     def _headline(self) -> str:
