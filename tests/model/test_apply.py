@@ -72,6 +72,8 @@ def test_logits_and_gradients_are_pefts(spec: str, family: str, tmp_path: Path) 
     for row, logits in zip(ROWS[:3], packed_logits(decoder, ROWS[:3], [weights] * 3), strict=True):
         truth = reference(theirs, row)
         torch.testing.assert_close(logits, truth, **CLOSE)
+        with torch.no_grad():  # validation's path
+            torch.testing.assert_close(packed_logits(decoder, [row], [weights])[0], truth, **CLOSE)
         total = total + F.cross_entropy(truth[:-1], torch.tensor(row[1:]), reduction="sum")
     base = packed_logits(decoder, ROWS[:1])[0]
     assert (logits.shape, base.shape) == ((12, 320), (8, 320))

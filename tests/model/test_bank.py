@@ -51,6 +51,7 @@ def test_a_bank_that_grows_keeps_what_it_holds(decoder: Decoder, bank: LoraBank)
 
 def test_a_reused_slot_holds_nothing_of_its_last_adapter(decoder: Decoder, bank: LoraBank) -> None:
     """A factor left over from the adapter before (at a site or rank that the new one does not have) would mix two customers' adapters."""
+    bank.load(random_adapter(decoder, 8, seed=3))  # somebody stays, or an empty bucket would give its memory back
     everywhere = bank.load(random_adapter(decoder, 8, seed=1))
     bank.unload(everywhere)
     narrow = random_adapter(decoder, 3, seed=2, target_modules=("q_proj",), layers_to_transform=(1,))
@@ -60,8 +61,9 @@ def test_a_reused_slot_holds_nothing_of_its_last_adapter(decoder: Decoder, bank:
     assert torch.equal(answer(decoder, slot), answer(decoder, clean))
     for layer in range(decoder.shape.num_layers):
         for group in range(4):
-            for stack, fresh in ((bank.stack(8), clean.bank.stack(8)),):
-                assert torch.equal(stack.a[layer][group][slot.index], fresh.a[layer][group][clean.index])
+            assert torch.equal(bank.stack(8).a[layer][group][slot.index], clean.bank.stack(8).a[layer][group][clean.index])
+        for target, b in bank.stack(8).b[layer].items():
+            assert torch.equal(b[slot.index], clean.bank.stack(8).b[layer][target][clean.index])
 
 
 def test_the_padding_of_a_rank_adds_nothing(decoder: Decoder, bank: LoraBank) -> None:
@@ -90,12 +92,26 @@ def test_an_adapter_that_does_not_fit_takes_no_slot(decoder: Decoder, bank: Lora
         bank.stack(8)  # the last adapter of a bucket takes the bucket's memory with it
 
 
-def test_a_slot_cannot_be_freed_twice(decoder: Decoder, bank: LoraBank) -> None:
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_slot_cannot_be_freed_twice(others: int, decoder: Decoder, bank: LoraBank) -> None:
     """The second time it would be somebody else's."""
     slot = bank.load(random_adapter(decoder, 8))
+    for seed in range(others):
+        bank.load(random_adapter(decoder, 8, seed=seed))
     bank.unload(slot)
     with pytest.raises(AssertionError, match="freed twice"):
         bank.unload(slot)
+
+
+def test_a_bucket_that_nobody_uses_gives_its_memory_back(decoder: Decoder, bank: LoraBank) -> None:
+    """One adapter of rank 256 that came by must not hold its stack for the rest of a server's life; the next one finds a clean place."""
+    adapter = random_adapter(decoder, 40)
+    slot = bank.load(adapter)
+    before = answer(decoder, slot)
+    bank.unload(slot)
+    with pytest.raises(KeyError):
+        bank.stack(64)
+    assert torch.equal(answer(decoder, bank.load(adapter)), before)
 
 
 def test_slot_bytes_are_what_a_slot_takes(decoder: Decoder, bank: LoraBank) -> None:

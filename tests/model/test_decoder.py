@@ -21,6 +21,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, as many key heads as heads": ("llama", {"num_key_value_heads": 4}),
     "llama, one key head": ("llama", {"num_key_value_heads": 1}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, a window that it ignores": ("llama", {"sliding_window": 3}),
     "llama, head size of its own": ("llama", {"head_dim": 24}),
     "mistral, window": ("mistral", {"sliding_window": 5}),
     "mistral, no window": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
@@ -76,12 +77,19 @@ def test_scoring_rows_continue_one_cached_prompt_and_leave_the_cache_alone(model
     """Options of a question share one prompt in the cache (store=False); an option that wrote there would change the next one's score."""
     decoder = decoder_of(model)
     cache = decoder.new_cache(num_rows=3, row_tokens=32)
-    prompt, options = [5, 6, 7, 8, 9, 10], [[11, 12, 13], [14], [15, 16, 17, 18, 19, 20]]
-    decoder.forward(PackedBatch.of([prompt], kv_rows=[1]), cache=cache)
+    prompts = [[5, 6, 7, 8, 9, 10], [50, 51, 56, 57, 58, 59]]
+    decoder.forward(PackedBatch.of(prompts, kv_rows=[2, 0]), cache=cache)
     before = cache.keys.clone(), cache.values.clone()
-    batch = PackedBatch.of(options, context=[len(prompt)] * 3, kv_rows=[1] * 3, store=False)
+    options = [(0, [11, 12, 13]), (0, [14]), (0, [15, 16, 17, 18, 19, 20]), (1, [52]), (1, [53, 54]), (0, [21, 22])]
+    batch = PackedBatch.of(
+        [option for _, option in options],
+        context=[len(prompts[which]) for which, _ in options],
+        kv_rows=[[2, 0][which] for which, _ in options],
+        store=False,
+    )
     scores = decoder.logits(decoder.forward(batch, cache=cache)).split(batch.lengths)
-    for option, logits in zip(options, scores, strict=True):
+    for (which, option), logits in zip(options, scores, strict=True):
+        prompt = prompts[which]
         torch.testing.assert_close(logits, reference(model, prompt + option)[len(prompt) :], **CLOSE)
     assert torch.equal(cache.keys, before[0])
     assert torch.equal(cache.values, before[1])

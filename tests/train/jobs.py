@@ -78,7 +78,7 @@ def log_lines(folder: Path) -> list[dict[str, Any]]:
 def _resumable(folder: Path, decoder: Decoder) -> TrainingJob:
     """The job of the kill test: dropout, validation, an epoch bound in the middle, and a checkpoint every second step."""
     validation = toy_rows(6)
-    steps = {"max_steps": 40, "checkpoint_every": 2, "eval_every": 3, "early_stop_patience": None}
+    steps = {"max_steps": 100, "checkpoint_every": 2, "eval_every": 3, "early_stop_patience": None}
     return toy_job(folder, decoder=decoder, validation=validation, dropout=0.2, **steps)
 
 

@@ -93,3 +93,11 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path: Path, monkeypat
     restored = load_checkpoint(tmp_path, "job", *state(0))
     assert restored is not None
     assert restored[0].step == 3
+
+
+def test_what_a_kill_left_of_a_write_is_removed(tmp_path: Path) -> None:
+    """A machine that is taken away every hour would fill the disk with halves of checkpoints."""
+    save_checkpoint(tmp_path, "job", Progress(step=3), *state(), None)
+    (tmp_path / f".{FILE}.x1y2z3").write_bytes(b"half")
+    assert load_checkpoint(tmp_path, "job", *state(0)) is not None
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]

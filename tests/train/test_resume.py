@@ -59,7 +59,7 @@ def test_a_run_stopped_with_ctrl_c_goes_on_from_there(runs: tuple[Path, dict[str
     assert ends["stopped"] == INTERRUPTED
     message, hint = (out / "stopped" / "interrupted.txt").read_text().splitlines()
     assert message.startswith("training stopped after step ")
-    assert message.endswith(" of 40")
+    assert message.endswith(" of 100")
     assert "same command" in hint
     assert ends["resumed"] == 0
     assert_same_end(out / "stopped", out / "peace")

@@ -55,6 +55,8 @@ def load_checkpoint(folder: Path, job_digest: str, values: Tensor, optimizer: to
     from safetensors import SafetensorError, safe_open
 
     path = folder / FILE
+    for left_over in folder.glob(f".{FILE}.*"):  # of a kill in the middle of a write; each is as large as the checkpoint
+        left_over.unlink(missing_ok=True)
     if not path.is_file():
         return None
     hint = f"choose another --out folder, or delete {folder} to start again"
