@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,8 @@ from typing import Any, Generic, Literal, TypeVar, overload
 from pydantic import ValidationError
 
 from atoll.config import BUILTIN, LandConfig, QuantizationConfig, TaskEntry, TrainConfig
-from atoll.errors import ConfigError, StorageError
+from atoll.errors import ConfigError
+from atoll.files import write_file
 from atoll.ludwig import is_ludwig, translate
 from atoll.model_errors import config_error
 from atoll.yaml_file import Key, YamlFile, dump_yaml, key_text, kind_of, nearest, parse_value, read_yaml
@@ -119,11 +119,7 @@ def write_schemas(folder: Path) -> tuple[Path, ...]:
     written = []
     for kind, schema in json_schemas().items():
         target = folder / f"{kind}.schema.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_text(target, json.dumps(schema, indent=2, ensure_ascii=False) + "\n")
-        except OSError as problem:
-            raise StorageError(f"{target} cannot be written: {problem.strerror}", hint="give a folder that can be written to") from None
+        write_file(target, json.dumps(schema, indent=2, ensure_ascii=False) + "\n")
         written.append(target)
     return tuple(written)
 
@@ -230,18 +226,3 @@ def _notes(configs: tuple[TrainConfig, ...]) -> tuple[str, ...]:
 
 def _quantization_note(quantization: QuantizationConfig) -> str:
     return f"quantization to {quantization.bits} bits has no effect yet: training and serving use the unquantised base, as the adapter's record says"
-
-
-def _write_text(target: Path, text: str) -> None:
-    """Write beside the target, sync, rename: a reader sees the old file or the new one."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(target)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise

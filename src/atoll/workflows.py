@@ -24,7 +24,8 @@ from atoll.eval.evaluate import Contestant, TaskRun, generation_limits, option_r
 from atoll.eval.evaluate import with_options as score_options
 from atoll.eval.leaderboard import Leaderboard, RowNote, build_leaderboard, write_leaderboard
 from atoll.eval.score import Score, better_base, read_score, write_outputs, write_score
-from atoll.model.adapter_files import read_adapter, write_adapter, write_file
+from atoll.files import write_file
+from atoll.model.adapter_files import read_adapter, write_adapter
 
 if TYPE_CHECKING:
     from atoll.engine.engine import Engine

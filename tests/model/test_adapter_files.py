@@ -14,8 +14,9 @@ from tests.adapters import CLOSE, ROWS, decoder_of, new_peft_model, packed_logit
 from tests.conftest import tiny_model
 
 from atoll.errors import StorageError
+from atoll.files import write_file
 from atoll.model.adapter import Adapter, LoraModule
-from atoll.model.adapter_files import MANIFEST_FILE, WEIGHTS_FILE, read_adapter, read_manifest, write_adapter, write_file
+from atoll.model.adapter_files import MANIFEST_FILE, WEIGHTS_FILE, read_adapter, read_manifest, write_adapter
 from atoll.model.bank import LoraBank
 from atoll.model.sites import peft_key
 

@@ -88,14 +88,14 @@ def _as_json(example: Example) -> dict[str, Any]:
 
 
 def _write(name: str, folder: Path, sizes: dict[str, int], seed: int) -> None:
-    from atoll.eval.score import write_text_atomically
+    from atoll.files import write_file
     from atoll.tasks.generators import generate
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} exists and is not an empty folder", hint="choose a new folder")
     description, parts = generate(name, **sizes, seed=seed)
     for part, part_rows in parts.items():
-        write_text_atomically(folder / f"{part}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part_rows))
-    write_text_atomically(folder / "task.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+        write_file(folder / f"{part}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part_rows))
+    write_file(folder / "task.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     write(str(folder))
     say(f"wrote task.json and {', '.join(f'{len(part_rows)} rows of {part}' for part, part_rows in parts.items())}; use it as data.path: {folder}")

@@ -19,7 +19,8 @@ from typing import Any
 
 from atoll.errors import BaseMismatch, DataError
 from atoll.eval.baseline import Baseline
-from atoll.eval.score import KINDS, Score, better_base, p_value, parse_json_file, write_text_atomically
+from atoll.eval.score import KINDS, Score, better_base, p_value, parse_json_file
+from atoll.files import write_file
 
 JSON_NAME, MARKDOWN_NAME = "leaderboard.json", "leaderboard.md"
 REDO = "it was written by another version or edited; run the evaluation again"
@@ -155,8 +156,8 @@ def write_leaderboard(folder: Path, board: Leaderboard, notes: Mapping[str, RowN
     """
     checked = Leaderboard.from_json(board.to_json())
     paths = folder / JSON_NAME, folder / MARKDOWN_NAME
-    write_text_atomically(paths[0], json.dumps(checked.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    write_text_atomically(paths[1], render_markdown(checked, notes))
+    write_file(paths[0], json.dumps(checked.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(paths[1], render_markdown(checked, notes))
     return paths
 
 

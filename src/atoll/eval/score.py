@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from atoll.errors import DataError, StorageError, TaskError
+from atoll.errors import DataError, TaskError
 from atoll.eval.metrics import Evidence, Matrix, metrics
 from atoll.eval.stats import paired_p
+from atoll.files import write_file
 
 KINDS = ("base", "lora", "reft", "composed", "endpoint")
 
@@ -142,7 +141,7 @@ def better_base(scores: Iterable[Score]) -> Score:
 
 def write_score(path: Path, score: Score) -> None:
     """Write one score as JSON, whole or not at all. Raises StorageError."""
-    write_text_atomically(path, json.dumps(score.to_json(), allow_nan=False, ensure_ascii=False) + "\n")
+    write_file(path, json.dumps(score.to_json(), allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_score(path: Path) -> Score:
@@ -153,34 +152,13 @@ def read_score(path: Path) -> Score:
 def write_outputs(path: Path, outputs: Iterable[RowOutput]) -> None:
     """Write raw outputs as JSONL, one row a line, whole or not at all. Raises StorageError."""
     # Escaped to ASCII: a model can generate half a surrogate pair, which UTF-8 cannot hold but an escape can.
-    write_text_atomically(path, "".join(json.dumps(output.to_json(), allow_nan=False) + "\n" for output in outputs))
+    write_file(path, "".join(json.dumps(output.to_json(), allow_nan=False) + "\n" for output in outputs))
 
 
 def read_outputs(path: Path) -> list[RowOutput]:
     """The raw outputs of a file; raises DataError naming file and line."""
     lines = _read(path).split("\n")
     return [RowOutput.from_json(_parse(line, f"{path}:{number}")) for number, line in enumerate(lines, start=1) if line]
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8) through a synced temporary file beside it; makes missing folders. Raises StorageError, nothing left behind."""
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp gives 0600; these are reports for others to read
-        temporary.replace(path)
-    except OSError as problem:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"{path} could not be written: {problem.strerror or problem}", hint="check free space and permissions, then run again"
-        ) from problem
 
 
 def parse_json_file(path: Path) -> Any:

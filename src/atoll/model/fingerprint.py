@@ -14,15 +14,14 @@ import hashlib
 import json
 import logging
 import mmap
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from atoll.errors import BaseFormatError
+from atoll.errors import BaseFormatError, StorageError
+from atoll.files import write_file
 
 # Bytes an element of the dtypes that a safetensors header may name.
 ITEM_BYTES = {
@@ -252,24 +251,10 @@ def cached_by_files(kind: str, path: Path, files: list[Path], compute: Callable[
         log.debug("no usable cache entry %s: %s", entry, error)
     value = compute()
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(entry, json.dumps({"files": key, "value": value}))
-    except OSError as error:  # the answer is right all the same; the next call computes it again
+        write_file(entry, json.dumps({"files": key, "value": value}))
+    except StorageError as error:  # the answer is right all the same; the next call computes it again
         log.warning("could not keep %s of %s in %s: %s", kind, path, entry, error)
     return value
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write `text` to a temporary file beside `file`, fsync, rename; readers see the old content or the new, never a part."""
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_json(file: Path) -> dict[str, Any]:

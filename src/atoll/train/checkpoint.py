@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from atoll.errors import TrainingError
-from atoll.model.adapter_files import write_file
+from atoll.files import write_file
 
 FILE = "checkpoint.safetensors"
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from atoll.model.adapter_files import write_file
+from atoll.files import write_file
 
 LOG_FILE = "log.jsonl"
 

@@ -1,0 +1,187 @@
+"""PEFT's adapter_config.json to an AdapterSpec and back.
+
+Every key that PEFT writes is either in the spec, known to change nothing, or refused by name, because an option that is ignored gives silently wrong
+answers. Patterns are never run: a stranger's regular expression is a program.
+
+Used by adapter_files.py.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from atoll.errors import AdapterFormatError, UnsupportedAdapter
+from atoll.model.adapter import AdapterSpec
+from atoll.model.sites import TARGETS
+
+_MAX_RANK = 1024
+_LITERAL = re.compile(r"[A-Za-z0-9_.]+")
+
+# What PEFT's config may hold beside the fields of AdapterSpec, and the values that change nothing. Any other value is refused by name.
+_INERT: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "exclude_modules": (None, []),
+    "layers_pattern": (None, "layers", []),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "megatron_config": (None,),
+    "ensure_weight_tying": (False, None),
+    "init_lora_weights": (True, False, "gaussian", "eva", None),  # the others (pissa, olora, loftq, …) also change the base weights
+}
+# Keys that say nothing about the forward.
+_SILENT = frozenset(
+    {
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "layers_to_transform",
+        "megatron_core",
+        "qalora_group_size",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+    }
+)
+
+
+def peft_config(spec: AdapterSpec) -> dict[str, Any]:
+    """The spec as PEFT's adapter_config.json says it; keys left out have PEFT's defaults."""
+    return {
+        "alpha_pattern": dict(spec.alpha_pattern),
+        "base_model_name_or_path": spec.base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_to_transform": None if spec.layers_to_transform is None else list(spec.layers_to_transform),
+        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        "lora_dropout": spec.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "rank_pattern": dict(spec.rank_pattern),
+        "target_modules": list(spec.target_modules),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": spec.use_rslora,
+    }
+
+
+def read_config(config: Mapping[str, Any], path: Path) -> AdapterSpec:
+    """The spec that an adapter_config.json says; `path` is for messages.
+
+    Raises AdapterFormatError (a value of the wrong type or out of range) or UnsupportedAdapter (an option that would change the forward).
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedAdapter(f"{path}: peft_type is {kind!r}, but only LORA adapters can be applied")
+    for key, value in config.items():
+        if key in _INERT:
+            if not any(value is inert or (type(value) is type(inert) and value == inert) for inert in _INERT[key]):
+                raise UnsupportedAdapter(
+                    f"{path}: {key} is {value!r}, which Atoll does not apply", hint="merge or retrain the adapter without that option"
+                )
+        elif key not in _SILENT and value not in (None, False, [], {}, ""):
+            raise UnsupportedAdapter(
+                f"{path}: {key} is {value!r}, an option that Atoll does not know", hint="retrain the adapter without that option"
+            )
+    dropout = _number(config, "lora_dropout", path, 0.0)
+    if not 0 <= dropout < 1:
+        raise AdapterFormatError(f"{path}: lora_dropout is {dropout}, but a number from 0 up to 1 was expected")
+    return AdapterSpec(
+        base=str(config.get("base_model_name_or_path") or ""),
+        rank=_rank(config.get("r", 8), "r", path),
+        alpha=_number(config, "lora_alpha", path, 8.0),
+        target_modules=_targets(config.get("target_modules"), path),
+        dropout=dropout,
+        use_rslora=_flag(config, "use_rslora", path),
+        rank_pattern={
+            _literal(k, "rank_pattern", path): _rank(v, f"rank_pattern.{k}", path) for k, v in _mapping(config, "rank_pattern", path).items()
+        },
+        alpha_pattern={_literal(k, "alpha_pattern", path): _number({k: v}, k, path, 0.0) for k, v in _mapping(config, "alpha_pattern", path).items()},
+        layers_to_transform=_layers(config.get("layers_to_transform"), path),
+    )
+
+
+def _mapping(config: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise AdapterFormatError(f"{path}: {key} is {value!r}, but an object was expected")
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str, path: Path, default: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise AdapterFormatError(f"{path}: {key} is {value!r:.40}, but a finite number was expected")
+    return float(value)
+
+
+def _flag(config: Mapping[str, Any], key: str, path: Path) -> bool:
+    value = config.get(key) or False
+    if not isinstance(value, bool):
+        raise AdapterFormatError(f"{path}: {key} is {value!r:.40}, but true or false was expected")
+    return value
+
+
+def _rank(value: Any, key: str, path: Path) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_RANK:
+        raise AdapterFormatError(f"{path}: {key} is {value!r}, but a whole number from 1 to {_MAX_RANK} was expected")
+    return value
+
+
+def _literal(key: str, field: str, path: Path) -> str:
+    if not _LITERAL.fullmatch(key):
+        raise UnsupportedAdapter(f"{path}: {field} names {key!r}, a pattern; only literal module names are read from files")
+    return key
+
+
+def _targets(value: Any, path: Path) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise UnsupportedAdapter(
+            f"{path}: target_modules is the pattern {value!r}; patterns from files are never run",
+            hint="list the module names instead, such as q_proj, v_proj",
+        )
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+        raise AdapterFormatError(f"{path}: target_modules is {value!r}, but a list of module names was expected")
+    for item in value:
+        if _literal(item, "target_modules", path).rsplit(".", 1)[-1] not in TARGETS:
+            raise UnsupportedAdapter(f"{path}: target_modules names {item!r}, but LoRA is applied to {', '.join(TARGETS)} only")
+    return tuple(sorted(value, key=lambda item: (TARGETS.index(item.rsplit(".", 1)[-1]), item)))
+
+
+def _layers(value: Any, path: Path) -> tuple[int, ...] | None:
+    if value is None or value == []:  # PEFT reads an empty list as all layers
+        return None
+    layers = [value] if isinstance(value, int) else value
+    if not isinstance(layers, list) or not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 10_000 for item in layers):
+        raise AdapterFormatError(f"{path}: layers_to_transform is {value!r}, but a list of layer numbers was expected")
+    return tuple(sorted(set(layers)))
