@@ -73,7 +73,7 @@ def problem(**values: Any) -> ConfigError:
         ({"data": {"template": "{text"}}, "braces do not match"),
         ({"data": {"template": "{}"}}, "does not name a column"),
         ({"data": {"template": "{text.__class__}"}}, "does not name a column"),
-        ({"data": {"template": "{text:{width}}"}}, "braces inside braces"),
+        ({"data": {"template": "{text:{width}}"}}, "has a format behind the column's name"),
         ({"data": {"template": "{text} {label}", "target": "label"}}, "the answer would stand in the prompt"),
         ({"data": {"path": "a.csv", "train": "b.csv"}}, "give either path or train"),
         ({"data": {"validation": "b.csv"}}, "need a train file"),
@@ -136,7 +136,7 @@ def test_derived_values_follow_from_the_fields() -> None:
     assert AdapterConfig(r=8).scaling_alpha == 16 and AdapterConfig(r=8, alpha=4).scaling_alpha == 4
     assert AdapterConfig().targets == settings.TARGET_MODULES
     assert AdapterConfig(target_modules=("v_proj", "q_proj")).targets == ("q_proj", "v_proj")
-    assert DataConfig(template="{a} {{x}} {b c} {a!r:>5}").columns == ("a", "b c")
+    assert DataConfig(template="{a} {{x}} {b c} {a}").columns == ("a", "b c")
     assert template_columns("no columns") == ()
     assert TrainerConfig(max_length="512").max_length == 512  # type: ignore[arg-type]
 

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from atoll.config import DataConfig, EvalConfig, LandConfig, TrainConfig
-from atoll.errors import AdapterNotFound, BaseMismatch, Busy, DataError, Interrupted
+from atoll.data.task import load_task
+from atoll.errors import AdapterNotFound, BaseMismatch, Busy, ConfigError, DataError, Interrupted
 from atoll.eval.leaderboard import read_leaderboard
 from atoll.hub.store import Hub
-from atoll.workflows import evaluate, land, locked, train_and_publish
+from atoll.model.adapter_files import read_adapter
+from atoll.model.base import load_base
+from atoll.workflows import evaluate, land, locked, make_plan, prompt_ids, train_and_publish
 
 ROWS = {"max_train_rows": 8, "max_validation_rows": 4, "max_test_rows": 6}
 QUICK = {"epochs": 1, "batch_size": 4, "dtype": "float32"}
@@ -114,6 +117,60 @@ def test_bad_data_stops_a_land_before_anything_is_trained(land_config: LandConfi
     with pytest.raises(DataError, match=r"rows\.jsonl:2"):
         land(LandConfig.model_validate(changed), tmp_path / "out")
     assert Hub().runs() == ()
+
+
+def test_a_failure_of_the_engine_is_not_kept_as_a_wrong_answer(land_config: LandConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine out of memory scored the base 0, for good: every adapter would have beaten it. The task fails; the next run measures it."""
+    from atoll.model.decoder import Decoder
+
+    original = Decoder.logits
+
+    def out_of_memory(self: Any, hidden: Any) -> Any:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(Decoder, "logits", out_of_memory)
+    outcome = land(land_config, tmp_path / "out")
+    assert set(outcome.failures) == {"support_intents", "unit_conversion"} and not outcome.leaderboard.rows
+    assert "can't allocate memory" in outcome.failures["support_intents"].message
+    monkeypatch.setattr(Decoder, "logits", original)
+    assert len(land(land_config, tmp_path / "out").leaderboard.rows) == 2
+
+
+def test_a_damaged_score_file_is_measured_again(land_config: LandConfig, tmp_path: Path) -> None:
+    """A score that cannot be read must not be a dead end."""
+    first = land(land_config, tmp_path / "out")
+    for path in (tmp_path / "out" / "scores" / "unit_conversion").glob("*.json"):
+        path.write_text("{")
+    assert land(land_config, tmp_path / "out").leaderboard == first.leaderboard
+
+
+def test_rows_that_lost_the_beginning_of_their_prompt_are_reported(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """A cut prompt may lack what the answer is about; the user hears of it, with the first row's place."""
+    data = {"path": "builtin:support_intents", **ROWS}
+    trainer = {**QUICK, "max_length": 96}
+    config = TrainConfig.model_validate({"base": str(tiny_base_dir), "name": "cut", "data": data, "trainer": trainer, "adapter": {"r": 2}})
+    outcome = train_and_publish(config, out=tmp_path / "run")
+    assert len(outcome.warnings) == 2 and "8 of 8 training rows lost the beginning" in outcome.warnings[0]
+
+
+def test_a_pattern_that_names_no_module_is_refused(tiny_base_dir: Path) -> None:
+    """It was ignored, and the adapter had another rank than its author thought."""
+    adapter = {"r": 2, "rank_pattern": {"layers.99.self_attn.q_proj": 4}}
+    config = TrainConfig.model_validate(
+        {"base": str(tiny_base_dir), "name": "units", "data": {"path": "builtin:unit_conversion", **ROWS}, "trainer": QUICK, "adapter": adapter}
+    )
+    with pytest.raises(ConfigError, match=r"layers\.99"):
+        make_plan(config)
+
+
+def test_an_adapter_is_asked_in_its_own_words(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """The prompt travels with the adapter: the library's user fills its template and needs to know nothing of it."""
+    data = {"path": "builtin:support_intents", **ROWS}
+    config = TrainConfig.model_validate({"base": str(tiny_base_dir), "name": "intents", "data": data, "trainer": QUICK, "adapter": {"r": 2}})
+    outcome = train_and_publish(config, out=tmp_path / "run")
+    base, adapter = load_base(str(tiny_base_dir), dtype="float32"), read_adapter(outcome.adapter_folder)
+    row = load_task(config.require_data()).test[0]
+    assert base.tokenizer.decode(prompt_ids(base, adapter, **row.row)) == row.prompt
 
 
 def test_training_twice_into_one_folder_reuses_the_finished_run(tiny_base_dir: Path, tmp_path: Path) -> None:

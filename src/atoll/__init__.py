@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow _HOMES; 
     from atoll.hub.store import Hub
     from atoll.model.adapter_files import read_adapter
     from atoll.model.base import load_base
-    from atoll.workflows import evaluate, land, train_and_publish
+    from atoll.workflows import evaluate, land, prompt_ids, train_and_publish
 
     __version__: str
 
@@ -34,6 +34,7 @@ _HOMES = {
     "land": "atoll.workflows",
     "load_base": "atoll.model.base",
     "load_config": "atoll.config_file",
+    "prompt_ids": "atoll.workflows",
     "read_adapter": "atoll.model.adapter_files",
     "train_and_publish": "atoll.workflows",
 }
@@ -51,6 +52,7 @@ __all__ = [
     "land",
     "load_base",
     "load_config",
+    "prompt_ids",
     "read_adapter",
     "train_and_publish",
 ]

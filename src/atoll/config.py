@@ -294,6 +294,7 @@ class TrainerConfig(Section):
         default=50, ge=1, description="Steps between checkpoints that a killed job resumes from; null turns them off."
     )
     seed: int = Field(default=0, ge=0, description="Seed of the adapter's start, the order of rows, and dropout.")
+    device: str = Field(default="cpu", min_length=1, description="Where to compute: cpu, or cuda (cuda:1, …) on a machine that has it.")
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="Number format of the base while training; the adapter itself is float32."
     )
@@ -350,10 +351,12 @@ class QuantizationConfig(Section):
 class EvalConfig(Section):
     """How a land is measured."""
 
-    test_rows: int | None = Field(default=None, ge=1, description="Use at most so many test rows a task, the first ones; without it, all.")
-    batch_size: int = Field(default=32, ge=1, description="Answers generated at the same time.")
+    test_rows: int | None = Field(
+        default=None, ge=1, description="Use at most so many test rows a task, drawn by a hash of their content; without it, all."
+    )
+    batch_size: int = Field(default=32, ge=1, le=1024, description="Answers generated at the same time.")
     option_scoring: bool = Field(default=True, description="For tasks with a closed label set, also choose the most likely label (a second column).")
-    max_options: int = Field(default=40, ge=2, description="Leave that column out for tasks with more labels than this.")
+    max_options: int = Field(default=160, ge=2, description="Leave that column out for tasks with more labels than this.")
     chat_base: bool = Field(default=True, description="Score the base inside its chat template too, and compare adapters with the better of the two.")
 
 
@@ -457,13 +460,13 @@ def template_columns(template: str) -> tuple[str, ...]:
         pieces = list(string.Formatter().parse(template))
     except ValueError as problem:
         raise ValueError(f"braces do not match ({problem}); write {{{{ and }}}} for braces that are text") from None
-    for _, field, spec, _ in pieces:
+    for _, field, spec, conversion in pieces:
         if field is None:
             continue
         if not field or field.isdecimal() or any(sign in field for sign in ".[]"):
             raise ValueError(f"{{{field}}} does not name a column; write {{column}}, and {{{{ and }}}} for braces that are text")
-        if spec and "{" in spec:
-            raise ValueError(f"{{{field}:{spec}}} has braces inside braces; write {{{{ and }}}} for braces that are text")
+        if spec or conversion:
+            raise ValueError(f"{{{field}}} has a format behind the column's name; write {{column}} alone, and {{{{ and }}}} for braces that are text")
         columns[field] = None
     return tuple(columns)
 

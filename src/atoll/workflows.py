@@ -7,7 +7,7 @@ found again by the digest of what it was made from. So a land that was stopped g
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.config import DataConfig, EvalConfig, GenerationConfig, LandConfig, TrainConfig
-from atoll.data.prompt import PromptFormat
+from atoll.data.prompt import PromptFormat, encode_prompt
 from atoll.data.task import TaskData, load_task
-from atoll.errors import AtollError, BaseMismatch, Busy, EngineError, Interrupted, StorageError, TaskError, TrainingError
-from atoll.eval.baseline import majority_baseline
-from atoll.eval.evaluate import Contestant, TaskRun, generation_limits, option_requests, plan_run, prompt_styles, requests_for, score_completions
-from atoll.eval.evaluate import with_options as score_options
+from atoll.errors import AtollError, Busy, ConfigError, Interrupted, StorageError, TrainingError
+from atoll.eval.arena import Arena, limits, note_of
 from atoll.eval.leaderboard import Leaderboard, RowNote, build_leaderboard, write_leaderboard
-from atoll.eval.score import Score, better_base, read_score, write_outputs, write_score
+from atoll.eval.score import Score
 from atoll.files import write_file
+from atoll.hub.names import check_name
 from atoll.model.adapter_files import read_adapter, write_adapter
 
 if TYPE_CHECKING:
-    from atoll.engine.engine import Engine
     from atoll.hub.records import Version
     from atoll.hub.store import Hub
     from atoll.model.adapter import Adapter
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 RESULT_FILE = "result.json"
+_ENDS_A_LAND = (Interrupted, StorageError, Busy)  # what no other task can be spared from
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -45,15 +44,16 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class TrainOutcome:
-    """A trained adapter:
+    """A trained adapter: its folder, its version in the hub (None if not published), its training record.
 
-    its folder, its version in the hub (None if not published) and its training record. reused: found finished, not trained now.
+    reused: found finished, not trained now. warnings: sentences that the user should see.
     """
 
     adapter_folder: Path
     version: Version | None
     training: Mapping[str, Any]
     reused: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def make_plan(
     from atoll.train.plan import plan_training
 
     data = data or load_task(config.require_data(), name=config.name, root=root)
-    base = base or load_base(config.base, dtype=config.trainer.dtype, progress=progress)
-    return plan_training(config, base, data, stop=_limits(config.generation, data, base)[1])
+    base = base or load_base(config.base, dtype=config.trainer.dtype, device=config.trainer.device, progress=progress)
+    return plan_training(config, base, data, stop=limits(config.generation, data, base.tokenizer)[1])
 
 
 def train_and_publish(
@@ -120,13 +120,14 @@ def run_plan_in(folder: Path, plan: TrainingPlan, hub: Hub | None, *, progress: 
     written = {"job": plan.digest, "digest": version.digest if version else None}
     write_file(folder / RESULT_FILE, (json.dumps(written, indent=2) + "\n").encode())
     (folder / CHECKPOINT).unlink(missing_ok=True)  # the adapter is safe, and a checkpoint is four times its size
-    return TrainOutcome(target, version, result.adapter.manifest["training"])
+    training = {**result.adapter.manifest["training"], "seconds": round(result.progress.seconds, 1)}
+    return TrainOutcome(target, version, training, warnings=plan.warnings)
 
 
 def _finished(folder: Path, plan: TrainingPlan, hub: Hub | None) -> TrainOutcome | None:
     """The outcome of an earlier run of this very job in `folder`, if its adapter is still where it was put."""
     path = folder / RESULT_FILE
-    if not path.is_file():
+    if not path.is_file() or not (folder / "adapter").is_dir():
         return None
     written = json.loads(path.read_text(encoding="utf-8"))
     if written.get("job") != plan.digest:
@@ -138,7 +139,7 @@ def _finished(folder: Path, plan: TrainingPlan, hub: Hub | None) -> TrainOutcome
     version = None
     if hub is not None:
         version = hub.publish(folder / "adapter", _name(plan))  # the same content is the same version; new only if it was not (or no longer) there
-    return TrainOutcome(folder / "adapter", version, adapter.manifest["training"], reused=True)
+    return TrainOutcome(folder / "adapter", version, adapter.manifest["training"], reused=True, warnings=plan.warnings)
 
 
 @contextlib.contextmanager
@@ -153,6 +154,9 @@ def _recorded_run(hub: Hub | None, plan: TrainingPlan) -> Iterator[dict[str, Any
     def record(status: str, run_id: int | None = None, **facts: Any) -> int:
         return hub.record_run("train", config, status=status, started=started, name=_name(plan), run_id=run_id, **facts).id
 
+    for run in hub.runs(name=_name(plan), kind="train"):
+        if run.status == "running" and run.config == config:  # its process is dead: this one holds the folder's lock
+            record("interrupted", run.id, message="ended without a word")
     run_id = record("running")
     try:
         yield found
@@ -161,6 +165,15 @@ def _recorded_run(hub: Hub | None, plan: TrainingPlan) -> Iterator[dict[str, Any
         record(status, run_id, finished=datetime.now(UTC), message=str(error)[:500])
         raise
     record("finished", run_id, finished=datetime.now(UTC), **found)
+
+
+def prompt_ids(base: Base, adapter: Adapter, **fields: Any) -> list[int]:
+    """The tokens of a prompt in the adapter's own words: its template filled with `fields`, as it was trained and is evaluated.
+
+    An adapter without a template takes the one field `prompt` as it is. Raises DataError for a field that is missing.
+    """
+    form = PromptFormat.from_json(adapter.manifest["prompt"]) if adapter.manifest.get("prompt") else PromptFormat()
+    return encode_prompt(form.render(fields), base.tokenizer, form.chat)
 
 
 # ---- evaluate ----
@@ -176,6 +189,7 @@ def evaluate(
     settings: EvalConfig | None = None,
     generation: GenerationConfig | None = None,
     dtype: str = "bfloat16",
+    device: str = "cpu",
     out: Path | None = None,
     progress: Progress = _silent,
 ) -> LandOutcome:
@@ -186,148 +200,16 @@ def evaluate(
     """
     from atoll.model.base import load_base
 
+    _require("scipy", "rouge_score")
     hub, settings, generation, out = hub or _open_hub(), settings or EvalConfig(), generation or GenerationConfig(), out or Path("runs/eval")
     task = load_task(data, root=root)
-    base = load_base(base_name, dtype=dtype, progress=progress)
+    base = load_base(base_name, dtype=dtype, device=device, progress=progress)
     versions = [hub.resolve(model) for model in models]
     with locked(out):
-        arena = _Arena(base, hub, settings, out / "scores")
+        arena = Arena(base, hub, settings, out / "scores")
         scores = arena.measure(task, versions, generation, progress)
-        note = {task.task.name: _note(task, scores, settings)}
+        note = {task.task.name: note_of(task, scores, settings)}
         return _write_board(base, scores, note, out, {}, arena.warnings)
-
-
-class _Arena:
-    """One engine over one base, and the folder of scores that it has already measured."""
-
-    def __init__(self, base: Base, hub: Hub, settings: EvalConfig, folder: Path) -> None:
-        self._base, self._hub, self._settings, self._folder = base, hub, settings, folder
-        self._engine: Engine | None = None
-        self._registered: dict[str, Adapter] = {}
-        self.warnings: list[str] = []
-
-    def measure(self, data: TaskData, versions: Sequence[Version], generation: GenerationConfig, progress: Progress) -> list[Score]:
-        """Scores of the base in each prompt style and of every version, asked together; those on disk are read instead."""
-        runs = [(run, self._score_path(run)) for run in self._runs(data, versions, generation)]
-        missing = [(run, path) for run, path in runs if not path.is_file()]
-        if missing:
-            self._ask(data.task.name, missing, progress)
-        scores = [read_score(path) for _, path in runs]
-        for score, (_, path) in zip(scores, runs, strict=True):
-            if path in {path for _, path in missing}:
-                details = {"prompt_style": score.prompt_style, "model": score.model, "outputs": str(path.with_suffix(".outputs.jsonl"))}
-                self._hub.record_score(
-                    score.digest,
-                    score.task,
-                    score.task_version,
-                    score.metric,
-                    score.value,
-                    stderr=score.stderr,
-                    n=score.n,
-                    failures=score.failures,
-                    options_value=score.options_value,
-                    details=details,
-                )
-        return scores
-
-    def _runs(self, data: TaskData, versions: Sequence[Version], generation: GenerationConfig) -> list[TaskRun]:
-        base, settings = self._base, self._settings
-        max_new_tokens, stop = _limits(generation, data, base)
-        common: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "stop": stop,
-            "num_rows": settings.test_rows,
-            "context_length": base.context_length,
-            "max_options": settings.max_options if settings.option_scoring else 0,
-        }
-        contestant = Contestant(base.name, "base", base.fingerprint.digest)
-        styles = [style for style in prompt_styles(data.task, base.tokenizer) if settings.chat_base or style == "plain" or data.task.chat]
-        runs = [plan_run(data, contestant, base.tokenizer, style=style, **common) for style in styles]
-        for version in versions:
-            adapter = self._adapter(version)
-            own = adapter.manifest.get("prompt")
-            runs.append(
-                plan_run(
-                    data,
-                    Contestant(version.ref, "lora", version.digest, adapter=version.digest),
-                    base.tokenizer,
-                    prompt_format=PromptFormat.from_json(own) if own else None,
-                    **common,
-                )
-            )
-        return runs
-
-    def _adapter(self, version: Version) -> Adapter:
-        """The version's adapter, read once, and checked against the base."""
-        if version.digest not in self._registered:
-            from atoll.model.base import tensor_shapes
-
-            found = self._hub.check_base(version.ref, self._base.fingerprint.to_json(), tensor_shapes(self._base.path))
-            if found.kind == "refused":
-                raise BaseMismatch(f"{version.ref} does not fit {self._base.name}: {found.reason}", hint="evaluate it on the base it was trained on")
-            if found.kind == "compatible":
-                self.warnings.append(f"{version.ref} fits {self._base.name} in shape, but is not known to have been trained on it: {found.reason}")
-            self._registered[version.digest] = read_adapter(self._hub.path(version))
-        return self._registered[version.digest]
-
-    def _ask(self, name: str, missing: Sequence[tuple[TaskRun, Path]], progress: Progress) -> None:
-        """Generate all answers of all runs in one batch, score the options, and write score and outputs of each run."""
-        engine = self._start_engine()
-        for run, _ in missing:
-            key = run.contestant.adapter
-            if key is not None and not engine.is_registered(key):
-                engine.register(key, self._registered[key])
-        completions = engine.generate(
-            [request for run, _ in missing for request in requests_for(run)], progress=_prefixed(progress, f"evaluate {name}")
-        )
-        for run, path in missing:
-            items = option_requests(run, self._base.tokenizer)
-            log_probs = engine.score(items, progress=_prefixed(progress, f"options {name}")) if items else []
-            score, outputs = score_options(*score_completions(run, completions), run, log_probs)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_outputs(path.with_suffix(".outputs.jsonl"), outputs)
-            write_score(path, score)
-
-    def _start_engine(self) -> Engine:
-        from atoll.engine.config import EngineConfig
-        from atoll.engine.engine import Engine
-
-        if self._engine is None:
-            self._engine = Engine(self._base, EngineConfig(max_rows=self._settings.batch_size))
-        return self._engine
-
-    def _score_path(self, run: TaskRun) -> Path:
-        """Where a run's score stands: everything that decides it is in the name's hash."""
-        contestant = run.contestant
-        identity = [
-            contestant.kind,
-            contestant.digest,
-            self._base.fingerprint.digest,
-            str(self._base.dtype),
-            run.data.test_version,
-            run.metric.name,
-            run.metric.version,
-            run.style,
-            run.prompts,
-            run.max_new_tokens,
-            run.stop,
-            run.labels,
-        ]
-        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        return self._folder / run.data.task.name / f"{contestant.kind}-{run.style}-{digest}.json"
-
-
-def _limits(generation: GenerationConfig, data: TaskData, base: Base) -> tuple[int, tuple[str, ...]]:
-    """(max_new_tokens, stop): what the config says, else what fits the training answers."""
-    max_new_tokens, stop = generation_limits(data, base.tokenizer)
-    return generation.max_new_tokens or max_new_tokens, generation.stop or stop
-
-
-def _note(data: TaskData, scores: Sequence[Score], settings: EvalConfig) -> RowNote:
-    from atoll.eval.evaluate import choose_examples
-
-    base = better_base([score for score in scores if score.kind == "base"])
-    return RowNote(majority=majority_baseline(data, choose_examples(data, settings.test_rows)), base_prompt_style=base.prompt_style)
 
 
 # ---- land ----
@@ -339,24 +221,29 @@ def land(config: LandConfig, out: Path, *, root: Path | None = None, hub: Hub | 
     All data is read before the first step, so a bad file stops the land at once. A task that fails later is reported in `failures`; the others go on.
     Run again, it redoes only what is missing or whose inputs changed. Raises Busy if another land works in `out`, Interrupted on Ctrl-C.
     """
+    _require("scipy", "rouge_score")
     hub = hub or _open_hub()
     with locked(out):
         jobs = config.jobs()
         data = {job.name: load_task(job.require_data(), name=job.name, root=root) for job in jobs}
         bases = _Bases(config.base, progress)
-        plans = [make_plan(job, base=bases.at(job.trainer.dtype), data=data[job.name]) for job in jobs]
+        plans = [make_plan(job, base=bases.of(job), data=data[job.name]) for job in jobs]
+        for plan in plans:
+            check_name(_name(plan))
         versions: dict[str, Version] = {}
         failures: dict[str, AtollError] = {}
         for number, plan in enumerate(plans, 1):
             name = _name(plan)
             try:
                 outcome = run_plan_in(out / "tasks" / name / plan.digest[:12], plan, hub, progress=_prefixed(progress, f"[{number}/{len(plans)}]"))
-            except TrainingError as error:
+            except _ENDS_A_LAND:
+                raise
+            except AtollError as error:
                 failures[name] = error
                 continue
             assert outcome.version is not None
             versions[name] = outcome.version
-        arenas = {dtype: _Arena(base, hub, config.eval, out / "scores") for dtype, base in bases.loaded.items()}
+        arenas = {id(base): Arena(base, hub, config.eval, out / "scores") for base in bases.loaded.values()}
         scores: list[Score] = []
         notes: dict[str, RowNote] = {}
         for number, plan in enumerate(plans, 1):
@@ -364,28 +251,33 @@ def land(config: LandConfig, out: Path, *, root: Path | None = None, hub: Hub | 
             if name in failures:
                 continue
             try:
-                measured = arenas[plan.config.trainer.dtype].measure(plan.data, [versions[name]], plan.config.generation, stage)
-                notes[plan.data.task.name] = _note(plan.data, measured, config.eval)
+                measured = arenas[id(plan.base)].measure(plan.data, [versions[name]], plan.config.generation, stage)
+                notes[plan.data.task.name] = note_of(plan.data, measured, config.eval)
                 scores += measured
-            except (EngineError, TaskError) as error:
+            except KeyboardInterrupt:
+                raise Interrupted(f"stopped while task {name!r} was measured", hint="run the same command again to go on from there") from None
+            except _ENDS_A_LAND:
+                raise
+            except AtollError as error:
                 failures[name] = error
-        warnings = [warning for arena in arenas.values() for warning in arena.warnings]
+        warnings = [*(warning for plan in plans for warning in plan.warnings), *(warning for arena in arenas.values() for warning in arena.warnings)]
         return _write_board(next(iter(bases.loaded.values())), scores, notes, out, failures, warnings)
 
 
 class _Bases:
-    """The land's base, loaded once for each dtype that its jobs train in."""
+    """The land's base, loaded once for each dtype and device that its jobs train in."""
 
     def __init__(self, name: str, progress: Progress) -> None:
         self._name, self._progress = name, progress
-        self.loaded: dict[str, Base] = {}
+        self.loaded: dict[tuple[str, str], Base] = {}
 
-    def at(self, dtype: str) -> Base:
+    def of(self, job: TrainConfig) -> Base:
         from atoll.model.base import load_base
 
-        if dtype not in self.loaded:
-            self.loaded[dtype] = load_base(self._name, dtype=dtype, progress=self._progress)
-        return self.loaded[dtype]
+        key = (job.trainer.dtype, job.trainer.device)
+        if key not in self.loaded:
+            self.loaded[key] = load_base(self._name, dtype=key[0], device=key[1], progress=self._progress)
+        return self.loaded[key]
 
 
 def _write_board(
@@ -404,7 +296,17 @@ def _prefixed(progress: Progress, prefix: str) -> Progress:
     return lambda stage, done, total: progress(f"{prefix} {stage}", done, total)
 
 
+def _require(*modules: str) -> None:
+    """Say before the work, not after it, that an extra is not installed."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"measuring needs the package {module}, which is not installed", hint='install Atoll with its extras: pip install "atoll[all]"'
+            )
+
+
 def _open_hub() -> Hub:
+    _require("sqlalchemy", "alembic", "fsspec")
     from atoll.hub.store import Hub
 
     return Hub()

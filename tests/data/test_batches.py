@@ -63,9 +63,17 @@ def test_micro_batches_hold_every_row_once_within_the_limit() -> None:
 
 
 def test_micro_batches_are_few() -> None:
-    """Each group costs a forward pass: rows that fit together are put together."""
-    assert micro_batches([3, 1, 0, 2], [6, 4, 5, 5], 10) == [[0, 1], [2, 3]]
+    """Each group costs a forward pass: rows that fit together are put together, longest first."""
+    assert micro_batches([3, 1, 0, 2], [6, 4, 5, 5], 12) == [[0, 2], [3, 1]]
     assert micro_batches([], [], 10) == []
+
+
+def test_a_long_row_among_short_ones_does_not_blow_up_the_padded_block() -> None:
+    """Attention pads a group to rows times longest: bounded by their sum, one row of 500 and 127 of 20 made a block of 39,000."""
+    lengths = [500] + [20] * 127
+    groups = micro_batches(range(128), lengths, 2048)
+    assert sorted(index for group in groups for index in group) == list(range(128))
+    assert max(len(group) * max(lengths[index] for index in group) for group in groups) <= 2048
 
 
 def test_sizes_below_one_are_refused() -> None:

@@ -281,7 +281,7 @@ def test_an_sql_task_knows_the_database_of_each_row() -> None:
         ({"template": "{text}", "target": "mood", "gold_field": "gold"}, DataError, "no column 'gold'"),
         ({"template": "{text}", "target": "mood", "references": "refs"}, DataError, "no column 'refs'"),
         ({"template": "{text}", "target": "mood", "split_column": "part"}, DataError, "no column 'part'"),
-        ({"template": "{text:>9}", "target": "mood"}, ConfigError, "expected the plain name of a column"),
+        ({"template": "{text:>9}", "target": "mood"}, ConfigError, "has a format behind the column's name"),
     ],
 )
 def test_settings_that_do_not_fit_the_columns_say_which_there_are(settings: Any, kind: type[AtollError], said: str, tmp_path: Path) -> None:

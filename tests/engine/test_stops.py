@@ -101,3 +101,19 @@ def test_the_stop_string_that_is_complete_first_wins() -> None:
             if stream.stopped_by:
                 break
         assert (stream.text, stream.stopped_by) == ("a", "b")
+
+
+def test_a_blank_stop_string_may_wait_for_the_first_text() -> None:
+    """A base that begins its answer with a line end would otherwise be cut off before the answer, and every adapter would beat it."""
+    plain, patient = TextStream(by_bytes, ["\n"]), TextStream(by_bytes, ["\n", "!"], after_text=True)
+    plain.push(ord("\n"))
+    assert plain.stopped_by == "\n" and plain.text == ""
+    for byte in b"\n \nyes\nno":
+        patient.push(byte)
+        if patient.stopped_by:
+            break
+    assert patient.stopped_by == "\n" and patient.text.strip() == "yes"
+    other = TextStream(by_bytes, ["\n", "!"], after_text=True)
+    other.push(ord("\n"))
+    other.push(ord("!"))
+    assert other.stopped_by == "!"

@@ -110,6 +110,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatc
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    """A read-only or missing folder ends in a sentence, not a traceback."""
+    """A folder that cannot be made ends in a sentence, not a traceback; one that is only missing is made."""
+    write_file(tmp_path / "new" / "file", b"x")
     with pytest.raises(StorageError, match="could not be written"):
-        write_file(tmp_path / "nowhere" / "file", b"x")
+        write_file(tmp_path / "new" / "file" / "below", b"x")

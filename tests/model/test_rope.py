@@ -123,3 +123,16 @@ def test_a_scaling_that_the_forward_does_not_compute_is_refused(parameters: dict
     config = SimpleNamespace(rope_parameters={"rope_theta": 1e4, **parameters}, max_position_embeddings=64, hidden_size=64, num_attention_heads=4)
     with pytest.raises(BaseFormatError, match=message):
         RotaryTable(config, "cpu")
+
+
+def test_a_prompt_in_chunks_is_rotated_like_the_whole(  # the bug: the first chunk took the short frequencies, the last one the long ones
+) -> None:
+    """longrope's frequencies depend on the row's length, and how a prompt is cut into chunks depends on its neighbours in the batch."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24, "factor": 4.0}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    table = RotaryTable(tiny_config("llama", rope_parameters=rope), "cpu")
+    whole = table.cos_sin(PackedBatch.of([list(range(40))]))
+    first = table.cos_sin(PackedBatch.of([list(range(20))], final_lengths=[40]))
+    second = table.cos_sin(PackedBatch.of([list(range(20))], context=[20], final_lengths=[40]))
+    for part in range(2):
+        assert torch.equal(torch.cat((first[part], second[part])), whole[part])

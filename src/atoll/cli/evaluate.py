@@ -9,7 +9,7 @@ import typer
 
 from atoll.cli.leaderboard import RUNS, show_board
 from atoll.cli.options import DEFAULT_BASE, BaseOption, DtypeOption, JsonOption, OutOption, overrides, stopped
-from atoll.cli.output import say, write_json
+from atoll.cli.output import say, warn, write_json
 from atoll.cli.progress import progress_bar
 from atoll.errors import ConfigError
 
@@ -72,6 +72,8 @@ def evaluate(
         write_json(outcome.leaderboard.to_json())
     else:
         show_board(outcome.leaderboard, outcome.notes)
+    for warning in outcome.warnings:
+        warn(warning)
     say(f"written: {outcome.json_path}, {outcome.markdown_path} and the raw outputs in {outcome.json_path.parent / 'scores'}")
 
 

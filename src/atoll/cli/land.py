@@ -47,6 +47,8 @@ def land(
         write_json(outcome.leaderboard.to_json())
     else:
         show_board(outcome.leaderboard, outcome.notes)
+    for warning in outcome.warnings:
+        warn(warning)
     say(f"written: {outcome.json_path} and {outcome.markdown_path}")
     for name, error in outcome.failures.items():
         warn(f"task {name} failed: {error.message}" + (f" (hint: {error.hint})" if error.hint else ""))

@@ -70,6 +70,8 @@ def to_json(outcome: TrainOutcome) -> dict[str, object]:
 def _show(outcome: TrainOutcome) -> None:
     """The reference of the new version (or the folder) to stdout; how it went, and what to do with it, to stderr."""
     training, version = outcome.training, outcome.version
+    for warning in outcome.warnings:
+        warn(warning)
     if outcome.reused:
         say("this job had been trained already; its adapter was found and kept")
     else:

@@ -41,21 +41,17 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
 
 
 def micro_batches(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """The rows of one step in groups of at most `max_tokens` tokens each, longest rows first; a row longer than that is a group of its own.
+    """The rows of one step in groups whose rows times longest row is at most `max_tokens`, longest first; a longer row is a group of its own.
 
-    Rows are placed in the first group with room, which needs few groups. Groups only decide memory and speed, never the result: the loss is summed
-    over the step's labels. Raises ConfigError for max_tokens below 1.
+    Rows times longest, not the sum: attention lays a group's rows into one padded block. Groups only decide memory and speed, not the loss, which is
+    summed over the step's labels (dropout's masks alone are drawn a group). Raises ConfigError for max_tokens below 1.
     """
     if max_tokens < 1:
-        raise ConfigError(f"micro_batch_tokens is {max_tokens}, expected at least 1 token", hint="4096 is a good start")
+        raise ConfigError(f"micro_batch_tokens is {max_tokens}, expected at least 1 token", hint="2048 is a good start")
     groups: list[list[int]] = []
-    room: list[int] = []
     for index in sorted(indices, key=lambda index: (-lengths[index], index)):
-        place = next((number for number, left in enumerate(room) if left >= lengths[index]), None)
-        if place is None:
-            groups.append([index])
-            room.append(max_tokens - lengths[index])
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
+            groups[-1].append(index)
         else:
-            groups[place].append(index)
-            room[place] -= lengths[index]
+            groups.append([index])
     return groups

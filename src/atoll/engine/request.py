@@ -36,8 +36,10 @@ class SamplingParams:
     max_new_tokens None: as many as the row has room for. temperature 0: greedy. top_k 0, top_p 1, min_p 0: off. seed None: one is drawn and returned.
     repetition_penalty divides (or multiplies, below zero) the logits of prompt and answer tokens (Keskar et al. 2019, arXiv 1909.05858);
     frequency_penalty and presence_penalty are subtracted for answer tokens as in OpenAI's API. stop strings end the answer and are not part of it;
-    neither is the text of stop_token_ids. Until min_new_tokens nothing but the length ends the answer. logprobs None: none; k: of every chosen token
-    and the k likeliest. prompt_logprobs the same for the prompt's tokens.
+    neither is the text of stop_token_ids. With stop_after_text a stop
+    string of white space ends the answer only once it has other text: for a model that begins its answer with a line end. Until min_new_tokens
+    nothing but the length ends the answer. logprobs None: none; k: of every chosen token and the k likeliest. prompt_logprobs the same for the
+    prompt's tokens.
     """
 
     max_new_tokens: int | None = None
@@ -53,6 +55,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    stop_after_text: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None

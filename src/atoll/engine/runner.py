@@ -28,13 +28,17 @@ _MAX_DECODE_SEGMENTS = 2  # adapters among single-token rows that get a segment 
 
 
 class Row(NamedTuple):
-    """New tokens of one row, behind the `context` tokens that KV row `kv_row` has. outputs: the tokens whose hidden states are wanted."""
+    """New tokens of one row, behind the `context` tokens that KV row `kv_row` has. outputs: the tokens whose hidden states are wanted.
+
+    prompt_length: the whole prompt's, so that a chunk of it is rotated as the whole would be.
+    """
 
     token_ids: Sequence[int]
     context: int
     kv_row: int
     adapter: str | None
     outputs: Outputs = "last"
+    prompt_length: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Runner:
             kv_rows=[row.kv_row for row in packed],
             outputs=wanted,
             store=store,
+            final_lengths=[max(row.prompt_length, row.context + len(row.token_ids)) for row in packed],
             device=self._decoder.device,
         )
         hidden = self._decoder.forward(batch, self._adapters(packed, batch.row_starts), self._cache)

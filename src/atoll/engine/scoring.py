@@ -68,7 +68,14 @@ def _score_first_tokens(runner: Runner, chunks: Sequence[Chunk]) -> None:
     """Prefill; where a prompt ends, start the sums with each continuation's first token."""
     ends = [i for i, (scoring, _, stop) in enumerate(chunks) if stop == scoring.length]
     rows = [
-        Row(scoring.item.prompt_ids[start:stop], start, scoring.kv_row, scoring.item.adapter, "last" if stop == scoring.length else "none")
+        Row(
+            scoring.item.prompt_ids[start:stop],
+            start,
+            scoring.kv_row,
+            scoring.item.adapter,
+            "last" if stop == scoring.length else "none",
+            scoring.length,
+        )
         for scoring, start, stop in chunks
     ]
     out = runner.forward(rows)

@@ -33,7 +33,7 @@ class Sequence:
         self.overtaken = 0  # requests that came later and started earlier, while the adapter had no place
         self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else frozenset(eos_ids))
         self.seed = None if sampling.is_greedy else sampling.seed if sampling.seed is not None else secrets.randbits(63)
-        self._text = TextStream(decode, sampling.stop, self.tokens[-_CONTEXT_TOKENS:])
+        self._text = TextStream(decode, sampling.stop, self.tokens[-_CONTEXT_TOKENS:], after_text=request.sampling.stop_after_text)
         self.prompt_set: frozenset[int] = frozenset(self.tokens) if sampling.repetition_penalty != 1.0 else frozenset()
         self.counts: Counter[int] = Counter()  # of answer tokens; kept only where a penalty reads it
         self.logprobs: list[TokenLogprob] = []

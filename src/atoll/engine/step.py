@@ -85,7 +85,7 @@ def _row(item: Work) -> Row:
     outputs: Outputs = "last" if item.wants_token else "none"
     if sequence.sampling.prompt_logprobs is not None and item.start < sequence.num_prompt:
         outputs = "all"
-    return Row(sequence.tokens[item.start : item.stop], item.start, sequence.kv_row, sequence.adapter, outputs)
+    return Row(sequence.tokens[item.start : item.stop], item.start, sequence.kv_row, sequence.adapter, outputs, sequence.num_prompt)
 
 
 def _adapter_of(item: Work) -> str:

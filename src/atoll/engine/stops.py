@@ -68,7 +68,9 @@ class Detokenizer:
 class TextStream:
     """A Detokenizer with stop strings: `text` is the answer so far, and `push` gives the part of it that can no longer change."""
 
-    def __init__(self, decode: Decode, stop: Sequence[str] = (), before: Sequence[int] = ()) -> None:
+    def __init__(self, decode: Decode, stop: Sequence[str] = (), before: Sequence[int] = (), *, after_text: bool = False) -> None:
+        """after_text: stop strings of white space count only after the first other character."""
+        self._after_text = after_text
         self._detokenizer = Detokenizer(decode, before)
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
@@ -121,7 +123,9 @@ class TextStream:
 
     def _find(self, text: str) -> tuple[int, str] | None:
         """Where the stop string that is complete first begins, and which it is: what a reader of one character after another would meet."""
-        hits = [(place + len(stop), place, stop) for stop in self._stop if (place := text.find(stop)) >= 0]
+        blank = len(text) - len(text.lstrip()) if self._after_text and not self.text.strip() else 0
+        starts = [(stop, blank if blank and not stop.strip() else 0) for stop in self._stop]
+        hits = [(place + len(stop), place, stop) for stop, start in starts if (place := text.find(stop, start)) >= 0]
         if not hits:
             return None
         _, place, stop = min(hits)

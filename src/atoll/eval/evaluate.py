@@ -176,7 +176,7 @@ def requests_for(run: TaskRun) -> list[Request]:
     """One greedy request a row; request_id is `run_id|row`, so completions of many runs can be told apart."""
     from atoll.engine.request import Request, SamplingParams
 
-    sampling = SamplingParams(max_new_tokens=run.max_new_tokens, temperature=0.0, stop=run.stop)
+    sampling = SamplingParams(max_new_tokens=run.max_new_tokens, temperature=0.0, stop=run.stop, stop_after_text=True)
     return [
         Request(prompt_ids=list(prompt), adapter=run.contestant.adapter, sampling=sampling, request_id=f"{run.run_id}|{row}")
         for row, prompt in enumerate(run.prompts)

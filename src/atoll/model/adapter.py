@@ -47,7 +47,7 @@ class AdapterSpec:
                 f"layers_to_transform names layer {outside[0]}, but the base has {num_layers} layers (0 to {num_layers - 1})",
                 hint="leave the layer out, or use the base that the adapter was made for",
             )
-        return [site for layer in layers for target in TARGETS if _names(self.target_modules, site := Site(layer, target)) is not None]
+        return [site for layer in layers for target in TARGETS if names(self.target_modules, site := Site(layer, target)) is not None]
 
     def rank_at(self, site: Site) -> int:
         """The rank at a site: rank_pattern's entry that names it best, else `rank`."""
@@ -59,7 +59,7 @@ class AdapterSpec:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
-def _names(keys: Iterable[str], site: Site) -> str | None:
+def names(keys: Iterable[str], site: Site) -> str | None:
     """PEFT's lookup: the first key that equals the site's module path or is a dotted suffix of it ("q_proj", "layers.3.self_attn.q_proj").
 
     Keys are literal here; PEFT also reads them as regular expressions, which adapter_files.py refuses.
@@ -69,7 +69,7 @@ def _names(keys: Iterable[str], site: Site) -> str | None:
 
 
 def _by_pattern(pattern: Mapping[str, Any], site: Site, default: Any) -> Any:
-    key = _names(pattern, site)
+    key = names(pattern, site)
     return default if key is None else pattern[key]
 
 

@@ -40,11 +40,15 @@ class Slot:
         if group not in self.groups:
             return None
         stack = self.bank.stack(self.bucket)
+        known = stack.updates.get((self.index, layer, group))
+        if known is not None:
+            return known
         parts = tuple(
             Part(i * self.bucket, (i + 1) * self.bucket, start, stop, b[self.index], 1.0)
             for i, (start, stop, b) in enumerate(stack.members(layer, group))
         )
-        return Update(stack.a[layer][group][self.index], parts)
+        update = stack.updates[self.index, layer, group] = Update(stack.a[layer][group][self.index], parts)
+        return update
 
 
 @dataclass
@@ -57,6 +61,7 @@ class _Stack:
     b: list[dict[str, Tensor]]
     free: list[int] = field(default_factory=list)
     groups: dict[int, frozenset[int]] = field(default_factory=dict)
+    updates: dict[tuple[int, int, int], Update] = field(default_factory=dict)  # views by (slot, layer, group); dropped when the stack grows
 
     def members(self, layer: int, group: int) -> list[tuple[int, int, Tensor]]:
         """(out_start, out_stop, b) of each member of a group, in fused order."""
@@ -150,6 +155,7 @@ class LoraBank:
         for layer in range(self.num_layers):
             stack.a[layer] = [larger(a) for a in stack.a[layer]]
             stack.b[layer] = {target: larger(b) for target, b in stack.b[layer].items()}
+        stack.updates.clear()
         stack.free.extend(range(capacity - 1, stack.capacity - 1, -1))
         stack.capacity = capacity
 

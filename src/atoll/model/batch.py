@@ -28,6 +28,7 @@ class PackedBatch:
     token_ids [T] int64; positions [T] int64, each token's place in its sequence; row_starts B + 1 bounds; context B counts of tokens that the row
     already has in the cache; kv_rows B places in the cache (None: no cache); output_index [N] int64, the tokens whose hidden states are wanted (None:
     all). store=False reads the cached context but leaves the cache as it was, so several rows may continue one cached prompt (scoring options).
+    final_lengths: each row's length once all of its prompt is in, where the prompt comes in chunks; rope types that depend on the length need it.
     """
 
     token_ids: Tensor
@@ -37,6 +38,7 @@ class PackedBatch:
     kv_rows: tuple[int, ...] | None = None
     output_index: Tensor | None = None
     store: bool = True
+    final_lengths: tuple[int, ...] | None = None
 
     @classmethod
     def of(
@@ -47,6 +49,7 @@ class PackedBatch:
         kv_rows: Sequence[int] | None = None,
         outputs: str | Sequence[int] = "all",
         store: bool = True,
+        final_lengths: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> PackedBatch:
         """Pack token lists. outputs: "all", "last" (each row's last token), or indices into the packed tokens."""
@@ -67,6 +70,7 @@ class PackedBatch:
             tuple(kv_rows) if kv_rows is not None else None,
             index,
             store,
+            tuple(final_lengths) if final_lengths is not None else None,
         )
 
     @property

@@ -23,9 +23,7 @@ from atoll.model.attention import Attention
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
 from atoll.model.kv_cache import KvCache
 from atoll.model.rope import RotaryTable, rotate
-from atoll.model.sites import DOWN, GATE_UP, OUT, QKV
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+from atoll.model.sites import DOWN, FAMILIES, GATE_UP, GROUPS, OUT, QKV, Site, module_path
 
 
 @dataclass(frozen=True)
@@ -288,17 +286,16 @@ class _Reader:
 
 def _read_layer(reader: _Reader, shape: DecoderShape, index: int, config: Any) -> _Layer:
     prefix = f"model.layers.{index}."
-    parents = {target: "mlp." if target in ("gate_proj", "up_proj", "down_proj") else "self_attn." for target in shape.linears}
 
     def fused(targets: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
-        weights = [reader.take(f"{prefix}{parents[t]}{t}.weight", shape.linears[t]) for t in targets]
-        names = [f"{prefix}{parents[t]}{t}.bias" for t in targets]
+        weights = [reader.take(f"{module_path(Site(index, t))}.weight", shape.linears[t]) for t in targets]
+        names = [f"{module_path(Site(index, t))}.bias" for t in targets]
         biases = [reader.take(name, (shape.linears[t][0],)) for name, t in zip(names, targets, strict=True) if reader.has(name)]
         if biases and len(biases) != len(targets):
             raise BaseFormatError(f"the base has a bias on some but not all of {', '.join(targets)} in layer {index}")
         return torch.cat(weights), torch.cat(biases) if biases else None
 
-    groups = [fused(targets) for targets in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))]
+    groups = [fused(targets) for targets in GROUPS]
     has_head_norm = config.model_type == "qwen3"
     return _Layer(
         input_norm=reader.take(f"{prefix}input_layernorm.weight", (shape.hidden,)).float(),

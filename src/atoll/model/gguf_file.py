@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.errors import BaseFormatError
-
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+from atoll.model.sites import FAMILIES
 
 # How text was cut before the merges of a byte-level vocabulary were learned, by GGUF's name for it (tokenizer.ggml.pre); others transformers knows.
 PLAIN_SPLITS = frozenset({"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion"})
@@ -69,10 +68,8 @@ def _checked_gguf_fields(gguf: Path) -> dict[str, Any]:
     architecture = str(raw.get("general.architecture"))
     fields = {key.removeprefix(f"{architecture}."): value for key, value in raw.items()}
     hint = "use the safetensors version of this model"
-    if architecture not in SUPPORTED_MODEL_TYPES:
-        raise BaseFormatError(
-            f"{gguf} has architecture {architecture!r}; Atoll runs {', '.join(SUPPORTED_MODEL_TYPES)}", hint="choose a base of these families"
-        )
+    if architecture not in FAMILIES:
+        raise BaseFormatError(f"{gguf} has architecture {architecture!r}; Atoll runs {', '.join(FAMILIES)}", hint="choose a base of these families")
     if fields.get("expert_count"):
         raise BaseFormatError(f"{gguf} is a mixture of {fields['expert_count']} experts, which Atoll does not run", hint="choose a dense base")
     if fields.get("rope.scaling.type") not in (None, "none") or "rope_freqs.weight" in tensor_names:

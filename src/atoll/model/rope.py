@@ -62,7 +62,7 @@ class RotaryTable:
         """(cos, sin), each [T, K/2] float32, for every token of the batch."""
         positions = batch.positions.to(torch.float32)
         if self.kind in ("dynamic", "longrope"):
-            totals = [context + new for context, new in zip(batch.context, batch.lengths, strict=True)]
+            totals = batch.final_lengths or [context + new for context, new in zip(batch.context, batch.lengths, strict=True)]
             table = torch.stack([self._for_length(total) for total in totals])
             angles = positions.unsqueeze(1) * table[batch.row_of_token]
         else:

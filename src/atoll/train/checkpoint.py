@@ -63,7 +63,7 @@ def load_checkpoint(folder: Path, job_digest: str, values: Tensor, optimizer: to
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name).to(values.device) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise TrainingError(f"{path} is damaged: {error}", hint=hint) from error
     if header.get("job") != job_digest:

@@ -6,12 +6,14 @@ On resume, lines of steps that will be taken again are cut, so the log reads as 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from atoll.files import write_file
 
 LOG_FILE = "log.jsonl"
+_log = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -57,6 +59,7 @@ def _tensorboard(folder: Path, from_step: int) -> Any:
     import importlib.util
 
     if importlib.util.find_spec("tensorboard") is None:
+        _log.warning("tensorboard is not installed, so the curve is in %s only", LOG_FILE)
         return None
     from torch.utils.tensorboard import SummaryWriter
 

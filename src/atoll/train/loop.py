@@ -87,6 +87,12 @@ class TrainingJob:
         Raises TrainingError when a loss is not finite, StorageError when a checkpoint cannot be written.
         """
         keep_freed_memory()
+        try:
+            return self._run(report)
+        finally:
+            release_memory()
+
+    def _run(self, report: Report | None) -> TrainResult:
         self._folder.mkdir(parents=True, exist_ok=True)
         restored = load_checkpoint(self._folder, self._digest, self.weights.values, self._optimizer)
         if restored is not None:
@@ -107,7 +113,6 @@ class TrainingJob:
                     raise Interrupted(
                         f"training stopped after step {progress.step} of {self.total_steps}", hint="run the same command again to go on from there"
                     )
-        release_memory()
         return TrainResult(self.weights.adapter(self._best), progress, self.total_steps)
 
     def _headline(self) -> str:
@@ -165,11 +170,10 @@ class TrainingJob:
     def _validate(self, log: RunLog) -> None:
         """Mean validation loss a label token; keep the values of the best, stop after `early_stop_patience` evaluations without one."""
         progress, config, started = self._progress, self._config, time.perf_counter()
-        order = sorted(range(len(self._validation)), key=lambda index: len(self._validation[index].token_ids))
         lengths = [len(row.token_ids) for row in self._validation]
         total, labels = 0.0, 0
         with torch.no_grad():
-            for micro in micro_batches(order, lengths, config.micro_batch_tokens):
+            for micro in micro_batches(range(len(lengths)), lengths, config.micro_batch_tokens):
                 rows = [self._validation[index] for index in micro]
                 total += float(self._loss(rows)[0])
                 labels += sum(row.num_labels for row in rows)

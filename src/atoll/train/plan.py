@@ -20,8 +20,9 @@ from atoll.data.batches import epoch_batches, micro_batches
 from atoll.data.encode import Encoded, encode_examples
 from atoll.data.prompt import PromptFormat
 from atoll.data.task import TaskData
-from atoll.model.adapter import AdapterSpec
-from atoll.model.sites import TARGETS
+from atoll.errors import ConfigError
+from atoll.model.adapter import AdapterSpec, names
+from atoll.model.sites import TARGETS, Site
 
 if TYPE_CHECKING:
     from atoll.model.base import Base
@@ -51,6 +52,17 @@ class TrainingPlan:
         from atoll.train.loop import total_steps
 
         return total_steps(len(self.train.rows), self.config.trainer)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know about the rows: how many lost the beginning of their prompt, and where the first one stands."""
+        name = self.data.task.name
+        return tuple(
+            f"{name}: {part.num_cut} of {len(part.rows)} {which} rows lost the beginning of their prompt to fit {part.max_length} tokens "
+            f"(first: {part.cut[0]})"
+            for which, part in (("training", self.train), ("validation", self.validation))
+            if part.num_cut
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -89,17 +101,28 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
     ]
     prompt = data.task.prompt_format(stop)
     spec = adapter_spec(base.name, config.adapter)
-    spec.sites(base.decoder.shape.num_layers)
+    _check_patterns(spec, spec.sites(base.decoder.shape.num_layers))
     identity = {
         "format": _FORMAT,
         "base": base.fingerprint.digest,
         "adapter": config.adapter.model_dump(mode="json"),
-        "trainer": config.trainer.model_dump(mode="json", exclude={"checkpoint_every", "logging_every"}),
+        "trainer": config.trainer.model_dump(mode="json", exclude={"checkpoint_every", "logging_every", "device"}),
         "prompt": prompt.to_json(),
         "rows": [[row.token_ids, row.first_label] for part in encoded for row in part.rows],
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     return TrainingPlan(config, base, data, encoded[0], encoded[1], prompt, spec, digest)
+
+
+def _check_patterns(spec: AdapterSpec, sites: list[Site]) -> None:
+    """A pattern key that names no site would be ignored, and the adapter would have another rank than its author thinks."""
+    for field, pattern in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        for key in pattern:
+            if not any(names((key,), site) for site in sites):
+                raise ConfigError(
+                    f"adapter.{field} names {key!r}, which is no module that this adapter changes",
+                    hint="name a linear (q_proj) or the end of its path (layers.3.self_attn.q_proj)",
+                )
 
 
 def adapter_spec(base_name: str, config: AdapterConfig) -> AdapterSpec:
@@ -135,9 +158,7 @@ def run_plan(plan: TrainingPlan, folder: Path, report: Report | None = None) -> 
 
 
 def _manifest(plan: TrainingPlan, result: TrainResult) -> dict[str, Any]:
-    """What PEFT's config has no field for. Everything in it is a function of the job, but for the seconds."""
-    import torch
-
+    """What PEFT's config has no field for. All of it follows from the job: a resumed run is the same version. Times are in the run's record."""
     progress, task = result.progress, plan.data.task
     return {
         "format": 1,
@@ -159,11 +180,8 @@ def _manifest(plan: TrainingPlan, result: TrainResult) -> dict[str, Any]:
             "best_step": progress.best_step or progress.step,
             "tokens": progress.tokens,
             "label_tokens": progress.label_tokens,
-            "seconds": round(progress.seconds, 1),
             "train_loss": progress.train_loss,
             "validation_losses": progress.evaluations,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
         },
     }
 
@@ -207,8 +225,7 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
 def _memory_bytes(plan: TrainingPlan) -> int:
     shape, item = plan.base.decoder.shape, plan.base.dtype.itemsize
     lengths = sorted((len(row.token_ids) for row in plan.train.rows), reverse=True)
-    step_tokens = sum(lengths[: plan.config.trainer.batch_size])
-    tokens = min(step_tokens, max(plan.config.trainer.micro_batch_tokens, lengths[0]))
+    tokens = min(lengths[0] * plan.config.trainer.batch_size, max(plan.config.trainer.micro_batch_tokens, lengths[0]))
     q, kv = shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
     scores = shape.num_heads * min(lengths[0], 512)
     a_token_a_layer = 2 * 4 * shape.hidden + item * (2 * shape.hidden + 3 * (q + 2 * kv) + 2 * q + 3 * shape.mlp + scores)
