@@ -125,9 +125,8 @@ def test_a_scaling_that_the_forward_does_not_compute_is_refused(parameters: dict
         RotaryTable(config, "cpu")
 
 
-def test_a_prompt_in_chunks_is_rotated_like_the_whole(  # the bug: the first chunk took the short frequencies, the last one the long ones
-) -> None:
-    """longrope's frequencies depend on the row's length, and how a prompt is cut into chunks depends on its neighbours in the batch."""
+def test_a_prompt_in_chunks_is_rotated_like_the_whole() -> None:
+    """The first chunk took the short frequencies and the last the long ones: how a prompt was cut, thus its neighbours, changed its answer."""
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24, "factor": 4.0}
     rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     table = RotaryTable(tiny_config("llama", rope_parameters=rope), "cpu")

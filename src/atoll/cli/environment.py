@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "max 100000", or microseconds of CPU allowed a period
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # a thread that spins at a barrier takes the core from the thread it waits for; see docs/notebook.md
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def prepare(threads: int | None) -> None:
-    """Set the compute threads (None: what OMP_NUM_THREADS says, else every usable core) and silence libraries that the user has not set up."""
-    for name, value in QUIET.items():
+    """Set the compute threads (None: OMP_NUM_THREADS, else every usable core), how they wait, and silence libraries; what is set already stays."""
+    for name, value in {**QUIET, **PATIENT}.items():
         os.environ.setdefault(name, value)
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
