@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "max 100000", or microseconds of CPU allowed a period
-PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # a thread that spins at a barrier takes the core from the thread it waits for; see docs/notebook.md
+PATIENT = {"GOMP_SPINCOUNT": "2000"}  # a thread that spins long at a barrier takes the core from the thread it waits for; see docs/notebook.md
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
