@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from atoll.cli.leaderboard import RUNS, show_board
+from atoll.cli.leaderboard import RUNS, show_outcome
 from atoll.cli.options import DEFAULT_BASE, BaseOption, DtypeOption, JsonOption, OutOption, overrides, stopped
-from atoll.cli.output import say, warn, write_json
+from atoll.cli.output import say
 from atoll.cli.progress import progress_bar
 from atoll.errors import ConfigError
 
@@ -68,12 +68,7 @@ def evaluate(
             )
     except KeyboardInterrupt:
         raise stopped() from None
-    if as_json:
-        write_json(outcome.leaderboard.to_json())
-    else:
-        show_board(outcome.leaderboard, outcome.notes)
-    for warning in outcome.warnings:
-        warn(warning)
+    show_outcome(outcome, as_json)
     say(f"written: {outcome.json_path}, {outcome.markdown_path} and the raw outputs in {outcome.json_path.parent / 'scores'}")
 
 

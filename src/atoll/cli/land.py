@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from atoll.cli.leaderboard import show_board
+from atoll.cli.leaderboard import show_outcome
 from atoll.cli.options import BaseOption, JsonOption, OutOption, SetOption, overrides, stopped
-from atoll.cli.output import say, warn, write_json
+from atoll.cli.output import say, warn
 from atoll.cli.progress import progress_bar
 
 
@@ -43,12 +43,7 @@ def land(
             outcome = land_workflow(loaded.config, out or Path("runs") / file.stem, root=loaded.root, progress=progress)
     except KeyboardInterrupt:
         raise stopped() from None
-    if as_json:
-        write_json(outcome.leaderboard.to_json())
-    else:
-        show_board(outcome.leaderboard, outcome.notes)
-    for warning in outcome.warnings:
-        warn(warning)
+    show_outcome(outcome, as_json)
     say(f"written: {outcome.json_path} and {outcome.markdown_path}")
     for name, error in outcome.failures.items():
         warn(f"task {name} failed: {error.message}" + (f" (hint: {error.hint})" if error.hint else ""))

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atoll.cli.options import JsonOption
-from atoll.cli.output import Column, say, write, write_json, write_table
+from atoll.cli.output import Column, say, warn, write, write_json, write_table
 from atoll.errors import DataError
 
 if TYPE_CHECKING:
     from atoll.eval.leaderboard import Leaderboard, LeaderboardEntry, LeaderboardRow, RowNote
+    from atoll.workflows import LandOutcome
 
 RUNS = Path("runs")  # where land and eval write unless told otherwise
 COLUMNS = (
@@ -78,6 +79,16 @@ def show_board(board: Leaderboard, notes: Mapping[str, RowNote] | None = None) -
         columns[ADAPTER] = Column("adapter")  # several a task, or named otherwise than their task: then the name is needed
     write(f"{board.base_name}  (fingerprint {board.base_fingerprint[:16]})\n")
     write_table([columns[place] for place in used], [[cells[place] for place in used] for cells in lines])
+
+
+def show_outcome(outcome: LandOutcome, as_json: bool) -> None:
+    """What land and eval measured: the board to stdout, as a table or as leaderboard.json, and what the user should know to stderr."""
+    if as_json:
+        write_json(outcome.leaderboard.to_json())
+    else:
+        show_board(outcome.leaderboard, outcome.notes)
+    for warning in outcome.warnings:
+        warn(warning)
 
 
 def _found() -> list[Path]:

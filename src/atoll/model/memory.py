@@ -1,7 +1,7 @@
 """Keep freed memory in the process on Linux, so that large activations do not cost page faults at every step.
 
 glibc gives blocks above a threshold back to the system at each free; a training step allocates and frees gigabytes that way, and the kernel clears
-every page again. With the threshold at its maximum a step on two cores got about 15 % faster (docs/notebook.md). Nothing happens on other systems.
+every page again. With the threshold at its maximum a step on two cores got 10 to 15 % faster (docs/notebook.md). Nothing happens on other systems.
 """
 
 from __future__ import annotations
