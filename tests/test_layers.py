@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("eval",),
     ("workflows",),
     ("lorahub", "reft"),  # façades with other projects' names
+    ("serving",),  # what answers requests, without HTTP
     ("server", "scale"),
     ("ui",),
     ("cli",),

@@ -84,6 +84,22 @@ class RequestRefused(AtollError):
     """A request's parameters are out of range or do not fit the engine's limits."""
 
 
+class QueueFull(EngineError):
+    """As many requests wait as may wait; `retry_after_s` says when to ask again."""
+
+    def __init__(self, message: str, *, hint: str = "", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class KeyRefused(AtollError):
+    """A request came without an API key, or with one that is not known."""
+
+
+class NotAllowed(AtollError):
+    """An API key is known, but may not do this."""
+
+
 class PoolFull(EngineError):
     """No adapter slot can be freed: all resident adapters are pinned or in use."""
 

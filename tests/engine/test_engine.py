@@ -11,7 +11,7 @@ import torch
 from atoll.engine.config import EngineConfig
 from atoll.engine.engine import Engine
 from atoll.engine.request import Request, SamplingParams
-from atoll.errors import ConfigError, EngineError, RequestRefused
+from atoll.errors import ConfigError, EngineError, QueueFull, RequestRefused
 from atoll.model.adapter import Adapter
 from atoll.model.base import Base
 
@@ -157,8 +157,9 @@ def test_the_queue_is_bounded(make_engine: MakeEngine) -> None:
     engine = make_engine(max_waiting=2)
     engine.add(ask([5]))
     engine.add(ask([5]))
-    with pytest.raises(RequestRefused, match="2 requests wait already"):
+    with pytest.raises(QueueFull, match="2 requests wait already") as refused:
         engine.add(ask([5]))
+    assert refused.value.retry_after_s >= 1
 
 
 def test_request_ids_are_unique_while_they_live(make_engine: MakeEngine) -> None:
@@ -267,10 +268,10 @@ def test_stats_count_what_happened(make_engine: MakeEngine) -> None:
     assert (stats["adapters_registered"], stats["adapters_resident"], stats["adapters_in_use"]) == (4, 1, 0)
 
 
-def test_the_check_finds_a_row_that_nobody_holds(make_engine: MakeEngine) -> None:
+def test_the_check_finds_a_page_that_nobody_holds(make_engine: MakeEngine) -> None:
     """The integrity check is only worth running if it can fail."""
     engine = make_engine()
-    engine._cache.take()
+    engine._pages.take(1)
     with pytest.raises(AssertionError, match="leak"):
         engine.check()
 

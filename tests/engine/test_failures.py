@@ -135,14 +135,14 @@ def test_a_forward_that_raises_later_fails_those_only_who_cause_it(make_engine: 
 def test_a_tokenizer_that_cannot_decode_ends_one_request_only(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text is made per request; an error there is that request's."""
     engine = make_engine()
-    decode = engine._decode
+    decode = engine._intake.decode
 
     def picky(ids: list[int]) -> str:
         if 77 in ids:
             raise ValueError("id 77 has no text")
         return decode(ids)
 
-    monkeypatch.setattr(engine, "_decode", picky)
+    monkeypatch.setattr(engine._intake, "decode", picky)
     forced = Request([5], None, SamplingParams(max_new_tokens=3, logit_bias={77: 100.0}))
     bad, good = engine.generate([forced, ask(31, "r4")])
     assert (bad.finish_reason, bad.error) == ("error", "id 77 has no text")

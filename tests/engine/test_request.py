@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from atoll.engine.request import Limits, Request, SamplingParams, ScoreRequest
+from atoll.engine.request import Grammar, Limits, Request, SamplingParams, ScoreRequest
 from atoll.errors import RequestRefused
 
 WRONG: list[dict[str, Any]] = [
@@ -23,6 +23,8 @@ WRONG: list[dict[str, Any]] = [
     {"top_p": 0.0},
     {"top_p": 1.1},
     {"min_p": 1.5},
+    {"typical_p": 0.0},
+    {"typical_p": 1.01},
     {"repetition_penalty": 0.0},
     {"frequency_penalty": 2.1},
     {"presence_penalty": -2.1},
@@ -37,6 +39,7 @@ WRONG: list[dict[str, Any]] = [
     {"logprobs": -1},
     {"logprobs": 129},
     {"prompt_logprobs": 1000},
+    {"grammar": "json"},
 ]
 
 
@@ -46,6 +49,31 @@ def test_a_parameter_out_of_range_is_refused_by_name(wrong: dict[str, Any]) -> N
     [name] = wrong
     with pytest.raises(RequestRefused, match="stop string" if wrong == {"stop": ("",)} or wrong == {"stop": (3,)} else name):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "reason"),
+    [
+        ("json", "{}", "kind is 'json', but must be one of json_schema, json_object, regex, lark"),
+        (3, "", "kind is 3"),
+        ("json_schema", "", "json_schema has no text"),
+        ("regex", "", "regex has no text"),
+        ("lark", "", "lark has no text"),
+        ("json_object", "{}", "json_object takes no text"),
+        ("json_schema", {"type": "object"}, "text is dict, but must be a string"),
+        ("regex", "a\ud800", "half a surrogate pair"),
+    ],
+)
+def test_a_grammar_that_says_nothing_is_refused(kind: Any, text: Any, reason: str) -> None:
+    """Whoever builds one gets the mistake told where it is made, before a base is known that could compile it."""
+    with pytest.raises(RequestRefused, match=reason):
+        Grammar(kind, text)
+
+
+def test_grammars_with_a_text_are_accepted() -> None:
+    """A regular expression may be a single space."""
+    assert Grammar("json_object").text == ""
+    assert SamplingParams(grammar=Grammar("regex", " ")).grammar is not None
 
 
 def test_the_edges_of_every_range_are_accepted() -> None:

@@ -12,10 +12,11 @@ from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from atoll.engine.request import Request, SamplingParams
-from atoll.engine.sampler import choose
+from atoll.engine.sampler import _typical, choose
 from atoll.engine.sequence import Sequence
 
 V = 1000
@@ -74,6 +75,11 @@ def test_greedy_takes_the_largest_logit() -> None:
         {"top_k": 10, "top_p": 0.6},
         {"top_k": 10, "top_p": 0.6, "min_p": 0.2},
         {"top_k": 5000},
+        {"typical_p": 0.3},
+        {"typical_p": 0.9},
+        {"top_k": 30, "typical_p": 0.5},
+        {"top_p": 0.8, "typical_p": 0.5},
+        {"top_k": 40, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.4},
     ],
     ids=str,
 )
@@ -88,10 +94,30 @@ def test_the_tokens_kept_are_those_that_transformers_keeps(settings: dict[str, A
         scores = TopPLogitsWarper(settings["top_p"])(ids, scores)
     if "min_p" in settings:
         scores = MinPLogitsWarper(settings["min_p"])(ids, scores)
+    if "typical_p" in settings:
+        scores = TypicalLogitsWarper(settings["typical_p"])(ids, scores)
     expected = {int(i) for i in torch.nonzero(torch.softmax(scores, -1)[0] > 1e-3).squeeze(1)}
     found = kept(values, **settings)
     allowed = {int(i) for i in torch.nonzero(torch.isfinite(scores[0])).squeeze(1)}
     assert expected <= found <= allowed
+
+
+@pytest.mark.parametrize("mass", [0.01, 0.2, 0.5, 0.95, 0.999])
+def test_typical_tokens_are_exactly_those_of_transformers(mass: float) -> None:
+    """The set of arXiv 2202.00666: near the row's entropy, not the likeliest; on flat and on sharp rows, among a grammar's few tokens too."""
+    values = torch.cat([logits(2, seed=5, spread=0.5), logits(2, seed=6, spread=4.0), torch.full((1, V), -torch.inf)])
+    values[4, [3, 30, 300]] = torch.tensor([0.0, 1.0, 4.0])
+    expected = torch.isfinite(TypicalLogitsWarper(mass)(None, values.clone()))
+    probs = torch.softmax(values, -1)
+    torch.testing.assert_close(_typical(3 * probs, [mass] * 5), torch.where(expected, 3 * probs, 0.0), rtol=0, atol=0)
+
+
+def test_typical_sampling_may_leave_out_the_likeliest_token() -> None:
+    """What tells it from top_p: a token that is much likelier than the entropy suggests is not typical."""
+    values = torch.zeros(1, V)
+    values[0, 5] = 4.0  # a twentieth of the mass; the other 999 share the rest
+    assert 5 not in kept(values, typical_p=0.5)
+    assert 5 in kept(values, top_p=0.5)
 
 
 def test_a_nucleus_wider_than_the_first_look_is_found() -> None:
@@ -161,7 +187,7 @@ def test_rows_that_are_not_finite_are_reported_and_the_others_untouched() -> Non
 
 def test_a_row_chooses_the_same_alone_and_in_any_batch() -> None:
     """Every setting is the row's own: widths and index tensors are shared between rows, results must not be."""
-    values = logits(8, seed=9)
+    values = logits(10, seed=9)
     settings: list[dict[str, Any]] = [
         {},
         {"temperature": 1.0, "seed": 1},
@@ -171,6 +197,8 @@ def test_a_row_chooses_the_same_alone_and_in_any_batch() -> None:
         {"repetition_penalty": 1.3, "temperature": 1.0, "seed": 5},
         {"frequency_penalty": 1.0, "logprobs": 3},
         {"temperature": 2.0, "min_p": 0.05, "seed": 6, "logit_bias": {5: 3.0}},
+        {"temperature": 1.0, "typical_p": 0.2, "seed": 7},
+        {"temperature": 0.3, "typical_p": 0.95, "top_k": 20, "seed": 8},
     ]
 
     def rows() -> list[Sequence]:

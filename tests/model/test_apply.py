@@ -132,13 +132,13 @@ def test_a_mixed_decode_step_gives_each_row_its_answer_alone(decoder: Decoder, s
     """Decode takes another path (one batched product a site and bucket); it must agree with the plain one, also for base rows and shuffled rows."""
     bank = next(slot.bank for slot in slots if slot is not None)
     order = [3, 0, 4, 1, 2]
-    cache = decoder.new_cache(num_rows=8, row_tokens=16)
-    places = [6, 0, 3, 1, 7]
-    batch = PackedBatch.of([MIXED_ROWS[i][:-1] for i in order], kv_rows=places)
+    cache = decoder.new_cache(num_pages=8)
+    places = [[6], [0], [3], [1], [7]]
+    batch = PackedBatch.of([MIXED_ROWS[i][:-1] for i in order], pages=places)
     starts = batch.row_starts
     segments = tuple(Segment(starts[n], starts[n + 1], slots[i]) for n, i in enumerate(order) if slots[i] is not None)
     decoder.forward(batch, AdapterBatch(segments), cache)
-    step = PackedBatch.of([MIXED_ROWS[i][-1:] for i in order], context=[len(MIXED_ROWS[i]) - 1 for i in order], kv_rows=places)
+    step = PackedBatch.of([MIXED_ROWS[i][-1:] for i in order], context=[len(MIXED_ROWS[i]) - 1 for i in order], pages=places)
     with_adapter = [(token, slots[i]) for token, i in enumerate(order) if slots[i] is not None]
     rows = bank.rows([token for token, _ in with_adapter], [slot for _, slot in with_adapter])
     assert len(rows.buckets) == 2, "ranks 4 and 8 share a bucket, 12 and 16 another"
@@ -162,9 +162,9 @@ def test_a_base_row_of_a_decode_step_does_not_move_a_bit(decoder: Decoder, slots
     bank = next(slot.bank for slot in slots if slot is not None)
     found = []
     for beside in ([], [1, 2], [3, 4]):
-        cache = decoder.new_cache(num_rows=3, row_tokens=16)
-        decoder.forward(PackedBatch.of([row[:2] for row in MIXED_ROWS[:3]], kv_rows=[0, 1, 2]), cache=cache)
-        step = PackedBatch.of([[row[2]] for row in MIXED_ROWS[:3]], context=[2] * 3, kv_rows=[0, 1, 2])
+        cache = decoder.new_cache(num_pages=3)
+        decoder.forward(PackedBatch.of([row[:2] for row in MIXED_ROWS[:3]], pages=[[0], [1], [2]]), cache=cache)
+        step = PackedBatch.of([[row[2]] for row in MIXED_ROWS[:3]], context=[2] * 3, pages=[[0], [1], [2]])
         rows = bank.rows([1, 2], [slots[i] for i in beside]) if beside else None
         found.append(decoder.forward(step, AdapterBatch(bank_rows=rows), cache))
     assert torch.equal(found[0][0], found[1][0])

@@ -11,7 +11,7 @@ from torch import Tensor
 from atoll.model import attention as attention_module
 from atoll.model.attention import Attention, _BlockAttention, _mask
 from atoll.model.batch import PackedBatch
-from atoll.model.kv_cache import KvCache
+from atoll.model.kv_cache import PAGE_TOKENS, KvCache
 
 HEADS, KV_HEADS, SIZE = 6, 2, 8
 
@@ -67,7 +67,7 @@ def test_block_attention_passes_gradcheck() -> None:
     """Finite differences, so that the formula itself is no shared mistake."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 4, 3, generator=generator, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2))
-    mask = _mask(0, (4,), 3, torch.float64, torch.device("cpu"))
+    mask = _mask(torch.arange(4), 4, 3, torch.float64)
     assert torch.autograd.gradcheck(lambda q, k, v: _BlockAttention.apply(q, k, v, mask), (q, k, v))
 
 
@@ -85,19 +85,20 @@ def test_long_rows_take_the_memory_efficient_kernel_with_the_same_gradients(monk
         torch.testing.assert_close(stored, efficient, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [None, 3, 40])
 @torch.no_grad()
-def test_decode_rows_and_prefill_rows_share_one_call(window: int | None) -> None:
-    """A continuous batch holds rows that decode beside rows that prefill, on scattered cache rows; each must follow the formula."""
-    lengths = (7, 4, 6)
+def test_decode_rows_short_rows_and_long_rows_share_one_call(window: int | None) -> None:
+    """A continuous batch holds rows that decode beside chunks of any length, on scattered pages; each must follow the formula."""
+    lengths = (70, 40, 61, 3)
     q, k, v = draw(sum(lengths))
     truth = by_formula(q, k, v, lengths, window).split(lengths)
     pieces = [t.split(lengths) for t in (q, k, v)]
-    cache = KvCache(1, 6, 16, KV_HEADS, SIZE, torch.float32)
-    done, places = [0, 0, 0], [5, 1, 3]
-    for step in [(6, 0, 2), (1, 4, 3), (0, 0, 1)]:
-        rows = [row for row in range(3) if step[row]]
-        batch = PackedBatch.of([[5] * step[row] for row in rows], context=[done[row] for row in rows], kv_rows=[places[row] for row in rows])
+    cache = KvCache(1, 9, KV_HEADS, SIZE, torch.float32)
+    cache.keys[:, 8] = cache.values[:, 8] = torch.nan  # a page that nobody names
+    done, pages = [0, 0, 0, 0], [[7, 0, 3], [2, 6], [1, 5], [4]]
+    for step in [(40, 1, 20, 0), (28, 36, 20, 1), (1, 1, 5, 1), (1, 2, 16, 1)]:
+        rows = [row for row in range(4) if step[row]]
+        batch = PackedBatch.of([[5] * step[row] for row in rows], context=[done[row] for row in rows], pages=[pages[row] for row in rows])
         new = [torch.cat([piece[row][done[row] : done[row] + step[row]] for row in rows]) for piece in pieces]
         out = Attention(batch, cache)(0, *new, window).split(batch.lengths)
         for row, found in zip(rows, out, strict=True):
@@ -107,28 +108,51 @@ def test_decode_rows_and_prefill_rows_share_one_call(window: int | None) -> None
 
 
 @torch.no_grad()
-def test_what_an_earlier_owner_left_in_a_cache_row_is_never_seen() -> None:
-    """Rows are reused without being cleared; a look past one's own length would show another user's text."""
+def test_what_an_earlier_owner_left_in_a_page_is_never_seen() -> None:
+    """Pages are reused without being cleared; a look past one's own length would show another user's text."""
     model = tiny_model("llama")
     decoder = decoder_of(model)
-    cache = decoder.new_cache(num_rows=2, row_tokens=16)
-    decoder.forward(PackedBatch.of([[9, 8, 7, 6, 5, 4, 3] * 2, [30, 31]], kv_rows=[0, 1]), cache=cache)
-    decoder.forward(PackedBatch.of([[20, 21], [32, 33, 34, 35]], context=[0, 2], kv_rows=[0, 1]), cache=cache)
-    hidden = decoder.forward(PackedBatch.of([[22], [36]], context=[2, 6], kv_rows=[0, 1]), cache=cache)
+    cache = decoder.new_cache(num_pages=2)
+    decoder.forward(PackedBatch.of([[9, 8, 7, 6, 5, 4, 3] * 2, [30, 31]], pages=[[0], [1]]), cache=cache)
+    decoder.forward(PackedBatch.of([[20, 21], [32, 33, 34, 35]], context=[0, 2], pages=[[0], [1]]), cache=cache)
+    hidden = decoder.forward(PackedBatch.of([[22], [36]], context=[2, 6], pages=[[0], [1]]), cache=cache)
     logits = decoder.logits(hidden)
     torch.testing.assert_close(logits[0], reference(model, [20, 21, 22])[-1], **CLOSE)
     torch.testing.assert_close(logits[1], reference(model, [30, 31, 32, 33, 34, 35, 36])[-1], **CLOSE)
 
 
 @torch.no_grad()
-def test_idle_rows_between_running_ones_cost_an_answer_nothing() -> None:
-    """Decode reads the cache from row 0 to the highest running row in place, idle rows included; what those hold must stay outside."""
+def test_nan_in_one_rows_pages_stays_in_that_row() -> None:
+    """Rows of one call are padded to each other; were the padding another row's page, a damaged adapter would take its neighbours along."""
     model = tiny_model("llama")
     decoder = decoder_of(model)
-    cache = decoder.new_cache(num_rows=9, row_tokens=16)
-    decoder.forward(PackedBatch.of([[9, 8, 7, 6], [20, 21]], kv_rows=[0, 8]), cache=cache)
-    logits = decoder.logits(decoder.forward(PackedBatch.of([[22]], context=[2], kv_rows=[8]), cache=cache))
-    torch.testing.assert_close(logits[0], reference(model, [20, 21, 22])[-1], **CLOSE)
+    cache = decoder.new_cache(num_pages=5)
+    decoder.forward(PackedBatch.of([[9, 8, 7, 6] * 10, [20, 21]], pages=[[0, 1], [2]]), cache=cache)
+    cache.keys[:, :2] = cache.values[:, :2] = torch.nan
+    hidden = decoder.forward(PackedBatch.of([[5], [22], [6, 7], [8]], context=[40, 2, 0, 0], pages=[[0, 1], [2], [3], [4]]), cache=cache)
+    logits = decoder.logits(hidden)
+    assert logits[0].isnan().all()
+    torch.testing.assert_close(logits[1], reference(model, [20, 21, 22])[-1], **CLOSE)
+
+
+@torch.no_grad()
+def test_rows_share_the_pages_of_a_common_beginning() -> None:
+    """Prefix reuse and forks: two rows read the same full page and write behind it, each into a page of its own."""
+    model = tiny_model("llama")
+    decoder = decoder_of(model)
+    prompt = [5 + (7 * i) % 300 for i in range(PAGE_TOKENS)]
+    cache = decoder.new_cache(num_pages=3)
+    decoder.forward(PackedBatch.of([prompt], pages=[[1]]), cache=cache)
+    tails = [[20, 21, 22], [30]]
+    batch = PackedBatch.of(tails, context=[PAGE_TOKENS] * 2, pages=[[1, 0], [1, 2]])
+    for tail, logits in zip(tails, decoder.logits(decoder.forward(batch, cache=cache)).split(batch.lengths), strict=True):
+        torch.testing.assert_close(logits, reference(model, prompt + tail)[PAGE_TOKENS:], **CLOSE)
+
+
+def test_a_row_without_enough_pages_is_our_own_mistake() -> None:
+    """Its tokens would be stored over somebody else's."""
+    with pytest.raises(AssertionError, match="more tokens than its pages"):
+        Attention(PackedBatch.of([[5] * 33], pages=[[0]]), KvCache(1, 2, KV_HEADS, SIZE, torch.float32))
 
 
 def test_a_long_packed_batch_with_gradients_equals_transformers() -> None:

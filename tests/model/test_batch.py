@@ -16,14 +16,14 @@ def test_rows_stand_end_to_end_with_their_own_positions() -> None:
     assert batch.lengths == (3, 1, 2)
     assert batch.row_of_token.tolist() == [0, 0, 0, 1, 2, 2]
     assert (batch.num_rows, batch.num_tokens) == (3, 6)
-    assert batch.kv_rows is None
+    assert batch.pages is None
 
 
 def test_positions_go_on_from_what_the_cache_holds() -> None:
     """A decode token at position 0 would be rotated as a beginning of text."""
-    batch = PackedBatch.of([[5], [6, 7]], context=[11, 4], kv_rows=[2, 0])
+    batch = PackedBatch.of([[5], [6, 7]], context=[11, 4], pages=[[2], [0, 1]])
     assert batch.positions.tolist() == [11, 4, 5]
-    assert batch.kv_rows == (2, 0)
+    assert batch.pages == ((2,), (0, 1))
 
 
 @pytest.mark.parametrize(("outputs", "index"), [("all", None), ("last", [2, 3, 5]), ([0, 4], [0, 4]), ([], [])])

@@ -14,6 +14,7 @@ from tests.conftest import tiny_config, tiny_model
 from atoll.errors import BaseFormatError
 from atoll.model.batch import PackedBatch
 from atoll.model.decoder import Decoder, DecoderShape
+from atoll.model.kernels.decoder import compiled
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -52,8 +53,8 @@ def test_packed_rows_have_transformers_logits(model: Any, grad: bool) -> None:
 def test_prefill_in_chunks_and_decode_over_the_cache_equal_one_shot(model: Any) -> None:
     """Serving cuts a sequence into chunks and single tokens, beside rows that are elsewhere in theirs; no cut may move a logit."""
     decoder = decoder_of(model)
-    cache = decoder.new_cache(num_rows=5, row_tokens=32)
-    places = [4, 0, 2]
+    cache = decoder.new_cache(num_pages=5)
+    places = [[4], [0], [2]]
     rows = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20, 21, 22, 23], [30, 31, 32, 33] * 3]
     # Each step: how many tokens of each row go in. Chunks, single tokens and idle rows are mixed.
     steps = [(4, 1, 0), (3, 1, 7), (1, 0, 4), (1, 1, 1), (1, 1, 0)]
@@ -62,7 +63,7 @@ def test_prefill_in_chunks_and_decode_over_the_cache_equal_one_shot(model: Any) 
     for step in steps:
         active = [index for index, count in enumerate(step) if count]
         batch = PackedBatch.of(
-            [rows[i][done[i] : done[i] + step[i]] for i in active], context=[done[i] for i in active], kv_rows=[places[i] for i in active]
+            [rows[i][done[i] : done[i] + step[i]] for i in active], context=[done[i] for i in active], pages=[places[i] for i in active]
         )
         for i, logits in zip(active, decoder.logits(decoder.forward(batch, cache=cache)).split(batch.lengths), strict=True):
             found[i].append(logits)
@@ -73,26 +74,14 @@ def test_prefill_in_chunks_and_decode_over_the_cache_equal_one_shot(model: Any) 
 
 
 @torch.no_grad()
-def test_scoring_rows_continue_one_cached_prompt_and_leave_the_cache_alone(model: Any) -> None:
-    """Options of a question share one prompt in the cache (store=False); an option that wrote there would change the next one's score."""
-    decoder = decoder_of(model)
-    cache = decoder.new_cache(num_rows=3, row_tokens=32)
-    prompts = [[5, 6, 7, 8, 9, 10], [50, 51, 56, 57, 58, 59]]
-    decoder.forward(PackedBatch.of(prompts, kv_rows=[2, 0]), cache=cache)
-    before = cache.keys.clone(), cache.values.clone()
-    options = [(0, [11, 12, 13]), (0, [14]), (0, [15, 16, 17, 18, 19, 20]), (1, [52]), (1, [53, 54]), (0, [21, 22])]
-    batch = PackedBatch.of(
-        [option for _, option in options],
-        context=[len(prompts[which]) for which, _ in options],
-        kv_rows=[[2, 0][which] for which, _ in options],
-        store=False,
-    )
-    scores = decoder.logits(decoder.forward(batch, cache=cache)).split(batch.lengths)
-    for (which, option), logits in zip(options, scores, strict=True):
-        prompt = prompts[which]
-        torch.testing.assert_close(logits, reference(model, prompt + option)[len(prompt) :], **CLOSE)
-    assert torch.equal(cache.keys, before[0])
-    assert torch.equal(cache.values, before[1])
+def test_the_best_token_is_the_largest_logit() -> None:
+    """Greedy decoding asks for no logits; what it gets instead must be their maximum."""
+    decoder = decoder_of(tiny_model("llama"))
+    hidden = decoder.forward(PackedBatch.of(ROWS))
+    values, ids = decoder.best(hidden)
+    logits = decoder.logits(hidden)
+    assert torch.equal(ids, logits.argmax(-1))
+    assert torch.equal(values, logits.amax(-1))
 
 
 @torch.no_grad()
@@ -219,3 +208,10 @@ def test_bfloat16_on_the_real_base_drifts_no_more_than_transformers_does() -> No
     decoder = Decoder.from_state_dict(half.config, read_tensors(folder, torch.bfloat16), torch.bfloat16)
     ours = [(logits - truth).abs().mean() for logits, truth in zip(packed_logits(decoder, rows), exact, strict=True)]
     assert sum(ours) <= sum(theirs)
+    fast = compiled(decoder)
+    if fast is not None:
+        pages = [tuple(range(4 * i, 4 * i + 4)) for i in range(len(rows))]
+        hidden = fast.forward(PackedBatch.of(rows, pages=pages), cache=fast.new_cache(4 * len(rows)))
+        parts = fast.logits(hidden).split([len(row) for row in rows])
+        compiled_errors = [(logits - truth).abs().mean() for logits, truth in zip(parts, exact, strict=True)]
+        assert sum(compiled_errors) <= sum(theirs)

@@ -86,7 +86,7 @@ def test_longrope_switches_by_the_whole_sequence_not_by_the_new_tokens() -> None
     """A decode step brings one token of a long sequence; by the token alone the row would look short."""
     table = RotaryTable(tiny_config("llama", **settings("longrope")), "cpu")
     cos, _ = table.cos_sin(PackedBatch.of([LONG]))
-    step, _ = table.cos_sin(PackedBatch.of([LONG[-1:]], context=[len(LONG) - 1], kv_rows=[0]))
+    step, _ = table.cos_sin(PackedBatch.of([LONG[-1:]], context=[len(LONG) - 1]))
     assert torch.equal(step[0], cos[-1])
 
 

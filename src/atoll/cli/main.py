@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from atoll.cli import chat, evaluate, generate, hub, land, leaderboard, pull, schema, tasks, train
+from atoll.cli import chat, evaluate, generate, hub, keys, land, leaderboard, pull, schema, serve, tasks, train
 from atoll.cli.environment import prepare
 from atoll.cli.output import print_error
 from atoll.errors import AtollError, Interrupted
@@ -35,10 +35,12 @@ app.command("eval")(evaluate.evaluate)
 app.command()(leaderboard.leaderboard)
 app.command()(generate.generate)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(pull.pull)
 app.command()(tasks.tasks)
 app.command()(schema.schema)
 app.add_typer(hub.app, name="hub")
+app.add_typer(keys.app, name="keys")
 
 # What a user's disk, paths and permissions can do to any command; other OSErrors are ours.
 USERS_ERRNOS = (
@@ -56,7 +58,12 @@ USERS_ERRNOS = (
     errno.ENFILE,
     errno.EIO,
 )
-EXTRAS = {"sqlalchemy": "hub", "alembic": "hub", "fsspec": "hub", "rouge_score": "eval", "scipy": "eval", "tensorboard": "train"}
+EXTRAS = {
+    **dict.fromkeys(("sqlalchemy", "alembic", "fsspec"), "hub"),
+    **dict.fromkeys(("rouge_score", "scipy"), "eval"),
+    "tensorboard": "train",
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "python_multipart", "prometheus_client", "llguidance"), "serve"),
+}
 
 
 def main() -> None:
@@ -141,6 +148,7 @@ def root(
       atoll train examples/train.yaml --dry-run
       atoll generate --adapter support_intents "where is my parcel?"
       atoll hub list
+      atoll serve --adapter support_intents
       atoll --threads 4 eval builtin:dates --model dates
     """
     prepare(threads)

@@ -1,10 +1,11 @@
 """The engine: one continuous batch in this process, any adapter in any row.
 
-A step is schedule, run, finish: the scheduler names the rows, the runner gives their hidden states, the sampler their next tokens, and what has ended
-gives back its KV row and its hold on its adapter. Nothing runs in the background: whoever calls `step`, `stream`, `generate` or `score` drives all
-requests, and events of requests that somebody else waits for are kept for them. One thread at a time.
+A step is schedule, run, finish: the scheduler names the rows and finds them pages, the runner gives their hidden states, the sampler their next
+tokens, and what has ended gives back its pages and its hold on its adapter. Nothing runs in the background: whoever calls `step`, `stream`,
+`generate`, `score` or `embed` drives everything, and events of requests that somebody else waits for are kept for them. One thread at a time.
 
-    add ─► waiting ─admit─► running (KV row + hold on adapter) ─► finished: both given back, last event carries the Completion
+    add ─► waiting ─admit─► running (pages + hold on adapter) ─► finished: both given back, last event carries the Completion
+    begin_score, begin_embed ─► jobs ─ a batch before each step ─► finished: result
 
 Used by eval, workflows and cli directly, and by the server.
 """
@@ -12,29 +13,31 @@ Used by eval, workflows and cli directly, and by the server.
 from __future__ import annotations
 
 import functools
+import heapq
 import itertools
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from atoll.engine.config import EngineConfig
+from atoll.engine.intake import Intake, Pace
+from atoll.engine.jobs import Job, Lender
+from atoll.engine.pages import Pages
 from atoll.engine.pool import AdapterPool
-from atoll.engine.request import Completion, FinishReason, Limits, Request, ScoreRequest, TokenEvent
-from atoll.engine.runner import Runner
+from atoll.engine.request import Completion, EmbedRequest, FinishReason, Request, ScoreRequest, TokenEvent
+from atoll.engine.runner import Runner, serving_decoder
 from atoll.engine.scheduler import Scheduler, Work
-from atoll.engine.scoring import Scoring, score_batch
 from atoll.engine.sequence import Sequence as Running
 from atoll.engine.step import Outcome, compute
-from atoll.engine.stops import Decode
-from atoll.errors import AtollError, EngineError, RequestRefused
-from atoll.model.bank import LoraBank
+from atoll.errors import AtollError, QueueFull, RequestRefused
+from atoll.model.kv_cache import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from atoll.model.adapter import Adapter
     from atoll.model.base import Base
-    from atoll.model.kv_cache import KvCache
 
+T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 
 _log = logging.getLogger(__name__)
@@ -50,33 +53,50 @@ class Engine:
     """
 
     def __init__(self, base: Base, config: EngineConfig | None = None) -> None:
+        """Raises ConfigError where the config asks for the native kernel and it cannot run."""
         self.base, self.config = base, config if config is not None else EngineConfig()
-        decoder = base.decoder
-        self.limits = Limits(decoder.shape.vocabulary, self.config.row_tokens(base.context_length))
-        self._cache = decoder.new_cache(self.config.max_rows, self.limits.row_tokens)
-        bank = LoraBank(decoder.shape.linears, decoder.shape.num_layers, decoder.dtype, decoder.device)
-        self._pool = AdapterPool(bank, self.config.adapter_bytes)
-        self._runner = Runner(decoder, self._cache, self._pool)
-        self._scheduler = Scheduler(self.config.max_step_tokens, self.config.max_overtakes)
-        self._places = _EnginePlaces(self._cache, self._pool)
-        self._decode = _text_decoder(base.tokenizer)
+        decoder = serving_decoder(base, self.config.kernel)
+        self.kernel = str(getattr(decoder, "kernel", "plain"))  # "plain", or the name of the compiled forward's target
+        page_bytes = decoder.new_cache(1).token_bytes * PAGE_TOKENS
+        num_pages = self.config.cache_pages(self.config.row_tokens(base.context_length), PAGE_TOKENS, page_bytes)
+        self._pages = Pages(num_pages, PAGE_TOKENS)
+        self._pool = AdapterPool(decoder.new_bank(), self.config.adapter_bytes)
+        self._runner = Runner(decoder, decoder.new_cache(num_pages), self._pool)
+        self._intake = Intake(base, self.config, self._pages, self._pool)
+        self._scheduler = Scheduler(
+            self._pages,
+            self._pool,
+            self._runner.zero_pages,
+            max_rows=self.config.max_rows,
+            max_step_tokens=self.config.max_step_tokens,
+            max_overtakes=self.config.max_overtakes,
+            regime=self._intake.regime,
+        )
+        self.limits, self.grammars = self._intake.limits, self._intake.grammars
+        self._lender = Lender(self._pages, self._pool, self._runner, self.config.max_step_tokens)
+        self._jobs: deque[Job[Any]] = deque()
         self._numbers = itertools.count(1)
         self._listeners: dict[str, Callable[[TokenEvent], None]] = {}
         self._events: list[TokenEvent] = []  # of requests that nobody listens to; the next `step` returns them
-        self._scoring: list[Scoring] = []
+        self._deadlines: list[tuple[float, int, str]] = []  # (when, number of the sequence, its id); finished ones stay until then
+        self._pace = Pace()
         self._counts = Counter[str]()
 
     # Adapters
 
     def register(self, key: str, adapter: Adapter) -> None:
-        """Make an adapter servable under `key` (its digest). See AdapterPool.register for what is refused."""
+        """Make an adapter servable under `key` (its digest), at any time. See AdapterPool.register for what is refused."""
         self._pool.register(key, adapter)
 
-    def unregister(self, key: str) -> None:
-        """Forget an adapter. Raises EngineError while a running or waiting request uses it."""
-        if any(sequence.adapter == key for sequence in self._scheduler.waiting.values()):
-            raise EngineError(f"adapter {key!r} is named by waiting requests", hint="cancel them or wait until they end")
-        self._pool.unregister(key)
+    def unregister(self, key: str, wait: bool = False) -> bool:
+        """Forget an adapter; True when that is done. Raises EngineError while a waiting or running request uses it.
+
+        With wait it is then forgotten when the last of them has ended, and refused to new ones from now on.
+        """
+        gone = self._pool.unregister(key, wait=wait)
+        if gone:
+            self._pages.forget(key)
+        return gone
 
     def is_registered(self, key: str) -> bool:
         return key in self._pool
@@ -92,7 +112,10 @@ class Engine:
     # Requests
 
     def add(self, request: Request) -> str:
-        """Queue a request and return its id; `step` delivers its events. Raises RequestRefused if it does not fit or names an unknown adapter."""
+        """Queue a request and return its id; `step` delivers its events.
+
+        Raises RequestRefused if it does not fit or names an unknown adapter, QueueFull if max_waiting requests wait already.
+        """
         self._check_request(request)
         return self._add(request)
 
@@ -107,7 +130,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to compute or to deliver."""
-        return bool(self._scheduler.waiting or self._scheduler.running or self._events)
+        return bool(self._scheduler.running or self._scheduler.waiting or self._events or self._jobs)
 
     def step(self) -> list[TokenEvent]:
         """Compute one step; return the events of requests made by `add`, in order."""
@@ -149,84 +172,91 @@ class Engine:
             if len(done) < len(requests):
                 for request_id in added:
                     self.cancel(request_id)
-        self.check()
+        self._check_if_idle()
         return [done[index] for index in range(len(requests))]
+
+    # Given texts
 
     def score(self, items: Sequence[ScoreRequest], progress: Progress | None = None) -> list[list[float]]:
         """The log-probability, in nats, of each item's continuations after its prompt: one sum a continuation, in order.
 
-        Runs at once, beside whatever else runs. Raises RequestRefused for an item that does not fit, EngineError where a result is not finite.
+        Runs beside whatever else runs. Raises RequestRefused for an item that does not fit, EngineError where a result is not finite.
         """
-        for item in items:
-            self._check_adapter(item.adapter)
-            self.limits.check_score(item)
-        sums: list[list[float]] = [[] for _ in items]
-        todo = deque(sorted((i for i, item in enumerate(items) if item.continuations), key=lambda i: items[i].adapter or ""))
-        try:
-            while todo:
-                members = self._take_scoring(items, todo)
-                if not members:
-                    self._advance()  # rows or adapters are in use by running requests: let them get on
-                    continue
-                score_batch(self._runner, self._scoring, self.config.max_step_tokens)
-                for index, scoring in zip(members, self._scoring, strict=True):
-                    sums[index] = scoring.sums
-                self._give_back_scoring(scrub=False)
-                if progress is not None:
-                    progress("scoring", len(items) - len(todo), len(items))
-        finally:
-            self._give_back_scoring(scrub=True)
-        self.check()
-        return sums
+        return self._run_job(self.begin_score(items), "scoring", progress)
+
+    def embed(self, items: Sequence[EmbedRequest], progress: Progress | None = None) -> list[list[float]]:
+        """A vector of each text: its final hidden states, averaged or the last. Raises as `score` does."""
+        return self._run_job(self.begin_embed(items), "embedding", progress)
+
+    def begin_score(self, items: Sequence[ScoreRequest]) -> Job[list[float]]:
+        """`score` without waiting: each `step` computes a batch of the job; when it has finished, `result` has what `score` returns."""
+        return self._begin(self._intake.score_job(items))
+
+    def begin_embed(self, items: Sequence[EmbedRequest]) -> Job[list[float]]:
+        """`embed` without waiting: see begin_score."""
+        return self._begin(self._intake.embed_job(items))
+
+    def cancel_job(self, job: Job[Any]) -> None:
+        """Compute no more of a job; nothing happens if it has finished."""
+        if job in self._jobs:
+            self._jobs.remove(job)
+            self._unuse(job.users)
 
     # Its own state
 
     def check(self) -> None:
-        """Raise AssertionError unless KV rows, adapter holds, bytes and sequences add up: nothing leaks and nothing has two owners."""
+        """Raise AssertionError unless pages, adapter holds, bytes and sequences add up: nothing leaks and nothing has two owners."""
         self._scheduler.check()
-        running = self._scheduler.running.values()
-        self._cache.check([s.kv_row for s in running if s.kv_row is not None] + [s.kv_row for s in self._scoring])
-        adapters = [s.adapter for s in running] + [s.item.adapter for s in self._scoring]
-        self._pool.check(Counter(adapter for adapter in adapters if adapter is not None))
+        running, waiting = self._scheduler.running.values(), self._scheduler.waiting
+        self._pages.check([sequence.pages for sequence in running])
+        used = Counter(s.adapter for s in itertools.chain(running, waiting) if s.adapter is not None)
+        for job in self._jobs:
+            used.update(job.users)
+        self._pool.check(Counter(s.adapter for s in running if s.adapter is not None), used)
         orphans = [name for name in self._listeners if name not in self._scheduler]
         if orphans:
             raise AssertionError(f"somebody waits for requests that are gone: {orphans}")
 
     def stats(self) -> dict[str, int]:
-        """Counts now (running, waiting, free_rows, adapters_…) and since the start (steps, …_tokens, finished_…, adapter_loads, …)."""
+        """Counts now (running, waiting, free_rows, pages_…, adapters_…) and since the start (steps, …_tokens, finished_…, adapter_loads, …)."""
         return {
             "running": len(self._scheduler.running),
             "waiting": len(self._scheduler.waiting),
-            "free_rows": self._cache.num_free,
-            "steps": self._counts["steps"],
-            "prefill_tokens": self._counts["prefill_tokens"],
-            "generated_tokens": self._counts["generated_tokens"],
-            **{f"finished_{reason}": self._counts[reason] for reason in ("stop", "length", "cancelled", "error")},
+            "free_rows": self.config.max_rows - len(self._scheduler.running),
+            "pages_total": self._pages.num_pages,
+            "pages_free": self._pages.num_free,
+            "pages_cached": self._pages.num_cached,
+            **{key: self._counts[key] for key in ("steps", "prefill_tokens", "generated_tokens")},
+            **{key: self._scheduler.counts[key] for key in ("prefix_hits", "reused_tokens", "preemptions")},
+            **{f"finished_{reason}": self._counts[reason] for reason in ("stop", "length", "cancelled", "error", "deadline")},
             **self._pool.stats(),
         }
+
+    def adapter_stats(self) -> dict[str, dict[str, int | bool]]:
+        """Of every registered adapter: resident, pinned, in_use (unfinished requests), bytes, loads."""
+        return self._pool.adapter_stats()
 
     # Inside
 
     def _check_request(self, request: Request) -> None:
-        self._check_adapter(request.adapter)
-        self.limits.check(request)
+        self._intake.check(request)
         if request.request_id is not None and request.request_id in self._scheduler:
             raise RequestRefused(f"request id {request.request_id!r} is in use by a request that is not finished", hint="leave request_id out")
 
-    def _check_adapter(self, key: str | None) -> None:
-        if key is not None and key not in self._pool:
-            raise RequestRefused(
-                f"adapter {key!r} is not registered with this engine", hint="register it first; the base is asked for with adapter None"
-            )
-
     def _add(self, request: Request, listener: Callable[[TokenEvent], None] | None = None) -> str:
         if len(self._scheduler.waiting) >= self.config.max_waiting:
-            raise RequestRefused(f"{self.config.max_waiting} requests wait already", hint="try again later, or raise max_waiting")
+            raise QueueFull(
+                f"{self.config.max_waiting} requests wait already",
+                hint="try again later, or raise max_waiting",
+                retry_after_s=self._pace.time_for(len(self._scheduler.waiting)),
+            )
         request_id = request.request_id
         while request_id is None or request_id in self._scheduler:
             request_id = f"request-{next(self._numbers)}"
-        sequence = Running(request_id, request, self.limits.max_new_tokens(request), self.base.eos_ids, self._decode)
+        sequence = self._intake.sequence(request_id, request)
         self._scheduler.add(sequence)
+        if request.deadline_s is not None:
+            heapq.heappush(self._deadlines, (sequence.added_at + request.deadline_s, sequence.arrival, request_id))
         if listener is not None:
             self._listeners[request_id] = listener
         return request_id
@@ -246,8 +276,11 @@ class Engine:
             self.cancel(request_id)
 
     def _advance(self) -> None:
-        """One step: schedule, run, finish."""
-        plan = self._scheduler.schedule(self._places)
+        """One step: schedule, run, finish; before it a batch of the jobs."""
+        self._end_overdue()
+        if self._jobs:
+            self._step_jobs()
+        plan = self._scheduler.schedule(admit=all(job.num_waits <= self.config.max_overtakes for job in self._jobs))
         for sequence, error in plan.failed:
             self._fail(sequence, error)
         if plan.work:
@@ -255,100 +288,110 @@ class Engine:
             for item, outcome in zip(plan.work, compute(self._runner, plan.work), strict=True):
                 self._finish(item, outcome)
 
+    def _end_overdue(self) -> None:
+        """End the requests whose time is up, with what they have."""
+        while self._deadlines and self._deadlines[0][0] <= self._intake.clock():
+            _, arrival, request_id = heapq.heappop(self._deadlines)
+            if self._scheduler.arrival(request_id) == arrival:
+                sequence = self._scheduler.remove(request_id)
+                assert sequence is not None
+                self._end(sequence, "deadline")
+
     def _finish(self, item: Work, outcome: Outcome | Exception) -> None:
         """Give a sequence what the step found for it; end it if it is done."""
         sequence = item.sequence
         if isinstance(outcome, Exception):
             self._fail(sequence, outcome)
             return
-        self._counts["prefill_tokens"] += max(0, min(item.stop, sequence.num_prompt) - item.start)
-        sequence.num_cached = item.stop
+        if item.start < sequence.num_prompt:
+            self._counts["prefill_tokens"] += min(item.stop, sequence.num_prompt) - item.start
+        self._scheduler.computed(item, sound=outcome.choice is not None)
         sequence.prompt_logprobs += outcome.prompt_logprobs
         if outcome.choice is None:
             return
         try:
             event = sequence.append(outcome.choice.token, outcome.choice.logprob)
-        except Exception as error:  # a tokenizer that cannot decode one request's tokens is the end of that request only
+        except Exception as error:  # a tokenizer or a grammar that fails on one request's tokens is the end of that request only
             self._fail(sequence, error)
             return
         self._counts["generated_tokens"] += 1
         if event.completion is not None:
-            self._release(sequence, scrub=False)
+            self._scheduler.remove(sequence.request_id)
+            self._forget(sequence)
         self._deliver(event)
 
     def _fail(self, sequence: Running, error: Exception) -> None:
         message = f"{error.message} ({error.hint})" if isinstance(error, AtollError) and error.hint else str(error) or type(error).__name__
         _log.warning("request %s failed: %s", sequence.request_id, message, exc_info=None if isinstance(error, AtollError) else error)
+        self._scheduler.remove(sequence.request_id, failed=True)
         self._end(sequence, "error", message)
 
     def _end(self, sequence: Running, reason: FinishReason, error: str = "") -> None:
-        """Finish a sequence without a token."""
+        """Finish a sequence that is removed already, without a token."""
         event = sequence.end(reason, error)
-        self._release(sequence, scrub=True)
+        self._forget(sequence)
         self._deliver(event)
 
-    def _release(self, sequence: Running, *, scrub: bool) -> None:
-        """Give back the KV row and the hold on the adapter. scrub: the row may hold values that are not finite."""
-        self._scheduler.remove(sequence.request_id)
-        if sequence.kv_row is None:
-            return
-        if scrub:
-            self._runner.scrub(sequence.kv_row, len(sequence.tokens))
-        self._cache.give_back(sequence.kv_row)
+    def _forget(self, sequence: Running) -> None:
         if sequence.adapter is not None:
-            self._pool.release(sequence.adapter)
-        sequence.kv_row = None
+            self._unuse({sequence.adapter: 1})
+
+    def _unuse(self, users: dict[str, int]) -> None:
+        for key, count in users.items():
+            for _ in range(count):
+                if self._pool.unuse(key):
+                    self._pages.forget(key)
 
     def _deliver(self, event: TokenEvent) -> None:
         listener = self._listeners.get(event.request_id, self._events.append)
         if event.completion is not None:
             self._listeners.pop(event.request_id, None)
-            self._counts[event.completion.finish_reason] += 1
+            reason = event.completion.finish_reason
+            self._counts[reason] += 1
+            if reason != "cancelled":
+                self._pace.finished(self._intake.clock())
         listener(event)
 
-    def _take_scoring(self, items: Sequence[ScoreRequest], todo: deque[int]) -> list[int]:
-        """Take rows and adapters for as many prompts as fit one step's tokens (one at least); returns their indices."""
-        members: list[int] = []
-        room = self.config.max_step_tokens
-        while todo and self._cache.num_free and (not members or len(items[todo[0]].prompt_ids) <= room):
-            item = items[todo[0]]
-            if item.adapter is not None and not self._pool.hold(item.adapter):
-                break
-            self._scoring.append(Scoring(item, self._cache.take()))
-            members.append(todo.popleft())
-            room -= len(item.prompt_ids)
-        return members
+    def _begin(self, job: Job[T]) -> Job[T]:
+        if job.finished:
+            self._unuse(job.users)
+        else:
+            self._jobs.append(job)
+        return job
 
-    def _give_back_scoring(self, *, scrub: bool) -> None:
-        while self._scoring:
-            scoring = self._scoring.pop()
-            if scrub:
-                self._runner.scrub(scoring.kv_row, scoring.length)
-            self._cache.give_back(scoring.kv_row)
-            if scoring.item.adapter is not None:
-                self._pool.release(scoring.item.adapter)
+    def _step_jobs(self) -> None:
+        """One batch of the job whose turn it is. One that finds no room for long stops the admission of requests until it does."""
+        job = self._jobs[0]
+        try:
+            found_room = job.step(self._lender)
+        except Exception as error:
+            job.fail(error)
+        else:
+            job.num_waits = 0 if found_room else job.num_waits + 1
+        self._jobs.rotate(-1)
+        if job.finished:
+            self._jobs.remove(job)
+            self._unuse(job.users)
 
+    def _run_job(self, job: Job[T], stage: str, progress: Progress | None) -> list[T]:
+        try:
+            while not job.finished:
+                before = job.num_done
+                self._advance()
+                if progress is not None and job.num_done > before:
+                    progress(stage, job.num_done, job.num_items)
+        finally:
+            self.cancel_job(job)
+        self._check_if_idle()
+        return job.result()
 
-class _EnginePlaces:
-    """The scheduler's view of KV rows and adapters (scheduler.Places)."""
-
-    def __init__(self, cache: KvCache, pool: AdapterPool) -> None:
-        self._cache = cache
-        self.hold, self.is_pinned, self.take_row = pool.hold, pool.is_pinned, cache.take
-
-    @property
-    def num_free_rows(self) -> int:
-        return self._cache.num_free
+    def _check_if_idle(self) -> None:
+        """After a call that ran by itself; while others run, whoever serves them chooses when to check."""
+        if not self.has_work:
+            self.check()
 
 
 def _keep_completion(done: dict[int, Completion], index: int, event: TokenEvent) -> None:
     """The listener of `generate`: it wants completions only."""
     if event.completion is not None:
         done[index] = event.completion
-
-
-def _text_decoder(tokenizer: Any) -> Decode:
-    """Token ids to text, special tokens left out. The Rust tokenizer is called directly: this runs for every token."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    decode = fast.decode if fast is not None else tokenizer.decode
-    return lambda ids: str(decode(ids, skip_special_tokens=True))

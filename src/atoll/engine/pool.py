@@ -1,52 +1,98 @@
 """Which adapters the engine knows (registered) and which stand in the bank (resident).
 
-Identity is the key an adapter is registered under, a digest. Being used is counted: a hold for every running sequence, and nothing that is held or
-pinned leaves. When room is needed, idle adapters leave, least recently used first, and only if that makes enough room.
+Identity is the key an adapter is registered under, a digest. Being used is counted twice: a use for every unfinished request, and while it is used an
+adapter stays registered; a hold for every running sequence, and nothing that is held or pinned leaves the bank. When room is needed, idle adapters
+leave, least recently used first, and only if that makes enough room.
 
-    register ──► registered ──hold / pin──► resident (holds > 0 or pinned) ──release──► resident, idle ──evict──► registered
+    register ──► registered ──hold / pin──► resident (holds > 0 or pinned) ──release──► resident, idle ──evict──► registered ──unregister──► gone
 
-Used by engine.py and scoring.py; the tensors are model.bank's.
+Used by engine.py, the scheduler and jobs.py; the tensors are the bank's.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from atoll.errors import EngineError, PoolFull, RequestRefused
 from atoll.model.adapter import Adapter
-from atoll.model.apply import BankRows
-from atoll.model.bank import LoraBank, Slot
+from atoll.model.apply import AdapterWeights, BankRows
+
+
+class Place(AdapterWeights, Protocol):
+    """Where a resident adapter stands: a slot of the bank that gave it."""
+
+    @property
+    def bucket(self) -> int: ...
+
+    @property
+    def index(self) -> int: ...
+
+
+class Bank(Protocol):
+    """The tensors of the resident adapters: model.bank.LoraBank, or the compiled forward's own."""
+
+    gathers: bool
+    shapes: dict[str, tuple[int, int]]
+    num_layers: int
+
+    def slot_bytes(self, adapter: Adapter) -> int: ...
+
+    def load(self, adapter: Adapter) -> Any: ...
+
+    def unload(self, slot: Any) -> None: ...
+
+    def rows(self, tokens: Sequence[int], slots: Sequence[Any]) -> BankRows: ...
 
 
 @dataclass
 class _Entry:
-    """One registered adapter. slot is None while it is not resident; holds counts the running sequences that use it."""
+    """One registered adapter. slot is None while it is not resident. holds: running sequences that use it; uses: unfinished requests that name it.
+
+    serial: the number of its registration, so that a key registered again is known to be another; loads: how often it came in; leaving: it goes when
+    nobody uses it.
+    """
 
     adapter: Adapter
     num_bytes: int
-    slot: Slot | None = None
+    serial: int
+    slot: Place | None = None
     holds: int = 0
+    uses: int = 0
     pinned: bool = False
+    loads: int = 0
+    leaving: bool = False
 
     @property
-    def idle(self) -> bool:
-        return self.slot is not None and self.holds == 0 and not self.pinned
+    def busy(self) -> bool:
+        return self.holds > 0 or self.pinned
 
 
 class AdapterPool:
-    """Registered adapters, and the resident ones within `budget_bytes` of the bank."""
+    """Registered adapters, and the resident ones within `budget_bytes` of the bank.
 
-    def __init__(self, bank: LoraBank, budget_bytes: int) -> None:
+    epoch changes whenever an adapter comes, leaves or becomes idle: whoever found no place may find one then.
+    """
+
+    def __init__(self, bank: Bank, budget_bytes: int) -> None:
         self._bank, self._budget_bytes = bank, budget_bytes
         self._entries: dict[str, _Entry] = {}
+        self._serials = itertools.count(1)
         self._resident: dict[str, _Entry] = {}  # least recently used first
         self.resident_bytes = 0
+        self._busy_bytes = 0  # of adapters that are held or pinned
+        self._pinned_bytes = 0
+        self._epoch = 0
         self.num_loads = 0
         self.num_evictions = 0
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -59,7 +105,7 @@ class AdapterPool:
         return tuple(self._resident)
 
     def register(self, key: str, adapter: Adapter) -> None:
-        """Make an adapter known under `key`. Registering the same object again changes nothing.
+        """Make an adapter known under `key`. Registering the same object again changes nothing, but that it stays if it was leaving.
 
         Raises RequestRefused if the key means another adapter already, BaseMismatch where the factors do not fit the base, PoolFull if it alone is
         larger than the budget.
@@ -71,6 +117,7 @@ class AdapterPool:
                     f"adapter key {key!r} is registered for another adapter already",
                     hint="a key names one content for good: register a changed adapter under its own digest, or unregister the old one",
                 )
+            known.leaving = False
             return
         if not key:
             raise RequestRefused("an adapter's key is empty", hint="register it under its digest")
@@ -81,27 +128,67 @@ class AdapterPool:
                 f"adapter {key!r} takes {_mb(num_bytes)}, but the engine keeps {_mb(self._budget_bytes)} for all adapters",
                 hint=f"set adapter_bytes to at least {num_bytes}",
             )
-        self._entries[key] = _Entry(adapter, num_bytes)
+        self._entries[key] = _Entry(adapter, num_bytes, next(self._serials))
 
-    def unregister(self, key: str) -> None:
-        """Forget an adapter, and free its place. Raises EngineError while it is in use, RequestRefused if it is unknown."""
+    def unregister(self, key: str, *, wait: bool = False) -> bool:
+        """Forget an adapter and free its place; True when that is done. wait: while requests use it, take no new ones, and forget it with the last.
+
+        Raises RequestRefused if it is unknown, and EngineError if requests use it and wait is False.
+        """
         entry = self._known(key)
-        if entry.holds:
-            raise EngineError(f"adapter {key!r} is in use by {entry.holds} running request(s)", hint="cancel them or wait until they end")
+        if entry.uses or entry.holds:
+            if not wait:
+                raise EngineError(
+                    f"adapter {key!r} is in use by {max(entry.uses, entry.holds)} waiting or running request(s)",
+                    hint="cancel them or wait until they end",
+                )
+            entry.leaving = True
+            return False
         if entry.slot is not None:
             self._evict(key)
         del self._entries[key]
+        self._epoch += 1
+        return True
+
+    def check_known(self, key: str) -> None:
+        """Raise RequestRefused unless new requests may name this adapter."""
+        if self._known(key).leaving:
+            raise RequestRefused(f"adapter {key!r} is being unregistered", hint="register it again")
+
+    def serial(self, key: str) -> int:
+        """The number of the registration that `key` means now."""
+        return self._known(key).serial
+
+    def use(self, key: str) -> None:
+        """One more unfinished request that names the adapter, which stays registered until it has ended."""
+        self._known(key).uses += 1
+
+    def unuse(self, key: str) -> bool:
+        """One unfinished request less. True if the adapter was leaving and is gone now."""
+        entry = self._entries[key]
+        if entry.uses < 1:
+            raise AssertionError(f"a request for adapter {key!r} ended that was not counted")
+        entry.uses -= 1
+        return entry.leaving and not entry.uses and self.unregister(key)
 
     def pin(self, key: str) -> None:
         """Load an adapter now and keep it whether used or not. Raises PoolFull if there is no room beside those in use and pinned."""
         entry = self._known(key)
         if not self._load(key, entry):
             raise PoolFull(f"adapter {key!r} cannot be pinned now: the other resident adapters are in use", hint="wait, or raise adapter_bytes")
-        entry.pinned = True
+        if not entry.pinned:
+            self._busy_bytes += 0 if entry.busy else entry.num_bytes
+            self._pinned_bytes += entry.num_bytes
+            entry.pinned = True
 
     def unpin(self, key: str) -> None:
         """Let a pinned adapter leave when room is needed."""
-        self._known(key).pinned = False
+        entry = self._known(key)
+        if entry.pinned:
+            entry.pinned = False
+            self._pinned_bytes -= entry.num_bytes
+            self._busy_bytes -= 0 if entry.busy else entry.num_bytes
+            self._epoch += 1
 
     def is_pinned(self, key: str) -> bool:
         return self._known(key).pinned
@@ -114,6 +201,7 @@ class AdapterPool:
         entry = self._known(key)
         if not self._load(key, entry):
             return False
+        self._busy_bytes += 0 if entry.busy else entry.num_bytes
         entry.holds += 1
         self._resident[key] = self._resident.pop(key)  # most recently used
         return True
@@ -124,13 +212,21 @@ class AdapterPool:
         if entry.holds < 1:
             raise AssertionError(f"adapter {key!r} is released but nobody holds it")
         entry.holds -= 1
+        if not entry.busy:
+            self._busy_bytes -= entry.num_bytes
+            self._epoch += 1
 
-    def slot(self, key: str) -> Slot:
+    def slot(self, key: str) -> Place:
         """Where a held adapter stands."""
         slot = self._entries[key].slot
         if slot is None:
             raise AssertionError(f"adapter {key!r} runs but is not resident")
         return slot
+
+    @property
+    def gathers(self) -> bool:
+        """Whether single-token rows of several adapters are best given as `bank_rows`; else every group of neighbours wants a segment."""
+        return self._bank.gathers
 
     def bank_rows(self, tokens: Sequence[int], keys: Sequence[str]) -> BankRows:
         """Single-token rows by adapter: token tokens[i] of the packed batch uses the held adapter keys[i]."""
@@ -149,17 +245,39 @@ class AdapterPool:
             "adapter_evictions": self.num_evictions,
         }
 
-    def check(self, held: Mapping[str, int]) -> None:
-        """Raise AssertionError unless holds, bytes and residency add up. held: how many running sequences use each adapter."""
-        counted = Counter({key: entry.holds for key, entry in self._entries.items() if entry.holds})
-        if counted != Counter(held):
-            raise AssertionError(f"adapter holds leak: sequences use {dict(held)}, the pool counts {dict(counted)}")
+    def adapter_stats(self) -> dict[str, dict[str, int | bool]]:
+        """Of every registered adapter: resident, pinned, unfinished requests that name it (in_use), bytes, how often it was loaded."""
+        return {
+            key: {
+                "resident": entry.slot is not None,
+                "pinned": entry.pinned,
+                "in_use": entry.uses,
+                "bytes": entry.num_bytes,
+                "loads": entry.loads,
+            }
+            for key, entry in self._entries.items()
+        }
+
+    def check(self, held: Mapping[str, int], used: Mapping[str, int] | None = None) -> None:
+        """Raise AssertionError unless holds, uses, bytes and residency add up. held: running sequences of each adapter; used: unfinished requests."""
+        for what, truth, counts in (
+            ("holds", held, {key: entry.holds for key, entry in self._entries.items() if entry.holds}),
+            ("uses", used or {}, {key: entry.uses for key, entry in self._entries.items() if entry.uses}),
+        ):
+            if dict(truth) != counts:
+                raise AssertionError(f"adapter {what} leak: sequences have {dict(truth)}, the pool counts {counts}")
         resident = {key for key, entry in self._entries.items() if entry.slot is not None}
-        if resident != set(self._resident) or any((entry.holds or entry.pinned) and entry.slot is None for entry in self._entries.values()):
+        if resident != set(self._resident) or any(entry.busy and entry.slot is None for entry in self._entries.values()):
             raise AssertionError(f"adapters {sorted(resident)} have slots, but the pool lists {sorted(self._resident)} as resident")
         places = [(slot.bucket, slot.index) for entry in self._resident.values() if (slot := entry.slot) is not None]
         if len(set(places)) != len(places):
             raise AssertionError("two adapters share a slot of the bank")
+        busy = sum(entry.num_bytes for entry in self._resident.values() if entry.busy)
+        pinned = sum(entry.num_bytes for entry in self._resident.values() if entry.pinned)
+        if (busy, pinned) != (self._busy_bytes, self._pinned_bytes):
+            raise AssertionError(
+                f"busy and pinned adapters are counted as {self._busy_bytes} and {self._pinned_bytes} bytes, but take {busy} and {pinned}"
+            )
         if self.resident_bytes != sum(entry.num_bytes for entry in self._resident.values()) or self.resident_bytes > self._budget_bytes:
             raise AssertionError(
                 f"resident adapters are counted as {self.resident_bytes} bytes of {self._budget_bytes}, which is not their sum or too much"
@@ -177,38 +295,42 @@ class AdapterPool:
         """Bring an adapter in if it is not resident; False if too many others are in use now."""
         if entry.slot is not None:
             return True
-        pinned = sum(other.num_bytes for other in self._resident.values() if other.pinned)
-        if entry.num_bytes > self._budget_bytes - pinned:
-            left = _mb(self._budget_bytes - pinned)
+        if entry.num_bytes > self._budget_bytes - self._pinned_bytes:
+            left = _mb(self._budget_bytes - self._pinned_bytes)
             raise PoolFull(
                 f"adapter {key!r} takes {_mb(entry.num_bytes)}, but pinned adapters leave {left} of {_mb(self._budget_bytes)}",
                 hint="unpin one, or raise adapter_bytes",
             )
+        if entry.num_bytes > self._budget_bytes - self._busy_bytes:
+            return False
         missing = self.resident_bytes + entry.num_bytes - self._budget_bytes
         leaving: list[str] = []
         for other_key, other in self._resident.items():
             if missing <= 0:
                 break
-            if other.idle:
+            if not other.busy:
                 leaving.append(other_key)
                 missing -= other.num_bytes
-        if missing > 0:
-            return False
         for other_key in leaving:
             self._evict(other_key)
         with torch.no_grad():  # adapters in training are copied too; the bank itself never takes part in a gradient
             entry.slot = self._bank.load(entry.adapter)
         self._resident[key] = entry
         self.resident_bytes += entry.num_bytes
+        entry.loads += 1
         self.num_loads += 1
+        self._epoch += 1
         return True
 
     def _evict(self, key: str) -> None:
         entry = self._resident.pop(key)
         assert entry.slot is not None and not entry.holds
+        if entry.pinned:
+            self.unpin(key)
         self._bank.unload(entry.slot)
         entry.slot = None
         self.resident_bytes -= entry.num_bytes
+        self._epoch += 1
         self.num_evictions += 1
 
 

@@ -11,14 +11,48 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from atoll.errors import RequestRefused
 
 MAX_LOGPROBS = 128  # alternatives a token: each is looked up and carried along for every token
 _MAX_SEED = (1 << 64) - 1
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "error", "deadline"]
+GrammarKind = Literal["json_schema", "json_object", "regex", "lark"]
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must match: a JSON Schema (its text), any JSON object (text ""), a regular expression, or a Lark grammar.
+
+    What is wrong inside the text shows when it is compiled for a base (grammar.GrammarCompiler).
+    """
+
+    kind: GrammarKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        kinds = get_args(GrammarKind)
+        if self.kind not in kinds:
+            raise RequestRefused(f"the grammar's kind is {self.kind!r}, but must be one of {', '.join(kinds)}")
+        if not isinstance(self.text, str):
+            raise RequestRefused(f"the grammar's text is {type(self.text).__name__}, but must be a string")
+        if (self.text == "") != (self.kind == "json_object"):
+            raise RequestRefused("the grammar json_object takes no text" if self.text else f"the grammar {self.kind} has no text")
+        try:
+            self.text.encode()
+        except UnicodeEncodeError:
+            raise RequestRefused("the grammar's text holds half a surrogate pair, which is no character") from None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a request's life: waiting for a row, from admission to the first token, all of it. first_token_s counts from `add`."""
+
+    queue_s: float = 0.0
+    first_token_s: float | None = None
+    total_s: float = 0.0
 
 
 class TokenLogprob(NamedTuple):
@@ -39,7 +73,8 @@ class SamplingParams:
     neither is the text of stop_token_ids. With stop_after_text a stop
     string of white space ends the answer only once it has other text: for a model that begins its answer with a line end. Until min_new_tokens
     nothing but the length ends the answer. logprobs None: none; k: of every chosen token and the k likeliest. prompt_logprobs the same for the
-    prompt's tokens.
+    prompt's tokens. With a grammar the answer ends where nothing can follow it, whatever min_new_tokens and ignore_eos say; an answer that the length
+    cuts off matches only as far as it goes.
     """
 
     max_new_tokens: int | None = None
@@ -48,6 +83,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -59,6 +95,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None:
@@ -70,7 +107,8 @@ class SamplingParams:
         _whole("top_k", self.top_k, 0)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
         _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
+        _number("typical_p", self.typical_p, 0.0, 1.0, above=True)
+        _number("repetition_penalty", self.repetition_penalty, 1e-6, 1e6)  # what float32 can multiply and divide by
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         for token, bias in self.logit_bias.items():
@@ -84,6 +122,8 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise RequestRefused(f"grammar is {type(self.grammar).__name__}, but must be a Grammar")
 
     @property
     def is_greedy(self) -> bool:
@@ -96,30 +136,47 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to continue. adapter is the key it was registered under (a digest), None for the base; request_id None: the engine names it."""
+    """One prompt to continue. adapter is the key it was registered under (a digest), None for the base; request_id None: the engine names it.
+
+    scope: whose request it is. Cached prompts are reused within one scope only, so that nobody learns another's prompt from the time an answer takes,
+    and scopes share the engine fairly. deadline_s: seconds from `add` after which the request ends with what it has ("deadline").
+    """
 
     prompt_ids: Sequence[int]
     adapter: str | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     request_id: str | None = None
+    scope: str = ""
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """How likely is each continuation (a non-empty token list) after the prompt? One sum of log-probabilities each, in nats."""
+    """How likely is each continuation (a non-empty token list) after the prompt? One sum of log-probabilities each, in nats. scope: see Request."""
 
     prompt_ids: Sequence[int]
     continuations: Sequence[Sequence[int]]
     adapter: str | None = None
+    scope: str = ""
+
+
+@dataclass(frozen=True)
+class EmbedRequest:
+    """One text to turn into a vector: its final hidden states, averaged over all tokens ("mean") or of the last token alone ("last")."""
+
+    prompt_ids: Sequence[int]
+    adapter: str | None = None
+    pooling: Literal["mean", "last"] = "mean"
 
 
 @dataclass(frozen=True)
 class Completion:
     """A finished request. text has neither the stop string nor the end-of-text token; token_ids has every token that was generated.
 
-    stopped_by: the stop string, or the id of the stopping token, when finish_reason is "stop". error: the sentence when it is "error".
+    stopped_by: the stop string, or the id of the stopping token, when finish_reason is "stop"; None where a grammar was complete. error: the sentence
+    when it is "error".
     logprobs: one entry a token of token_ids; prompt_logprobs: one a prompt token, the first None; both None unless asked for.
-    seed: the one used, None when greedy.
+    seed: the one used, None when greedy. num_reused_tokens: prompt tokens whose keys and values were there already.
     """
 
     request_id: str
@@ -133,6 +190,8 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     seed: int | None = None
+    num_reused_tokens: int = 0
+    timing: Timing = Timing()
 
 
 @dataclass(frozen=True)
@@ -184,6 +243,15 @@ class Limits:
             raise RequestRefused(
                 f"the prompt has {len(item.prompt_ids)} tokens and its longest continuation {longest}, but a row holds {self.row_tokens}",
                 hint="shorten the prompt, or raise the engine's max_row_tokens if the base's context allows",
+            )
+
+    def check_embed(self, item: EmbedRequest) -> None:
+        """Raise RequestRefused where a text to embed does not fit."""
+        self._check_ids("the text", item.prompt_ids)
+        if len(item.prompt_ids) > self.row_tokens:
+            raise RequestRefused(
+                f"the text has {len(item.prompt_ids)} tokens, but a row holds {self.row_tokens}",
+                hint="shorten the text, or raise the engine's max_row_tokens if the base's context allows",
             )
 
     def max_new_tokens(self, request: Request) -> int:

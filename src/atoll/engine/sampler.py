@@ -1,25 +1,29 @@
 """Logits to tokens, one row a sequence, so that a row's token depends on that row alone.
 
-A batch of plain greedy rows is one maximum over all of them; everything else is done for the rows that ask for it, in this order: log-probabilities
-of the raw distribution, penalties, logit_bias, the ban on stopping early, then argmax or, for sampled rows, temperature, top_k, top_p, min_p and one
-random number of the sequence's own, looked up in the cumulative distribution in vocabulary order (so that near-equal tokens do not swap places with
-rounding).
+A batch of plain greedy rows is one maximum over all of them, and a step that has only those needs no logits here (`plain_greedy`, `choices_of`).
+Everything else is done for the rows that ask for it, in this order: log-probabilities of the raw distribution, penalties, logit_bias, the ban on
+stopping early, the row's grammar, then argmax or, for sampled rows, temperature, top_k, top_p, min_p, typical_p and one random number of the
+sequence's own, looked up in the cumulative distribution in vocabulary order (so that near-equal tokens do not swap places with rounding). The grammar
+comes last before choosing, so nothing can bring back a token that it forbids, and every limit counts among the tokens that it allows. The order of
+the limits is that of transformers, where typical_p sees what the others left.
 
-Used by engine.py once a step.
+Used by step.py once a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from atoll.engine.grammar import forbidden
 from atoll.engine.request import SamplingParams, TokenLogprob
 from atoll.engine.sequence import Sequence
 
-_NUCLEUS = 256  # likeliest tokens looked at first for top_p; the whole vocabulary is sorted only where they do not suffice
+_NUCLEUS = 256  # tokens looked at first for top_p and typical_p; the whole vocabulary is sorted only where they do not suffice
 
 
 class Choice(NamedTuple):
@@ -29,8 +33,22 @@ class Choice(NamedTuple):
     logprob: TokenLogprob | None
 
 
+def plain_greedy(sequence: Sequence) -> bool:
+    """Whether the sequence's next token is its largest logit and nothing else is asked of its logits."""
+    return sequence.is_plain and sequence.may_stop
+
+
+def choices_of(values: Tensor, ids: Tensor) -> list[Choice | None]:
+    """The choices of rows that are all `plain_greedy`, from their largest logits [n] and the ids of those [n]; None where one is not finite."""
+    pairs = zip(torch.isfinite(values).tolist(), ids.tolist(), strict=True)
+    return [Choice(token, None) if is_finite else None for is_finite, token in pairs]
+
+
+Draw = Callable[[Tensor, Seq[tuple[float, int, float, float, float]]], Tensor]  # a faster `_sample` without typical_p: CompiledDecoder.draw
+
+
 @torch.inference_mode()
-def choose(logits: Tensor, sequences: Seq[Sequence]) -> list[Choice | None]:
+def choose(logits: Tensor, sequences: Seq[Sequence], draw: Draw | None = None) -> list[Choice | None]:
     """The next token of each sequence; None where a row's logits are not finite. logits [n, V] float32 is written into."""
     best, greedy = logits.max(-1)
     finite = torch.isfinite(best).tolist()
@@ -41,10 +59,15 @@ def choose(logits: Tensor, sequences: Seq[Sequence]) -> list[Choice | None]:
         _penalise(logits, changed, sequences)
         _bias(logits, changed, sequences)
         greedy[changed] = logits[changed].argmax(-1)
+    constrained = [i for i, s in enumerate(sequences) if s.matcher is not None and finite[i]]
+    if constrained:
+        best, greedy[constrained] = _constrain(logits, constrained, sequences)
+        for i, is_finite in zip(constrained, torch.isfinite(best).tolist(), strict=True):
+            finite[i] = is_finite
     sampled = [i for i, s in enumerate(sequences) if not s.sampling.is_greedy and finite[i]]
     if sampled:
         rows = logits if len(sampled) == len(sequences) else logits[sampled]
-        greedy[sampled] = _sample(rows, [sequences[i].sampling for i in sampled], [sequences[i].draw() for i in sampled])
+        greedy[sampled] = _drawn(rows, [sequences[i].sampling for i in sampled], [sequences[i].draw() for i in sampled], draw)
     tokens = greedy.tolist()
     logprobs: dict[int, TokenLogprob] = {}
     if raw is not None:
@@ -96,9 +119,22 @@ def _bias(logits: Tensor, rows: Seq[int], sequences: Seq[Sequence]) -> None:
     if added:
         place, amount = _entries(added, logits)
         logits[place] += amount
-    forbidden = [(row, token, 0.0) for row in rows if not sequences[row].may_stop for token in sequences[row].stop_ids]
-    if forbidden:
-        logits[_entries(forbidden, logits)[0]] = float("-inf")
+    early = [row for row in rows if not sequences[row].may_stop and sequences[row].matcher is None]  # a grammar knows better: see Matcher.allow
+    banned = [(row, token, 0.0) for row in early for token in sequences[row].stop_ids]
+    if banned:
+        logits[_entries(banned, logits)[0]] = float("-inf")
+
+
+def _constrain(logits: Tensor, rows: Seq[int], sequences: Seq[Sequence]) -> tuple[Tensor, Tensor]:
+    """Forbid what the rows' grammars do not allow; returns the largest logit left in each row and its token."""
+    matchers = [matcher for row in rows if (matcher := sequences[row].matcher) is not None]
+    stops = [(sequences[row].stop_ids, sequences[row].may_stop) for row in rows]
+    mask = torch.from_numpy(forbidden(matchers, stops, logits.shape[1])).to(logits.device)
+    if len(rows) == logits.shape[0]:
+        return logits.masked_fill_(mask, float("-inf")).max(-1)
+    part = logits[rows].masked_fill_(mask, float("-inf"))
+    logits[rows] = part
+    return part.max(-1)
 
 
 def _entries(entries: Seq[tuple[int, int, float]], logits: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -108,14 +144,30 @@ def _entries(entries: Seq[tuple[int, int, float]], logits: Tensor) -> tuple[tupl
     return (torch.tensor(rows, device=device), torch.tensor(tokens, device=device)), torch.tensor(values, dtype=logits.dtype, device=device)
 
 
+def _drawn(logits: Tensor, settings: Seq[SamplingParams], randoms: Seq[float], draw: Draw | None) -> Tensor:
+    """[n] int64, by the faster way where there is one and all rows can go it."""
+    if draw is None or any(s.typical_p < 1.0 for s in settings):
+        return _sample(logits, settings, randoms)
+    wants = [(_temperature(s), min(s.top_k, logits.shape[1]), s.top_p, s.min_p, random) for s, random in zip(settings, randoms, strict=True)]
+    return draw(logits, wants)
+
+
+def _temperature(sampling: SamplingParams) -> float:
+    """Held where float32 can divide by it: beyond these, sampling is greedy or uniform anyway."""
+    return min(max(sampling.temperature, 1e-6), 1e6)
+
+
 def _sample(logits: Tensor, settings: Seq[SamplingParams], draws: Seq[float]) -> Tensor:
     """[n] int64: for each row the first token whose cumulative probability, among the tokens kept, exceeds its draw. logits [n, V]."""
-    temperature = torch.tensor([s.temperature for s in settings], device=logits.device).unsqueeze(1)
+    temperature = torch.tensor([_temperature(s) for s in settings], device=logits.device).unsqueeze(1)
     scaled = logits - logits.amax(-1, keepdim=True)  # before the division: a tiny temperature must not overflow
     probs = torch.softmax(scaled.div_(temperature), -1)
     floor = _floor(probs, settings)
     if floor is not None:
         probs.masked_fill_(probs < floor.unsqueeze(1), 0.0)
+    typical = [i for i, s in enumerate(settings) if s.typical_p < 1.0]
+    if typical:
+        probs[typical] = _typical(probs[typical], [settings[i].typical_p for i in typical])
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1]
     wanted = torch.tensor(draws, dtype=torch.float64, device=logits.device) * total
@@ -151,4 +203,22 @@ def _nucleus_floor(probs: Tensor, settings: Seq[SamplingParams]) -> Tensor:
         if width == vocabulary or bool(((limit <= width) | (mass[:, -1:] >= target)).all()):
             kept = inside & (mass - ranked < target)
             return ranked.gather(1, (kept.sum(-1, keepdim=True) - 1).clamp_(min=0)).squeeze(1)
+        width = min(vocabulary, 8 * width)
+
+
+def _typical(probs: Tensor, masses: Seq[float]) -> Tensor:
+    """probs [n, V] with only the typical tokens left: the fewest whose surprise, -log p, is nearest to the row's entropy, and whose mass reaches the
+    row's share (Meister et al. 2022, arXiv 2202.00666). Ties stay; p is normalised here, probs need not be."""
+    vocabulary = probs.shape[1]
+    p = probs.double()
+    p /= p.sum(-1, keepdim=True)
+    distance = (-p.log() - torch.special.entr(p).sum(-1, keepdim=True)).abs_()  # infinite where p is 0
+    target = torch.tensor(masses, dtype=torch.float64, device=probs.device).unsqueeze(1)
+    width = min(vocabulary, _NUCLEUS)
+    while True:
+        nearest = distance.topk(width, largest=False)
+        mass = p.gather(1, nearest.indices).cumsum(-1)
+        if width == vocabulary or bool((mass[:, -1:] >= target).all()):
+            last = (mass < target).sum(-1, keepdim=True).clamp_(max=width - 1)
+            return probs.masked_fill(distance > nearest.values.gather(1, last), 0.0)
         width = min(vocabulary, 8 * width)

@@ -1,126 +1,154 @@
 """Log-probabilities of given continuations: how an engine ranks the options of a closed label set.
 
-Each prompt is computed once into a KV row; its continuations then run as rows that read that row and store nothing. The prompt's last hidden state
-predicts a continuation's first token, so only the tokens before a continuation's last are fed, and one-token continuations need no second forward.
+Each prompt is computed once; its continuations then are forks that share its pages. The prompt's last hidden state predicts a continuation's first
+token, so only the tokens before a continuation's last are fed, and one-token continuations need no second forward.
 
-Used by Engine.score, which lends KV rows and adapters. Prompts and continuations are packed up to the step's token budget.
+Used by engine.py, as a job of batches.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from atoll.engine.jobs import Job, Lender, Text
+from atoll.engine.pages import Pages, Prefix
 from atoll.engine.request import ScoreRequest
 from atoll.engine.runner import LOGIT_ROWS, Row, Runner
 from atoll.engine.step import not_finite
 
 
-@dataclass
-class Scoring:
-    """One prompt being scored: holds a KV row and its adapter until its sums are there."""
+class _Member(NamedTuple):
+    """A prompt of the batch at hand, and the sums of its continuations."""
 
     item: ScoreRequest
-    kv_row: int
-    sums: list[float] = field(default_factory=list)
+    text: Text
+    sums: list[float]
+
+
+class _Option(NamedTuple):
+    """One continuation of at least two tokens, with its page table."""
+
+    member: _Member
+    number: int
+    pages: Sequence[int]
 
     @property
-    def length(self) -> int:
-        return len(self.item.prompt_ids)
+    def tokens(self) -> Sequence[int]:
+        return self.member.item.continuations[self.number]
 
 
-def score_batch(runner: Runner, batch: Sequence[Scoring], max_tokens: int) -> None:
-    """Fill in the sums of every prompt of the batch. Raises EngineError, naming the adapter, where a log-probability is not finite."""
-    for chunk in _prompt_chunks(batch, max_tokens):
-        _score_first_tokens(runner, chunk)
-    for rows in _continuation_rows(batch, max_tokens):
-        _score_later_tokens(runner, rows)
-    for scoring in batch:
-        if not torch.isfinite(torch.tensor(scoring.sums)).all():
-            raise not_finite(scoring.item.adapter)
+def pages_for_item(item: ScoreRequest, pages: Pages) -> int:
+    """Pages that must be free for an item when nothing of it is known: its prompt, and one continuation at a time."""
+    return pages.pages_for(len(item.prompt_ids)) + _fork_pages(item, pages)
 
 
-Chunk = tuple[Scoring, int, int]  # tokens start to stop of a prompt
+def _fork_pages(item: ScoreRequest, pages: Pages) -> int:
+    """Pages that the longest continuation of an item takes for itself."""
+    length = len(item.prompt_ids)
+    new = max(map(len, item.continuations), default=0) - 1
+    return pages.pages_for(length + new) - length // pages.page_tokens if new > 0 else 0
 
 
-def _prompt_chunks(batch: Sequence[Scoring], max_tokens: int) -> Iterator[list[Chunk]]:
-    """Prompts' tokens in forwards of at most max_tokens; a prompt's chunks stand in successive forwards, since each reads the one before."""
-    chunks: list[Chunk] = []
-    room = max_tokens
-    for scoring in batch:
-        start = 0
-        while start < scoring.length:
-            stop = min(scoring.length, start + room)
-            chunks.append((scoring, start, stop))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield chunks
-                chunks, room = [], max_tokens
-    if chunks:
-        yield chunks
+class ScoreJob(Job[list[float]]):
+    """One sum of log-probabilities, in nats, a continuation."""
+
+    def __init__(self, items: Sequence[ScoreRequest], prefixes: Sequence[Prefix | None]) -> None:
+        """prefixes: what names each prompt's pages for reuse; None: they are not reused."""
+        super().__init__([item.adapter for item in items])
+        self._items, self._prefixes = items, prefixes
+        self._sums: list[list[float]] = [[] for _ in items]
+        self._todo = deque(sorted((i for i, item in enumerate(items) if item.continuations), key=lambda i: items[i].adapter or ""))
+        self.num_done = len(items) - len(self._todo)
+        self.finished = not self._todo
+
+    def step(self, lender: Lender) -> bool:
+        members: list[_Member] = []
+        failed = True
+        try:
+            self._take(lender, members)
+            _score_first_tokens(lender, members)
+            _score_later_tokens(lender, members)
+            for member in members:
+                if not torch.isfinite(torch.tensor(member.sums)).all():
+                    raise not_finite(member.item.adapter)
+            failed = False
+        finally:
+            lender.give_back([member.text for member in members], failed=failed)
+        self.num_done += len(members)
+        self.finished = not self._todo
+        return bool(members)
+
+    def _take(self, lender: Lender, members: list[_Member]) -> None:
+        """As many prompts as fit one step's tokens (one at least), with pages left for the longest continuation of any."""
+        room, spare = lender.max_tokens, 0
+        while self._todo and (not members or len(self._items[self._todo[0]].prompt_ids) <= room):
+            index = self._todo[0]
+            item = self._items[index]
+            spare = max(spare, _fork_pages(item, lender.pages))
+            text = lender.borrow(item.prompt_ids, item.adapter, self._prefixes[index], spare=spare)
+            if text is None:
+                break
+            members.append(_Member(item, text, self._sums[self._todo.popleft()]))
+            room -= len(text.tokens) - text.num_known * lender.pages.page_tokens
+
+    def _results(self) -> list[list[float]]:
+        return self._sums
 
 
-def _score_first_tokens(runner: Runner, chunks: Sequence[Chunk]) -> None:
+def _score_first_tokens(lender: Lender, members: Sequence[_Member]) -> None:
     """Prefill; where a prompt ends, start the sums with each continuation's first token."""
-    ends = [i for i, (scoring, _, stop) in enumerate(chunks) if stop == scoring.length]
-    rows = [
-        Row(
-            scoring.item.prompt_ids[start:stop],
-            start,
-            scoring.kv_row,
-            scoring.item.adapter,
-            "last" if stop == scoring.length else "none",
-            scoring.length,
-        )
-        for scoring, start, stop in chunks
-    ]
-    out = runner.forward(rows)
-    if not ends:
-        return
-    logits = runner.logits(out.last(ends))
-    totals = logits.logsumexp(-1)
-    for row, i in enumerate(ends):
-        scoring = chunks[i][0]
-        firsts = torch.tensor([continuation[0] for continuation in scoring.item.continuations], device=logits.device)
-        scoring.sums = (logits[row, firsts] - totals[row]).tolist()
+    texts = [member.text for member in members]
+    for chunks, out in lender.forwards(texts, lambda _, at_end: "last" if at_end else "none"):
+        ends = [row for row, chunk in enumerate(chunks) if chunk.stop == len(texts[chunk.which].tokens)]
+        if not ends:
+            continue
+        logits = lender.runner.logits(out.last(ends))
+        totals = logits.logsumexp(-1)
+        for place, row in enumerate(ends):
+            member = members[chunks[row].which]
+            firsts = torch.tensor([continuation[0] for continuation in member.item.continuations], device=logits.device)
+            member.sums[:] = (logits[place, firsts] - totals[place]).tolist()
 
 
-def _continuation_rows(batch: Sequence[Scoring], max_tokens: int) -> Iterator[list[tuple[Scoring, int]]]:
-    """(prompt, index of the continuation) in forwards of about max_tokens; a longer continuation has one of its own."""
-    rows: list[tuple[Scoring, int]] = []
+def _score_later_tokens(lender: Lender, members: Sequence[_Member]) -> None:
+    """Forwards over continuations without their last token: each token's state predicts the next one."""
+    for options in _option_groups(lender, members):
+        rows = [Row(o.tokens[:-1], len(o.member.text.tokens), o.pages, o.member.text.adapter, "all") for o in options]
+        out = lender.runner.forward(rows)
+        targets = torch.zeros(out.hidden.shape[0], dtype=torch.int64, device=out.hidden.device)
+        for (start, stop), option in zip(out.spans, options, strict=True):
+            targets[start:stop] = torch.tensor(option.tokens[1:], device=targets.device)
+        found = _target_logprobs(lender.runner, out.hidden, targets)
+        for (start, stop), option in zip(out.spans, options, strict=True):
+            option.member.sums[option.number] += float(found[start:stop].sum())
+        for option in options:
+            lender.release_forks(option.member.text)
+
+
+def _option_groups(lender: Lender, members: Sequence[_Member]) -> Iterator[list[_Option]]:
+    """Continuations in forwards of about a step's tokens and as many as pages are free for; one always fits, as it did when the prompt was taken."""
+    todo = [(m, i) for m in members for i, continuation in enumerate(m.item.continuations) if len(continuation) > 1]
+    group: list[_Option] = []
     tokens = 0
-    for scoring in batch:
-        for index, continuation in enumerate(scoring.item.continuations):
-            length = len(continuation) - 1
-            if length == 0:
-                continue
-            if rows and tokens + length > max_tokens:
-                yield rows
-                rows, tokens = [], 0
-            rows.append((scoring, index))
-            tokens += length
-    if rows:
-        yield rows
-
-
-def _score_later_tokens(runner: Runner, members: Sequence[tuple[Scoring, int]]) -> None:
-    """One forward over continuations without their last token: each token's state predicts the next one."""
-    continuations = [scoring.item.continuations[index] for scoring, index in members]
-    rows = [
-        Row(continuation[:-1], scoring.length, scoring.kv_row, scoring.item.adapter, "all")
-        for (scoring, _), continuation in zip(members, continuations, strict=True)
-    ]
-    out = runner.forward(rows, store=False)
-    targets = torch.zeros(out.hidden.shape[0], dtype=torch.int64, device=out.hidden.device)
-    for (start, stop), continuation in zip(out.spans, continuations, strict=True):
-        targets[start:stop] = torch.tensor(continuation[1:], device=targets.device)
-    found = _target_logprobs(runner, out.hidden, targets)
-    for (scoring, index), (start, stop) in zip(members, out.spans, strict=True):
-        scoring.sums[index] += float(found[start:stop].sum())
+    for place, (member, index) in enumerate(todo):
+        new = len(member.item.continuations[index]) - 1
+        last = place + 1 == len(todo) or todo[place + 1][0] is not member
+        table = lender.continue_text(member.text, new, last=last) if not group or tokens + new <= lender.max_tokens else None
+        if table is None:
+            assert group, "a continuation found no pages"
+            yield group
+            group, tokens = [], 0
+            table = lender.continue_text(member.text, new, last=last)
+            assert table is not None, "a continuation found no pages"
+        group.append(_Option(member, index, table))
+        tokens += new
+    if group:
+        yield group
 
 
 def _target_logprobs(runner: Runner, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The computing half of a step: planned work in, one outcome a piece of work out. It changes no sequence, so it may be repeated.
 
 A forward that raises is run again adapter by adapter, so that one adapter's failure is not its neighbours'. What the first try stored in the cache is
-stored again at the same places, and random numbers depend on seed and place only, so the second try gives what the first would have given.
+stored again at the same places of the same pages, and random numbers depend on seed and place only, so the second try gives what the first would have
+given.
 
 Used by engine.py, once a step.
 """
@@ -9,26 +10,27 @@ Used by engine.py, once a step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
 from torch import Tensor
 
 from atoll.engine.request import TokenLogprob
-from atoll.engine.runner import LOGIT_ROWS, Outputs, Row, Runner
-from atoll.engine.sampler import Choice, choose, token_logprobs
+from atoll.engine.runner import LOGIT_ROWS, Outputs, Row, Runner, StepOutput
+from atoll.engine.sampler import Choice, choices_of, choose, plain_greedy, token_logprobs
 from atoll.engine.scheduler import Work
 from atoll.errors import EngineError
 
 _log = logging.getLogger(__name__)
+_NONE: Sequence[TokenLogprob] = ()
 
 
 class Outcome(NamedTuple):
     """What a step found for one piece of work. choice is None where no token was wanted."""
 
     choice: Choice | None
-    prompt_logprobs: list[TokenLogprob]
+    prompt_logprobs: Sequence[TokenLogprob]
 
 
 def compute(runner: Runner, work: Sequence[Work]) -> list[Outcome | Exception]:
@@ -52,12 +54,22 @@ def _compute(runner: Runner, work: Sequence[Work]) -> list[Outcome | Exception]:
     rows = [_row(item) for item in work]
     out = runner.forward(rows)
     prompt_logprobs = {i: _prompt_logprobs(runner, item, out.of(i)) for i, item in enumerate(work) if rows[i].outputs == "all"}
-    chosen = [i for i, item in enumerate(work) if item.wants_token]
-    choices = choose(runner.logits(out.last(chosen)), [work[i].sequence for i in chosen]) if chosen else []
-    outcomes: list[Outcome | Exception] = [Outcome(None, prompt_logprobs.get(i, [])) for i in range(len(work))]
-    for i, choice in zip(chosen, choices, strict=True):
-        outcomes[i] = not_finite(work[i].sequence.adapter) if choice is None else Outcome(choice, prompt_logprobs.get(i, []))
+    outcomes: list[Outcome | Exception] = [Outcome(None, prompt_logprobs.get(i, _NONE)) for i in range(len(work))]
+    for i, choice in _choices(runner, work, out):
+        outcomes[i] = not_finite(work[i].sequence.adapter) if choice is None else Outcome(choice, prompt_logprobs.get(i, _NONE))
     return outcomes
+
+
+def _choices(runner: Runner, work: Sequence[Work], out: StepOutput) -> Iterator[tuple[int, Choice | None]]:
+    """(place in work, the next token or None where logits are not finite). Rows that only want the likeliest token need no logits."""
+    wanting = [i for i, item in enumerate(work) if item.wants_token]
+    plain = [i for i in wanting if plain_greedy(work[i].sequence)]
+    if plain:
+        yield from zip(plain, choices_of(*runner.best(out.last(plain))), strict=True)
+    others = [i for i in wanting if not plain_greedy(work[i].sequence)] if len(plain) < len(wanting) else []
+    for start in range(0, len(others), LOGIT_ROWS):
+        part = others[start : start + LOGIT_ROWS]
+        yield from zip(part, choose(runner.logits(out.last(part)), [work[i].sequence for i in part], runner.draw), strict=True)
 
 
 def not_finite(adapter: str | None) -> EngineError:
@@ -67,9 +79,11 @@ def not_finite(adapter: str | None) -> EngineError:
 
 
 def _prompt_logprobs(runner: Runner, item: Work, hidden: Tensor) -> list[TokenLogprob]:
-    """Of the prompt's tokens start + 1 to stop: each hidden state predicts the token after it."""
+    """Of the prompt's tokens start + 1 to stop that have none yet: each hidden state predicts the token after it."""
     sequence = item.sequence
-    targets = sequence.tokens[item.start + 1 : min(item.stop + 1, sequence.num_prompt)]
+    first = max(item.start + 1, len(sequence.prompt_logprobs))  # a preempted sequence has some already
+    targets = sequence.tokens[first : min(item.stop + 1, sequence.num_prompt)]
+    hidden = hidden[first - 1 - item.start :]
     found: list[TokenLogprob] = []
     for start in range(0, len(targets), LOGIT_ROWS):
         part = targets[start : start + LOGIT_ROWS]
@@ -81,11 +95,8 @@ def _prompt_logprobs(runner: Runner, item: Work, hidden: Tensor) -> list[TokenLo
 def _row(item: Work) -> Row:
     """The runner's row for a piece of work. Hidden states of all its tokens are wanted where the prompt's log-probabilities are."""
     sequence = item.sequence
-    assert sequence.kv_row is not None
-    outputs: Outputs = "last" if item.wants_token else "none"
-    if sequence.sampling.prompt_logprobs is not None and item.start < sequence.num_prompt:
-        outputs = "all"
-    return Row(sequence.tokens[item.start : item.stop], item.start, sequence.kv_row, sequence.adapter, outputs, sequence.num_prompt)
+    outputs: Outputs = "all" if sequence.wants_prompt_logprobs else "last" if item.wants_token else "none"
+    return Row(sequence.tokens[item.start : item.stop], item.start, sequence.pages, sequence.adapter, outputs, sequence.num_prompt)
 
 
 def _adapter_of(item: Work) -> str:

@@ -70,10 +70,9 @@ class TextStream:
 
     def __init__(self, decode: Decode, stop: Sequence[str] = (), before: Sequence[int] = (), *, after_text: bool = False) -> None:
         """after_text: stop strings of white space count only after the first other character."""
-        self._after_text = after_text
+        self._is_blank = after_text  # whether stop strings of white space do not count yet
         self._detokenizer = Detokenizer(decode, before)
         self._stop = tuple(stop)
-        self._longest = max(map(len, self._stop), default=0)
         self._parts: list[str] = []  # given out
         self._held = ""  # decoded, but may become a stop string
         self.stopped_by: str | None = None
@@ -118,12 +117,13 @@ class TextStream:
         keep = self._open_suffix(text)
         self._held = text[len(text) - keep :]
         out = text[: len(text) - keep]
+        self._is_blank = self._is_blank and not out.strip()
         self._parts.append(out)
         return out
 
     def _find(self, text: str) -> tuple[int, str] | None:
         """Where the stop string that is complete first begins, and which it is: what a reader of one character after another would meet."""
-        blank = len(text) - len(text.lstrip()) if self._after_text and not self.text.strip() else 0
+        blank = len(text) - len(text.lstrip()) if self._is_blank else 0
         starts = [(stop, blank if blank and not stop.strip() else 0) for stop in self._stop]
         hits = [(place + len(stop), place, stop) for stop, start in starts if (place := text.find(stop, start)) >= 0]
         if not hits:
@@ -132,9 +132,12 @@ class TextStream:
         return place, stop
 
     def _open_suffix(self, text: str) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            suffix = text[len(text) - length :]
-            if any(len(stop) > length and stop.startswith(suffix) for stop in self._stop):
-                return length
-        return 0
+        """How many characters at the end may be the beginning of a stop string. Only places of its first character are looked at."""
+        longest = 0
+        for stop in self._stop:
+            place = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+            while 0 <= place < len(text) - longest:
+                if stop.startswith(text[place:]):
+                    longest = len(text) - place
+                place = text.find(stop[0], place + 1)
+        return longest

@@ -1,8 +1,8 @@
 """Causal attention over packed rows: with gradients, over a prompt, and over a KV cache.
 
 Rows of a packed batch must not see each other. Without a cache the rows are laid into one padded block (training batches are sorted by length, so it
-is nearly full) and attention runs once for all. With a cache, decode rows (one new token) are one call over the cache in place, and each prefill row
-is a call.
+is nearly full) and attention runs once for all. With a cache, new keys and values are stored first; then rows of few new tokens (decode, options)
+gather their pages into one padded call, and each longer row (a prompt's chunk) is a call of its own.
 
 Used by decoder.py, once a layer. Grouped heads: H query heads share num_kv_heads key heads. A window limits how far back a token sees (Mistral,
 Qwen2).
@@ -10,6 +10,7 @@ Qwen2).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atoll.model.batch import PackedBatch
-from atoll.model.kv_cache import KvCache
+from atoll.model.kv_cache import PAGE_TOKENS, KvCache
 
 _STORED_SCORES_LIMIT = 512  # tokens; up to here the training version keeps the [L, L] weights, beyond it torch's memory-efficient kernel is used
+_SHORT_ROW = 16  # new tokens up to which rows are padded to one another: a call of its own costs more than the padding
 
 
 @dataclass(frozen=True)
@@ -42,39 +44,58 @@ def _padded(batch: PackedBatch) -> _Padded:
     return _Padded(take.view(-1), back, longest)
 
 
-def _mask(context: int, lengths: tuple[int, ...], window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[t, context + t] for t = sum(lengths): 0 where a new token may look, -inf elsewhere.
-
-    The new tokens are one or more branches of the same context, `lengths` long, which see the context and themselves but not one another.
-    """
-    branch = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
-    place = torch.cat([torch.arange(context, context + length, device=device) for length in lengths])
-    keys = torch.cat((torch.arange(context, device=device), place))
-    seen = keys <= place.unsqueeze(1)
-    seen[:, context:] &= branch == branch.unsqueeze(1)
+def _mask(places: Tensor, total: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[..., t, total] for tokens at places [..., t] of sequences of at most `total` tokens: 0 where a token may look, -inf elsewhere."""
+    keys = torch.arange(total, device=places.device)
+    places = places.unsqueeze(-1)
+    hidden = keys > places
     if window is not None:
-        seen &= keys > place.unsqueeze(1) - window
-    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+        hidden |= keys <= places - window
+    return torch.zeros(hidden.shape, dtype=dtype, device=places.device).masked_fill_(hidden, float("-inf"))
 
 
-def _groups(rows: list[int], batch: PackedBatch) -> list[list[int]]:
-    """Prefill rows that one call can do: neighbours that only read the same cached context (options of one prompt); else each alone."""
-    assert batch.kv_rows is not None
+class _Block:
+    """Rows of few new tokens that one call can do: n rows, each padded to L new tokens and to the pages of the longest.
+
+    A row is padded with its own first token and its own first page, so whatever stands there it does to itself, and the mask hides it.
+    """
+
+    def __init__(self, rows: Sequence[int], batch: PackedBatch, table: Tensor) -> None:
+        device = batch.token_ids.device
+        new = [batch.lengths[row] for row in rows]
+        self.num_rows, self.length = len(rows), max(new)
+        self.reach = max(batch.context[row] + count for row, count in zip(rows, new, strict=True))
+        starts = torch.tensor([batch.row_starts[row] for row in rows], device=device).unsqueeze(1)
+        columns = torch.arange(self.length, device=device)
+        inside = columns < torch.tensor(new, device=device).unsqueeze(1)
+        self.take = torch.where(inside, starts + columns, starts).view(-1)  # [n * L] packed index of each place
+        self.back = torch.nonzero(inside.view(-1)).squeeze(1)  # places that hold a token
+        self.tokens = self.take[self.back]  # and which
+        self.pages = table[torch.tensor(list(rows), device=device), : _pages_for(self.reach)].reshape(-1)
+        self._context = torch.tensor([batch.context[row] for row in rows], device=device).unsqueeze(1)
+
+    def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+        """[n, 1, groups * L, reach] for query heads that share a key head, standing behind one another as queries."""
+        places = self._context + torch.arange(self.length, device=self.take.device)
+        return _mask(places, self.reach, window, dtype).repeat(1, groups, 1).unsqueeze(1)
+
+
+def _blocks(batch: PackedBatch) -> tuple[list[list[int]], list[int]]:
+    """Rows of few new tokens, grouped so that padding at most about doubles the work, and the longer rows, which run one by one."""
+    short = [row for row, new in enumerate(batch.lengths) if new <= _SHORT_ROW]
+    sizes = {row: (batch.lengths[row] > 1, _pages_for(batch.context[row] + batch.lengths[row])) for row in short}
     groups: list[list[int]] = []
-    for row in rows:
-        last = groups[-1][-1] if groups else -1
-        same = (
-            not batch.store
-            and last == row - 1
-            and last >= 0
-            and batch.kv_rows[last] == batch.kv_rows[row]
-            and batch.context[last] == batch.context[row]
-        )
-        if same:
+    for row in sorted(short, key=sizes.__getitem__):
+        least = sizes[groups[-1][0]] if groups else (False, 0)
+        if sizes[row][0] == least[0] and sizes[row][1] <= 2 * least[1]:
             groups[-1].append(row)
         else:
             groups.append([row])
-    return groups
+    return groups, [row for row, new in enumerate(batch.lengths) if new > _SHORT_ROW]
+
+
+def _pages_for(num_tokens: int) -> int:
+    return -(-num_tokens // PAGE_TOKENS)
 
 
 class Attention:
@@ -87,22 +108,17 @@ class Attention:
             same = len(set(batch.lengths)) == 1
             self._block = None if same else _padded(batch)
             return
-        assert batch.kv_rows is not None
-        device = batch.token_ids.device
-        if batch.store:
-            self._row = torch.tensor(batch.kv_rows, device=device)[batch.row_of_token]
-        self._decode = [row for row, new in enumerate(batch.lengths) if new == 1 and batch.context[row] > 0 and batch.store]
-        chosen = set(self._decode)
-        self._prefill = _groups([row for row in range(batch.num_rows) if row not in chosen], batch)
-        if self._decode:
-            held = [batch.kv_rows[row] for row in self._decode]
-            self._span = max(held) + 1
-            self._reach = max(batch.context[row] for row in self._decode) + 1
-            self._decode_tokens = torch.tensor([batch.row_starts[row] for row in self._decode], device=device)
-            self._decode_rows = torch.tensor(held, device=device)
-            lengths = torch.ones(self._span, dtype=torch.int64, device=device)  # an idle row looks at its first place only: finite, and thrown away
-            lengths[self._decode_rows] = torch.tensor([batch.context[row] + 1 for row in self._decode], device=device)
-            self._decode_lengths = lengths
+        assert batch.pages is not None
+        needed = [_pages_for(context + new) for context, new in zip(batch.context, batch.lengths, strict=True)]
+        assert all(len(pages) >= count for pages, count in zip(batch.pages, needed, strict=True)), "a row has more tokens than its pages hold"
+        widest = max(needed)
+        padded = [pages[:count] + pages[:1] * (widest - count) for pages, count in zip(batch.pages, needed, strict=True)]
+        table = torch.tensor(padded, dtype=torch.int64, device=batch.token_ids.device)
+        pages = table[batch.row_of_token, batch.positions // PAGE_TOKENS]
+        self._places = pages * PAGE_TOKENS + batch.positions % PAGE_TOKENS  # [T] where each new token's key and value are stored
+        groups, self._long = _blocks(batch)
+        self._short = [_Block(rows, batch, table) for rows in groups]
+        self._tables = {row: table[row, : needed[row]] for row in self._long}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """q [T, H, K], k and v [T, num_kv_heads, K], all rotated; returns [T, H * K]."""
@@ -110,10 +126,11 @@ class Attention:
             return self._fresh(q, k, v, window)
         return self._cached(layer, q, k, v, window)
 
-    def _mask_of(self, context: int, lengths: tuple[int, ...], window: int | None, like: Tensor) -> Tensor:
-        key = (context, lengths, window, like.dtype)
+    def _mask_of(self, context: int, new: int, window: int | None, like: Tensor) -> Tensor:
+        key = (context, new, window, like.dtype)
         if key not in self._masks:
-            self._masks[key] = _mask(context, lengths, window, like.dtype, like.device)
+            places = torch.arange(context, context + new, device=like.device)
+            self._masks[key] = _mask(places, context + new, window, like.dtype)
         return self._masks[key]
 
     def _fresh(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -127,65 +144,58 @@ class Attention:
             longest = num_tokens // rows
         q, k, v = (t.view(rows, longest, t.shape[1], size).transpose(1, 2) for t in (q, k, v))
         if torch.is_grad_enabled() and q.requires_grad and longest <= _STORED_SCORES_LIMIT:
-            mask = self._mask_of(0, (longest,), window, q)
+            mask = self._mask_of(0, longest, window, q)
             out: Tensor = _BlockAttention.apply(q, k, v, mask)
         elif window is None or window >= longest:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask_of(0, (longest,), window, q), enable_gqa=True)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask_of(0, longest, window, q), enable_gqa=True)
         out = out.transpose(1, 2).reshape(rows * longest, heads * size)
         return out if self._block is None else out.index_select(0, self._block.back)
 
     def _cached(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         assert self.cache is not None
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if self.batch.store:
-            keys[self._row, :, self.batch.positions] = k
-            values[self._row, :, self.batch.positions] = v
+        keys.view(-1, *k.shape[1:]).index_copy_(0, self._places, k)
+        values.view(-1, *v.shape[1:]).index_copy_(0, self._places, v)
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
-        if self._decode:
-            out[self._decode_tokens] = self._decode_step(q, keys, values, window)
-        for rows in self._prefill:
-            start, stop = self.batch.row_starts[rows[0]], self.batch.row_starts[rows[-1] + 1]
-            out[start:stop] = self._prefill_rows(rows, q[start:stop], k[start:stop], v[start:stop], keys, values, window)
+        for number, block in enumerate(self._short):
+            out[block.tokens] = self._short_rows(number, block, q, keys, values, window)
+        for row in self._long:
+            start, stop = self.batch.row_starts[row], self.batch.row_starts[row + 1]
+            out[start:stop] = self._long_row(row, q[start:stop], k[start:stop], v[start:stop], keys, values, window)
         return out
 
-    def _decode_step(self, q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-        """One new token a row, all rows at once, reading rows 0 to span of the cache where they lie. Returns [n, H * K]."""
-        key = ("decode", window, q.dtype)
+    def _short_rows(self, number: int, block: _Block, q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        """All rows of a block at once over their gathered pages. Returns [tokens of the block, H * K]."""
+        kv_heads, size = keys.shape[2:]
+        shared = q.shape[1] // kv_heads
+        key = ("block", number, window, q.dtype)
         if key not in self._masks:
-            places = torch.arange(self._reach, device=q.device)
-            hidden = places >= self._decode_lengths.unsqueeze(1)
-            if window is not None:
-                hidden |= places < (self._decode_lengths - window).unsqueeze(1)
-            mask = torch.zeros(self._span, self._reach, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
-            self._masks[key] = mask.view(self._span, 1, 1, self._reach)
-        kv_heads = keys.shape[1]
-        queries = q.new_zeros(
-            self._span, kv_heads, q.shape[1] // kv_heads, q.shape[2]
-        )  # heads that share a key head stand as queries: 6 times faster
-        queries[self._decode_rows] = q[self._decode_tokens].view(-1, *queries.shape[1:])
-        reach = self._reach
-        out = F.scaled_dot_product_attention(queries, keys[: self._span, :, :reach], values[: self._span, :, :reach], attn_mask=self._masks[key])
-        return out[self._decode_rows].flatten(1)
+            self._masks[key] = block.mask(window, shared, q.dtype)
+        rows, length = block.num_rows, block.length
+        queries = q.index_select(0, block.take).view(rows, length, kv_heads, shared, size)
+        queries = queries.permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, shared * length, size)  # heads that share a key head stand as queries
+        seen_keys, seen_values = (
+            t.index_select(0, block.pages).view(rows, -1, kv_heads, size)[:, : block.reach].transpose(1, 2) for t in (keys, values)
+        )
+        out = F.scaled_dot_product_attention(queries, seen_keys, seen_values, attn_mask=self._masks[key])
+        out = out.view(rows, kv_heads, shared, length, size).permute(0, 3, 1, 2, 4).reshape(rows * length, -1)
+        return out if len(block.back) == rows * length else out.index_select(0, block.back)
 
-    def _prefill_rows(self, rows: list[int], q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-        """All new tokens of one row, or of rows that branch off one cached context. q [t, H, K]; returns [t, H * K]."""
-        assert self.batch.kv_rows is not None
-        context, place = self.batch.context[rows[0]], self.batch.kv_rows[rows[0]]
+    def _long_row(self, row: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        """The new tokens of one row. q [t, H, K]; returns [t, H * K]."""
+        context = self.batch.context[row]
         tokens, heads, size = q.shape
-        new_keys, new_values = k.transpose(0, 1), v.transpose(0, 1)
-        if context:
-            new_keys = torch.cat((keys[place, :, :context], new_keys), 1)
-            new_values = torch.cat((values[place, :, :context], new_values), 1)
         queries = q.transpose(0, 1)
-        if context == 0 and len(rows) == 1 and (window is None or window >= tokens):
-            out = F.scaled_dot_product_attention(queries[None], new_keys[None], new_values[None], is_causal=True, enable_gqa=True)[0]
+        if context == 0 and (window is None or window >= tokens):
+            out = F.scaled_dot_product_attention(queries[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], is_causal=True, enable_gqa=True)[0]
             return out.transpose(0, 1).flatten(1)
         kv_heads = k.shape[1]
-        mask = self._mask_of(context, tuple(self.batch.lengths[row] for row in rows), window, q).repeat(heads // kv_heads, 1)
-        grouped = queries.reshape(kv_heads, -1, size)
-        out = F.scaled_dot_product_attention(grouped[None], new_keys[None], new_values[None], attn_mask=mask)[0]
+        table, total = self._tables[row], context + tokens
+        seen_keys, seen_values = (t.index_select(0, table).view(-1, kv_heads, size)[:total].transpose(0, 1)[None] for t in (keys, values))
+        mask = self._mask_of(context, tokens, window, q).repeat(heads // kv_heads, 1)
+        out = F.scaled_dot_product_attention(queries.reshape(kv_heads, -1, size)[None], seen_keys, seen_values, attn_mask=mask)[0]
         return out.reshape(heads, tokens, size).transpose(0, 1).flatten(1)
 
 

@@ -74,7 +74,12 @@ class _Stack:
 
 
 class LoraBank:
-    """Stacks for every rank bucket in use. shapes maps a target to its linear's (d_out, d_in)."""
+    """Stacks for every rank bucket in use. shapes maps a target to its linear's (d_out, d_in).
+
+    gathers: single-token rows of several adapters are best given as `rows`; a bank that says False wants a segment for every group of neighbours.
+    """
+
+    gathers = True
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], num_layers: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.shapes, self.num_layers, self.dtype, self.device = dict(shapes), num_layers, dtype, device

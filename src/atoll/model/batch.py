@@ -26,18 +26,18 @@ class PackedBatch:
     """B rows, T tokens.
 
     token_ids [T] int64; positions [T] int64, each token's place in its sequence; row_starts B + 1 bounds; context B counts of tokens that the row
-    already has in the cache; kv_rows B places in the cache (None: no cache); output_index [N] int64, the tokens whose hidden states are wanted (None:
-    all). store=False reads the cached context but leaves the cache as it was, so several rows may continue one cached prompt (scoring options).
-    final_lengths: each row's length once all of its prompt is in, where the prompt comes in chunks; rope types that depend on the length need it.
+    already has in the cache; pages B page tables, each naming the pages of the row's context and new tokens in order (None: no cache);
+    output_index [N] int64, the tokens whose hidden states are wanted (None: all). Rows may share pages of their contexts, never one that a row
+    writes into. final_lengths: each row's length once all of its prompt is in, where the prompt comes in chunks; rope types that depend on the
+    length need it.
     """
 
     token_ids: Tensor
     positions: Tensor
     row_starts: tuple[int, ...]
     context: tuple[int, ...]
-    kv_rows: tuple[int, ...] | None = None
+    pages: tuple[tuple[int, ...], ...] | None = None
     output_index: Tensor | None = None
-    store: bool = True
     final_lengths: tuple[int, ...] | None = None
 
     @classmethod
@@ -46,9 +46,8 @@ class PackedBatch:
         rows: Sequence[Sequence[int]],
         *,
         context: Sequence[int] | None = None,
-        kv_rows: Sequence[int] | None = None,
+        pages: Sequence[Sequence[int]] | None = None,
         outputs: str | Sequence[int] = "all",
-        store: bool = True,
         final_lengths: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> PackedBatch:
@@ -67,9 +66,8 @@ class PackedBatch:
             torch.tensor(positions, dtype=torch.int64, device=device),
             starts,
             before,
-            tuple(kv_rows) if kv_rows is not None else None,
+            tuple(map(tuple, pages)) if pages is not None else None,
             index,
-            store,
             tuple(final_lengths) if final_lengths is not None else None,
         )
 

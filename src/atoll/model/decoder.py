@@ -20,6 +20,7 @@ from torch import Tensor
 from atoll.errors import BaseFormatError
 from atoll.model.apply import linear
 from atoll.model.attention import Attention
+from atoll.model.bank import LoraBank
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
 from atoll.model.kv_cache import KvCache
 from atoll.model.rope import RotaryTable, rotate
@@ -139,15 +140,19 @@ class Decoder:
     def device(self) -> torch.device:
         return self.embedding.device
 
-    def new_cache(self, num_rows: int, row_tokens: int) -> KvCache:
+    def new_cache(self, num_pages: int) -> KvCache:
         """A KV cache of this base's shape in its dtype."""
         shape = self.shape
-        return KvCache(shape.num_layers, num_rows, row_tokens, shape.num_kv_heads, shape.head_size, self.dtype, self.device)
+        return KvCache(shape.num_layers, num_pages, shape.num_kv_heads, shape.head_size, self.dtype, self.device)
+
+    def new_bank(self) -> LoraBank:
+        """An empty bank for adapters of this base, in its dtype."""
+        return LoraBank(self.shape.linears, self.shape.num_layers, self.dtype, self.device)
 
     def forward(self, batch: PackedBatch, adapters: AdapterBatch = BASE_ONLY, cache: KvCache | None = None) -> Tensor:
         """The final normed hidden states [N, D] of the tokens in batch.output_index (all T tokens if None), in the compute dtype.
 
-        cache is needed exactly when the batch names kv_rows. Differentiable in the adapters' tensors when gradients are enabled and there is no
+        cache is needed exactly when the batch names pages. Differentiable in the adapters' tensors when gradients are enabled and there is no
         cache.
         """
         cos, sin = self.rotary.cos_sin(batch)
@@ -166,6 +171,11 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] hidden states to [N, V] float32 logits."""
         return F.linear(hidden, self.head).float()
+
+    def best(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest logit [N] float32 and its token [N] int64 for each of [N, D] hidden states: all that greedy decoding asks for."""
+        values, ids = self.logits(hidden).max(-1)
+        return values, ids
 
     def _attend(self, index: int, layer: _Layer, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention, adapters: AdapterBatch) -> Tensor:
         shape = self.shape

@@ -1,65 +1,42 @@
-"""The keys and values of running sequences: a fixed set of rows, each as long as the longest sequence the engine accepts.
+"""The keys and values of running sequences, in pages of 32 tokens: memory only, without any accounting.
 
-A row belongs to one sequence from `take` to `give_back`; decode reads it in place, without gathering. Rows are handed out lowest first, so running
-sequences stand close together and the batched attention of decode covers few idle rows. Memory that was never written costs nothing (untouched
-pages).
+A sequence's tokens stand in the pages of its page table, in order; two sequences with the same beginning may name the same pages. So a cache holds as
+many tokens as there are pages, however long each sequence is. Memory that was never written costs nothing (the system hands it out on first touch).
 
-Used by the engine (who owns which row) and by attention.py (the tensors). `check` is the engine's integrity test of itself.
+Used by attention.py (the tensors) and by the engine, whose pages.py says who owns which page.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+PAGE_TOKENS = 32  # large enough that a page is one long copy, small enough that little of the last one is wasted
+
 
 class KvCache:
-    """Keys and values [num_rows, num_kv_heads, row_tokens, K] for each layer, in one dtype."""
+    """Keys and values [num_layers, num_pages, PAGE_TOKENS, num_kv_heads, K] in one dtype. Token-major: storing and gathering copy whole tokens."""
 
     def __init__(
-        self,
-        num_layers: int,
-        num_rows: int,
-        row_tokens: int,
-        num_kv_heads: int,
-        head_size: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
+        self, num_layers: int, num_pages: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
-        shape = (num_layers, num_rows, num_kv_heads, row_tokens, head_size)
+        shape = (num_layers, num_pages, PAGE_TOKENS, num_kv_heads, head_size)
         self.keys, self.values = _lazy_zeros(shape, dtype, device), _lazy_zeros(shape, dtype, device)
-        self.num_rows, self.row_tokens = num_rows, row_tokens
+        self.num_pages = num_pages
         self.token_bytes = 2 * num_layers * num_kv_heads * head_size * dtype.itemsize
-        self._free = list(range(num_rows))
-        self._taken: set[int] = set()
 
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page in every layer: what a fork does with a page that it shares and is about to write into."""
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]
 
-    def take(self) -> int:
-        """Hand out the lowest free row; the caller checks `num_free` first."""
-        row = heapq.heappop(self._free)
-        self._taken.add(row)
-        return row
-
-    def give_back(self, row: int) -> None:
-        """Free a row; its old contents stay (they are finite, and every reader masks by length)."""
-        if row not in self._taken:
-            raise AssertionError(f"KV row {row} is given back but nobody holds it")
-        self._taken.remove(row)
-        heapq.heappush(self._free, row)
-
-    def check(self, held: Iterable[int]) -> None:
-        """Raise AssertionError unless exactly the rows in `held` are taken, each once: a row can neither leak nor have two owners."""
-        rows = list(held)
-        if len(set(rows)) != len(rows):
-            raise AssertionError(f"a KV row has two owners: {sorted(rows)}")
-        if set(rows) != self._taken or sorted(self._free) != sorted(set(range(self.num_rows)) - self._taken):
-            raise AssertionError(f"KV rows leak: sequences hold {sorted(rows)}, the cache has given out {sorted(self._taken)}")
+    def zero_pages(self, pages: Sequence[int]) -> None:
+        """Clean pages that may hold NaN: another sequence's masked attention would still multiply it by zero, which is NaN."""
+        index = torch.tensor(pages, dtype=torch.int64, device=self.keys.device)
+        self.keys[:, index] = 0
+        self.values[:, index] = 0
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

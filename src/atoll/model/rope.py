@@ -58,10 +58,23 @@ class RotaryTable:
             return self._frequencies(length)[0]
         return self._short
 
+    @property
+    def by_length(self) -> bool:
+        """Whether a token's angles depend on how long its row is, and not only on its place."""
+        return self.kind in ("dynamic", "longrope")
+
+    def regime(self, length: int) -> int:
+        """Rows whose lengths have the same number have the same frequencies."""
+        if self.kind == "longrope":
+            return int(length > self._trained_length)
+        if self.kind == "dynamic":
+            return length if length > int(self._config.max_position_embeddings) else 0
+        return 0
+
     def cos_sin(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [T, K/2] float32, for every token of the batch."""
         positions = batch.positions.to(torch.float32)
-        if self.kind in ("dynamic", "longrope"):
+        if self.by_length:
             totals = batch.final_lengths or [context + new for context, new in zip(batch.context, batch.lengths, strict=True)]
             table = torch.stack([self._for_length(total) for total in totals])
             angles = positions.unsqueeze(1) * table[batch.row_of_token]

@@ -1,0 +1,1 @@
+"""The parts of soak.py; see there."""

@@ -1,0 +1,162 @@
+"""Work over given texts (scoring, embedding) between the steps of generation: in batches that borrow pages and adapters and give them back at once.
+
+A job holds nothing from one step to the next, so it can neither starve running requests nor be preempted. A batch takes as many texts as a step has
+tokens and as there are free pages for.
+
+Used by engine.py, which gives the oldest job one batch a step; scoring.py and embedding.py are the two kinds.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, TypeVar
+
+from atoll.engine.pages import Pages, Prefix
+from atoll.engine.pool import AdapterPool
+from atoll.engine.runner import Outputs, Row, Runner, StepOutput
+
+T = TypeVar("T")
+
+
+@dataclass
+class Text:
+    """One text with borrowed pages: the first num_known of them were there already, and the hold on its adapter."""
+
+    tokens: Sequence[int]
+    adapter: str | None
+    prefix: Prefix | None
+    pages: list[int]
+    num_known: int
+    forks: list[list[int]] = field(default_factory=list)  # page tables of continuations
+
+
+class Chunk(NamedTuple):
+    """Tokens start to stop of texts[which]."""
+
+    which: int
+    start: int
+    stop: int
+
+
+class Lender:
+    """Lends pages and adapters to the batch of one job, and runs its texts."""
+
+    def __init__(self, pages: Pages, pool: AdapterPool, runner: Runner, max_tokens: int) -> None:
+        self.pages, self.runner, self.max_tokens = pages, runner, max_tokens
+        self._pool = pool
+
+    def borrow(self, tokens: Sequence[int], adapter: str | None, prefix: Prefix | None = None, *, spare: int = 0) -> Text | None:
+        """Pages and adapter for a text, with `spare` pages left; None if they are in use now. Raises what AdapterPool.hold raises."""
+        known = self.pages.match(prefix, tokens) if prefix is not None else []
+        missing = self.pages.pages_for(len(tokens)) - len(known)
+        try:
+            if missing + spare <= self.pages.num_free and (adapter is None or self._pool.hold(adapter)):
+                return Text(tokens, adapter, prefix, known + self.pages.take(missing), len(known))
+        except BaseException:
+            self.pages.release(known)
+            raise
+        self.pages.release(known)
+        return None
+
+    def give_back(self, texts: Sequence[Text], *, failed: bool) -> None:
+        """Return what texts hold. failed: their pages may hold values that are not finite; else whole pages of those with a prefix become known."""
+        for text in texts:
+            if failed:
+                self._clean([*text.pages, *(page for fork in text.forks for page in fork)])
+            elif text.prefix is not None:
+                full = len(text.tokens) // self.pages.page_tokens
+                self.pages.index(text.prefix, text.tokens, text.pages, text.num_known, full)
+            self.release_forks(text)
+            self.pages.release(text.pages)
+            if text.adapter is not None:
+                self._pool.release(text.adapter)
+
+    def continue_text(self, text: Text, num_new: int, *, last: bool) -> list[int] | None:
+        """A page table for num_new tokens behind a text; None if there are too few free pages. The last continuation writes into the text's own."""
+        length, pages = len(text.tokens), self.pages
+        total = pages.pages_for(length + num_new)
+        if last:
+            if total - len(text.pages) > pages.num_free:
+                return None
+            text.pages += pages.take(max(0, total - len(text.pages)))
+            return text.pages
+        if total - length // pages.page_tokens > pages.num_free:
+            return None
+        table, copied = pages.fork(text.pages, length, length + num_new)
+        if copied is not None:
+            self.runner.copy_page(*copied)
+        text.forks.append(table)
+        return table
+
+    def release_forks(self, text: Text) -> None:
+        """Return the pages of its continuations so far."""
+        for table in text.forks:
+            self.pages.release(table)
+        text.forks = []
+        own = self.pages.pages_for(len(text.tokens))
+        self.pages.release(text.pages[own:])
+        del text.pages[own:]
+
+    def forwards(self, texts: Sequence[Text], outputs: Callable[[int, bool], Outputs]) -> Iterator[tuple[list[Chunk], StepOutput]]:
+        """Compute what the texts' known pages lack. outputs(index of a text, whether its last token is there): the hidden states that are wanted."""
+        for chunks in self._chunks(texts):
+            rows = []
+            for index, start, stop in chunks:
+                text = texts[index]
+                wanted = outputs(index, stop == len(text.tokens))
+                rows.append(Row(text.tokens[start:stop], start, text.pages, text.adapter, wanted, len(text.tokens)))
+            yield chunks, self.runner.forward(rows)
+
+    def _chunks(self, texts: Sequence[Text]) -> Iterator[list[Chunk]]:
+        """Tokens in forwards of at most max_tokens; a text's chunks stand in successive forwards, since each reads the one before."""
+        chunks: list[Chunk] = []
+        room = self.max_tokens
+        for index, text in enumerate(texts):
+            start = text.num_known * self.pages.page_tokens
+            while start < len(text.tokens):
+                stop = min(len(text.tokens), start + room)
+                chunks.append(Chunk(index, start, stop))
+                room -= stop - start
+                start = stop
+                if room == 0:
+                    yield chunks
+                    chunks, room = [], self.max_tokens
+        if chunks:
+            yield chunks
+
+    def _clean(self, pages: Sequence[int]) -> None:
+        suspect = self.pages.unknown(pages)
+        if suspect:
+            self.runner.zero_pages(suspect)
+
+
+class Job(ABC, Generic[T]):
+    """Texts in, one result a text out, a batch at a time. Made by Engine.begin_score and begin_embed; `finished` says when to ask for `result`."""
+
+    def __init__(self, adapters: Sequence[str | None]) -> None:
+        self.users = Counter(adapter for adapter in adapters if adapter is not None)  # how often it names each adapter
+        self.num_items, self.num_done = len(adapters), 0
+        self.num_waits = 0  # turns in succession in which it found no pages or adapters
+        self.finished = False
+        self._error: Exception | None = None
+
+    @abstractmethod
+    def step(self, lender: Lender) -> bool:
+        """Compute one batch; False if pages or adapters for not even one text are free now."""
+
+    @abstractmethod
+    def _results(self) -> list[T]: ...
+
+    def fail(self, error: Exception) -> None:
+        """End the job; `result` raises the error."""
+        self._error, self.finished = error, True
+
+    def result(self) -> list[T]:
+        """One result an item, in order. Raises what ended the job."""
+        if self._error is not None:
+            raise self._error
+        assert self.finished, "the job has not finished"
+        return self._results()

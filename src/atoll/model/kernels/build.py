@@ -1,0 +1,152 @@
+"""Compile the CPU forward once for this machine, keep the library, and load it.
+
+The library is kept under a key of everything that decides it: sources, flags, compiler and target. So a new version, another processor or another
+compiler builds anew (in a few seconds), and nothing stale is ever loaded. The target is the best one that the processor has; the environment variable
+ATOLL_KERNEL names another, or "plain" for none.
+
+Used by decoder.py of this folder. Raises nothing: where it cannot build, it says why in the log and returns None.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from atoll.config import atoll_home
+
+INTERFACE = 2  # atoll_interface() of the sources beside this file
+_BUILD_TIMEOUT_S = 300
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of processor: the flags of /proc/cpuinfo that it must have, and what the compiler is told."""
+
+    name: str
+    needs: frozenset[str]
+    flags: tuple[str, ...]
+
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
+_AVX512_NEEDS = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"})
+
+TARGETS = (  # best first
+    Target(
+        "amx",
+        _AVX512_NEEDS | {"avx512_bf16", "amx_tile", "amx_bf16"},
+        (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DATOLL_AMX"),
+    ),
+    Target("avx512_bf16", _AVX512_NEEDS | {"avx512_bf16"}, (*_AVX512, "-mavx512bf16")),
+    Target("avx512", _AVX512_NEEDS, _AVX512),
+    Target("avx2", frozenset({"avx2", "fma"}), _AVX2),
+    Target("arm64", frozenset({"asimd"}), ()),
+    # For tests only: the AMX files with their tile operations as loops.
+    Target("amx_emulated", _AVX512_NEEDS, (*_AVX512, "-DATOLL_AMX", "-DATOLL_AMX_EMULATED")),
+)
+_COMMON = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+
+
+def chosen_target() -> Target | None:
+    """The target that this process uses: ATOLL_KERNEL's, else the best that the processor can run; None for plain torch."""
+    asked = os.environ.get("ATOLL_KERNEL", "auto")
+    if asked == "plain":
+        return None
+    have = _processor_flags()
+    fitting = [target for target in TARGETS if target.needs <= have]
+    if asked == "auto":
+        return next((target for target in fitting if target.name != "amx_emulated"), None)
+    found = next((target for target in fitting if target.name == asked), None)
+    if found is None:
+        names = ", ".join(["plain", *(target.name for target in fitting)])
+        _log.warning("ATOLL_KERNEL is %r, which this processor cannot run; it can run %s. Using plain torch.", asked, names)
+    return found
+
+
+def load_library(target: Target) -> ctypes.CDLL | None:
+    """The compiled library for a target, built if it is not there yet; None (and a warning that says why) where that fails."""
+    compiler = _compiler()
+    if compiler is None:
+        _log.warning("no C++ compiler (g++, clang++ or c++) was found: the engine runs on plain torch, which is several times slower")
+        return None
+    path = _library_path(target, compiler)
+    if not path.exists() and not _build(target, compiler, path):
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        _log.warning("the compiled forward %s cannot be loaded (%s): the engine runs on plain torch", path, error)
+        return None
+    if library.atoll_interface() != INTERFACE or not library.atoll_usable():
+        _log.warning(
+            "the compiled forward for %s cannot be used here (the system refuses its registers): the engine runs on plain torch", target.name
+        )
+        return None
+    return library
+
+
+def _sources() -> list[Path]:
+    return sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".h", ".cpp"))
+
+
+def _library_path(target: Target, compiler: str) -> Path:
+    digest = hashlib.sha256()
+    for source in _sources():
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    digest.update(" ".join((*_COMMON, *target.flags, compiler, _compiler_version(compiler), platform.machine())).encode())
+    return atoll_home() / "kernels" / f"{target.name}-{digest.hexdigest()[:16]}.so"
+
+
+def _build(target: Target, compiler: str, path: Path) -> bool:
+    source = Path(__file__).parent / "decoder.cpp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = Path(folder) / path.name
+            command = [compiler, *_COMMON, *target.flags, str(source), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
+            if done.returncode != 0:
+                reason = (done.stderr.strip().splitlines() or ["no message"])[0]
+                _log.warning("the compiled forward does not build with %s (%s): the engine runs on plain torch", compiler, reason)
+                return False
+            built.replace(path)  # whole or not at all: two processes that build at once both put the same file here
+    except (OSError, subprocess.TimeoutExpired) as error:
+        _log.warning("the compiled forward could not be built (%s): the engine runs on plain torch", error)
+        return False
+    return True
+
+
+@functools.cache
+def _compiler() -> str | None:
+    names = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+@functools.cache
+def _compiler_version(compiler: str) -> str:
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout
+
+
+@functools.cache
+def _processor_flags() -> frozenset[str]:
+    """What /proc/cpuinfo says; on a Mac with an ARM processor there is no such file, and every one of them has asimd."""
+    if platform.system() == "Darwin":
+        return frozenset({"asimd"}) if platform.machine() == "arm64" else frozenset()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    found = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    return frozenset(found.split(":", 1)[1].split())

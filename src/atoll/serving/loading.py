@@ -1,0 +1,128 @@
+"""From a folder of an adapter's files to what the engine can register: read, checked against the base, with the prompt and labels that came with it.
+
+Everything that can be wrong with an adapter is found here, in a worker thread and before the engine hears of it: size, form, options, finite values,
+shapes, another base. Messages name the adapter as the client did, never a path of this machine.
+
+Used by registry.py (in its workers).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atoll.errors import AtollError, BaseMismatch, TaskError
+from atoll.model.adapter_files import read_manifest
+
+if TYPE_CHECKING:
+    from atoll.data.prompt import PromptFormat
+    from atoll.hub.compatibility import Verdict
+    from atoll.model.adapter import Adapter
+    from atoll.model.base import Base
+
+BUILTIN = "builtin:"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter that fits the base. parents: (digest, name, weight) of what it was composed of."""
+
+    digest: str
+    adapter: Adapter
+    num_bytes: int
+    prompt: PromptFormat | None = None
+    labels: tuple[str, ...] | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    parents: tuple[Mapping[str, Any], ...] = ()
+
+
+class Loader:
+    """Reads adapters for one base. Its methods may be called from several threads."""
+
+    def __init__(self, base: Base) -> None:
+        from atoll.model.fingerprint import tensor_shapes
+
+        self._base, self._shapes = base, tensor_shapes(base.path)
+
+    def load(self, folder: Path, digest: str, name: str) -> Loaded:
+        """The adapter of a folder that nobody changes. Raises AdapterFormatError, UnsupportedAdapter or BaseMismatch, naming it `name`."""
+        from atoll.model.adapter_files import read_adapter
+
+        try:
+            adapter = read_adapter(folder)
+            self._check_base(folder, adapter, name)
+            return self._checked(adapter, digest, name)
+        except AtollError as error:
+            raise type(error)(error.message.replace(str(folder), name), hint=error.hint) from error
+
+    def fits(self, folder: Path) -> bool:
+        """Whether an adapter's tensors have the shapes that the base needs, by the header alone."""
+        try:
+            return self._verdict(folder, read_manifest(folder).get("base")).usable
+        except AtollError:
+            return False
+
+    def made(self, adapter: Adapter, digest: str, name: str) -> Loaded:
+        """The same for an adapter that was computed here, such as a merged one."""
+        return self._checked(adapter, digest, name)
+
+    def _check_base(self, folder: Path, adapter: Adapter, name: str) -> None:
+        found = self._verdict(folder, adapter.manifest.get("base"))
+        if not found.usable:
+            raise BaseMismatch(f"{name} does not fit the base {self._base.name!r}: {found.reason}", hint="use the base that it was trained on")
+        if found.kind != "exact":
+            _log.warning("%s fits %s, but it may have been trained on another base: %s", name, self._base.name, found.reason)
+
+    def _verdict(self, folder: Path, recorded: Any) -> Verdict:
+        from atoll.hub.compatibility import verdict
+        from atoll.hub.intake import tensor_shapes
+
+        return verdict(recorded if isinstance(recorded, dict) else None, tensor_shapes(folder), self._base.fingerprint.to_json(), self._shapes)
+
+    def _checked(self, adapter: Adapter, digest: str, name: str) -> Loaded:
+        from atoll.data.prompt import PromptFormat
+
+        shape = self._base.decoder.shape
+        adapter.check_fits(shape.linears, shape.num_layers)
+        manifest = adapter.manifest
+        own = manifest.get("prompt")
+        return Loaded(
+            digest=digest,
+            adapter=adapter,
+            num_bytes=sum(module.a.nbytes + module.b.nbytes for module in adapter.modules.values()),
+            prompt=PromptFormat.from_json(own) if own else None,
+            labels=labels_of(manifest, name),
+            stop_token_ids=_token_ids(manifest.get("stop_token_ids"), shape.vocabulary),
+            parents=tuple(parent for parent in manifest.get("parents") or () if isinstance(parent, dict)),
+        )
+
+
+def labels_of(manifest: Mapping[str, Any], name: str = "") -> tuple[str, ...] | None:
+    """The closed set of answers of the task that an adapter was trained on: the manifest's own, its training setting's, or the built-in task's."""
+    training = manifest.get("training")
+    config = training.get("config") if isinstance(training, dict) else None
+    data = config.get("data") if isinstance(config, dict) else None
+    data = data if isinstance(data, dict) else {}
+    found = manifest.get("labels") or data.get("label_set")
+    path = data.get("path")
+    if found is None and isinstance(path, str) and path.startswith(BUILTIN):
+        from atoll.tasks.generators import describe
+
+        try:
+            found = describe(path.removeprefix(BUILTIN)).get("label_set")
+        except TaskError:
+            _log.info("%s was trained on %s, which this Atoll does not know: no closed set of labels", name, path)
+    if isinstance(found, list | tuple) and len(found) > 1 and all(isinstance(label, str) and label for label in found):
+        return tuple(found)
+    return None
+
+
+def _token_ids(value: Any, vocabulary: int) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        return ()
+    return tuple(token for token in value if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocabulary)
