@@ -17,11 +17,12 @@ MARK = "<!-- below: written by docs/make_structure.py from the docstrings -->"
 def listing() -> str:
     """One heading a folder with its own sentence, one list item a file."""
     lines: list[str] = []
-    folders = [SOURCE, *sorted(path.parent for path in SOURCE.glob("*/__init__.py"))]
+    folders = [SOURCE, *sorted(path.parent for path in SOURCE.glob("*/**/__init__.py"))]
     for folder in folders:
-        name = "" if folder == SOURCE else f"{folder.name}/"
+        name = "" if folder == SOURCE else f"{folder.relative_to(SOURCE).as_posix()}/"
         lines += ["", f"### `{name or 'atoll/'}`", "", sentence(folder / "__init__.py"), ""]
-        files = sorted(path for path in folder.rglob("*.py") if path.name != "__init__.py" and (folder != SOURCE or path.parent == SOURCE))
+        own = [path for path in folder.rglob("*.py") if path.parent == folder or (folder != SOURCE and not (path.parent / "__init__.py").exists())]
+        files = sorted(path for path in own if path.name != "__init__.py")
         lines += [f"- `{path.relative_to(SOURCE).as_posix()}` — {sentence(path)}" for path in files]
     return "\n".join(lines) + "\n"
 

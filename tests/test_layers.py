@@ -33,6 +33,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("workflows",),
     ("lorahub", "reft"),  # façades with other projects' names
     ("serving",),  # what answers requests, without HTTP
+    ("http",),
+    ("lorax",),
+    ("openai",),
     ("server", "scale"),
     ("ui",),
     ("cli",),

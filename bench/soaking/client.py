@@ -69,7 +69,7 @@ class Client:
         headers = {**self._headers(key, data), **more.pop("headers", {})}
         async with self._session.request(method, self.url + path, data=more.pop("form", data), headers=headers, **more) as reply:
             content = await reply.read()
-            found = Reply(reply.status, dict(reply.headers), _decoded(reply.content_type, content), content.decode("utf-8", "replace"))
+            found = Reply(reply.status, _lower(reply.headers), _decoded(reply.content_type, content), content.decode("utf-8", "replace"))
         self._count(kind, method + " " + path, found)
         return found
 
@@ -79,7 +79,7 @@ class Client:
         async with self._session.post(self.url + path, data=data, headers=self._headers(key, data)) as reply:
             if reply.status != 200:
                 content = await reply.read()
-                found = Reply(reply.status, dict(reply.headers), _decoded(reply.content_type, content), content.decode("utf-8", "replace"))
+                found = Reply(reply.status, _lower(reply.headers), _decoded(reply.content_type, content), content.decode("utf-8", "replace"))
             else:
                 found = await self._read_events(reply, cut_after)
         self._count(kind, "POST " + path, found)
@@ -102,8 +102,8 @@ class Client:
             text += chunk.decode()  # JSON of ours is ASCII
             if cut_after is not None and text.count("\n\n") >= cut_after and not is_done(text):
                 reply.close()
-                return Reply(200, dict(reply.headers), text=text, whole=False)
-        return Reply(200, dict(reply.headers), text=text)
+                return Reply(200, _lower(reply.headers), text=text, whole=False)
+        return Reply(200, _lower(reply.headers), text=text)
 
     def _headers(self, key: str, data: bytes | None) -> dict[str, str]:
         found = {"content-type": "application/json"} if data is not None else {}
@@ -128,6 +128,10 @@ def wrong_error(reply: Reply) -> str:
     if reply.status == 429 and int(reply.headers.get("retry-after", "0") or 0) < 1:
         return "no Retry-After"
     return "a path of this machine" if "/tmp/" in sentence or "/home/" in sentence else ""
+
+
+def _lower(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
 
 
 def _decoded(content_type: str, content: bytes) -> Any:

@@ -12,10 +12,10 @@ import httpx
 import pytest
 from tests.server.live_server import Live
 
+from atoll.http.auth import RULES, Rules
+from atoll.http.body import has_half_surrogate, text_problem
 from atoll.server import manage
 from atoll.server.app import create_app, declared
-from atoll.server.auth import RULES, Rules
-from atoll.server.body import has_half_surrogate, text_problem
 from atoll.serving.config import ServeConfig
 from atoll.serving.keys import Caller
 from atoll.serving.service import Service
@@ -123,7 +123,7 @@ def test_a_bearer_goes_to_the_source_only_where_it_is_no_key(live: Live) -> None
     """LoRAX hands the bearer on to the adapter's hub; a key of this server must never leave it."""
     from starlette.requests import Request
 
-    from atoll.server.auth import source_token
+    from atoll.http.auth import source_token
 
     request = Request({"type": "http", "headers": [(b"authorization", b"Bearer abc")]})
     assert source_token(request, live.service.config) == "abc"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from atoll.http.auth import RULES
 from atoll.server import manage
 from atoll.server.app import declared
-from atoll.server.auth import RULES
 
 OPEN = {"/health", "/ping", "/startup"}
 BODIES = {

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from atoll.data.prompt import PromptFormat, encode_prompt
-from atoll.server.chat_prompt import ChatPrompt, chat_prompt
-from atoll.server.openai_types import ChatBody, ParameterRefused
-from atoll.server.tools import call_text, tool_use
+from atoll.openai.chat_prompt import ChatPrompt, chat_prompt
+from atoll.openai.tools import call_text, tool_use
+from atoll.openai.types import ChatBody, ParameterRefused
 from conftest import tiny_tokenizer
 
 CLASSIFY = PromptFormat(template="Text: {text}\nLabel:", instruction="Is it good?", stop=("\n",))

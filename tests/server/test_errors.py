@@ -10,7 +10,7 @@ import pytest
 
 from atoll import errors
 from atoll.errors import AtollError, QueueFull
-from atoll.server.errors import Incomplete, invalid_body, kind_of, protocol_of, refusal, refusal_of
+from atoll.http.errors import Incomplete, invalid_body, kind_of, protocol_of, refusal, refusal_of
 from atoll.serving.service import Unavailable
 
 ALL = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, AtollError)] + [Incomplete, Unavailable]

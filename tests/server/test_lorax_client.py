@@ -308,7 +308,7 @@ def test_the_client_reads_every_error_body_that_has_no_class_of_its_own(status: 
     """It needs an object at the top and a string in `error`, whatever the status."""
     from lorax.errors import parse_error
 
-    from atoll.server.errors import refusal
+    from atoll.http.errors import refusal
 
     body = dict(refusal(status, "a sentence", "native", hint="a way out").body)
     found = parse_error(status, body, {"x-b3-traceid": "1"})

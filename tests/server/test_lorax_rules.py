@@ -10,9 +10,9 @@ import pytest
 from tests.server.live_server import Live
 
 from atoll.engine.request import Completion, EmbedRequest, Request, SamplingParams, ScoreRequest, TokenEvent, TokenLogprob
-from atoll.server.lorax_reply import ReplyWriter
-from atoll.server.lorax_types import Info, Parameters
-from atoll.server.token_text import TokenTexts
+from atoll.http.token_text import TokenTexts
+from atoll.lorax.reply import ReplyWriter
+from atoll.lorax.types import Info, Parameters
 
 PROMPT = "what is a lagoon?"
 PREFIX = "Input validation error: "

@@ -10,7 +10,7 @@ from tests.server.live_server import Live
 
 from atoll.engine.request import Completion, Timing
 from atoll.errors import QueueFull
-from atoll.server.adapter_metrics import AdapterMetrics
+from atoll.http.adapter_metrics import AdapterMetrics
 from atoll.server.app import create_app
 from atoll.serving.keys import Caller
 from atoll.serving.service import Service

@@ -16,9 +16,9 @@ from tests.server.openai_server import OpenAILive, openai_serving
 from atoll.data.prompt import encode_prompt
 from atoll.engine.request import Completion, TokenEvent
 from atoll.model.base import load_base
-from atoll.server.chat import ChoiceWriter
-from atoll.server.openai_reply import Chunks, Head
-from atoll.server.tools import call_text, tool_use
+from atoll.openai.chat import ChoiceWriter
+from atoll.openai.reply import Chunks, Head
+from atoll.openai.tools import call_text, tool_use
 from conftest import write_tiny_base
 
 USER = [{"role": "user", "content": "a lagoon"}]
@@ -196,7 +196,7 @@ def test_a_streamed_call_after_auto_is_told_apart_from_text():
     """Nothing goes out before it is clear which of the two it is."""
     from openai.types.chat import ChatCompletionChunk
 
-    from atoll.server.openai_types import Tool
+    from atoll.openai.types import Tool
 
     use = tool_use([Tool.model_validate(tool) for tool in TOOLS], "auto")
     text = call_text("weather", '{"city": "Rome", "days": 1}')

@@ -11,7 +11,8 @@ from openai.types.chat import ChatCompletionChunk
 from openai.types.chat.chat_completion import ChoiceLogprobs
 
 from atoll.engine.request import Completion, TokenLogprob
-from atoll.server.openai_reply import (
+from atoll.http.token_text import TokenTexts
+from atoll.openai.reply import (
     Chunks,
     ContentLogprobs,
     Head,
@@ -20,7 +21,6 @@ from atoll.server.openai_reply import (
     finish_reason,
     usage_of,
 )
-from atoll.server.token_text import TokenTexts
 from conftest import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

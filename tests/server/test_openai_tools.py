@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from atoll.server.openai_types import ParameterRefused, Tool, ToolChoice
-from atoll.server.tools import CallReader, ToolUse, call_text, cuts_calls, tool_use
+from atoll.openai.tools import CallReader, ToolUse, call_text, cuts_calls, tool_use
+from atoll.openai.types import ParameterRefused, Tool, ToolChoice
 from conftest import tiny_tokenizer
 
 WEATHER = {

@@ -11,8 +11,8 @@ import pytest
 from starlette.requests import Request
 
 from atoll.errors import EngineError
-from atoll.server.errors import ClientGone
-from atoll.server.sse import EventStream, unless_gone
+from atoll.http.errors import ClientGone
+from atoll.http.sse import EventStream, unless_gone
 
 SCOPE: dict[str, Any] = {"type": "http", "method": "POST", "path": "/generate_stream", "headers": []}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from atoll.server.token_text import TokenTexts, byte_alphabet
+from atoll.http.token_text import TokenTexts, byte_alphabet
 from conftest import tiny_tokenizer
 
 

@@ -1,7 +1,6 @@
-"""HTTP over serving: LoRAX's API, OpenAI's, management, health and metrics. What a request means is decided here, what it does in serving/.
+"""The server: all routes joined into one app, management, uploads, and the process that runs it.
 
-The one idea: each routes file turns a body into serving's requests and completions into a reply of its protocol; errors, keys, body limits and
-server-sent events are shared. `create_app(service)` in app.py joins them; `atoll serve` runs it.
+The one idea: `create_app(service)` in app.py is everything that answers HTTP; `atoll serve` runs it and drains it.
 
 Nothing here is imported by the command line before a server starts.
 """

@@ -23,12 +23,15 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from atoll.errors import AtollError
-from atoll.server import chat, completions, embeddings, health, lorax, lorax_texts, manage, metrics, models
-from atoll.server.auth import RULES, Authentication, Rules
-from atoll.server.body import BodyLimit
-from atoll.server.docs_page import docs_page
-from atoll.server.errors import ClientGone, Protocol, Refusal, internal_error, invalid_body, protocol_of, refusal, refusal_of
-from atoll.server.metrics import CountRequests, Metrics
+from atoll.http import health, metrics
+from atoll.http.auth import RULES, Authentication, Rules
+from atoll.http.body import BodyLimit
+from atoll.http.docs_page import docs_page
+from atoll.http.errors import ClientGone, Protocol, Refusal, internal_error, invalid_body, protocol_of, refusal, refusal_of
+from atoll.http.metrics import CountRequests, Metrics
+from atoll.lorax import generate, texts
+from atoll.openai import chat, completions, embeddings, models
+from atoll.server import manage
 
 if TYPE_CHECKING:
     from atoll.serving.service import Service
@@ -63,8 +66,8 @@ def create_app(service: Service) -> FastAPI:
     app.state.service, app.state.metrics = service, counted
     for routes in (
         health.router(service),
-        lorax.router(service, counted),
-        lorax_texts.router(service, counted),
+        generate.router(service, counted),
+        texts.router(service, counted),
         chat.router(service),
         completions.router(service),
         embeddings.router(service),

@@ -25,8 +25,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from atoll.errors import NotAllowed
-from atoll.server.auth import caller_of
-from atoll.server.errors import own_body, protocol_of, refusal
+from atoll.http.auth import caller_of
+from atoll.http.errors import own_body, protocol_of, refusal
 from atoll.server.uploads import Publication, publication
 from atoll.serving.entries import AdapterRef, InUse
 from atoll.serving.keys import Scope

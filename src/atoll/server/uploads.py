@@ -19,8 +19,8 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
 from atoll.errors import RequestRefused
+from atoll.http.auth import caller_of
 from atoll.model.adapter_files import CONFIG_FILE, MANIFEST_FILE, PICKLE_SUFFIXES, WEIGHTS_FILE
-from atoll.server.auth import caller_of
 
 if TYPE_CHECKING:
     from starlette.requests import Request as HttpRequest

@@ -3,7 +3,7 @@
 A key is 256 random bits, so its plain sha256 is as good as a slow hash: there is nothing to guess. The file keeps hashes only; a key is shown once,
 when it is made. The file is read again when it changes, so a key is revoked without a restart.
 
-Used by the service (scopes, allow-lists, limits a key), server/auth.py and `atoll keys`. Imports no torch.
+Used by the service (scopes, allow-lists, limits a key), http/auth.py and `atoll keys`. Imports no torch.
 """
 
 from __future__ import annotations

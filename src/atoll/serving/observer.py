@@ -1,6 +1,6 @@
 """What the service tells whoever counts: plain method calls on the event loop, one a request or a load, never one a token.
 
-Used by server/metrics.py, which turns them into histograms. A subclass overrides what it wants; the service works without any.
+Used by http/metrics.py, which turns them into histograms. A subclass overrides what it wants; the service works without any.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ Used by server/manage.py, /v1/models and the service itself (preload, restore).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atoll.errors import AdapterNotFound, AtollError, EngineError, HubError, NotAllowed, RequestRefused
+from atoll.errors import AdapterNotFound, AtollError, EngineError, HubError, NotAllowed, PoolFull, RequestRefused
 from atoll.serving.entries import AdapterInfo, AdapterRef, Entry, InUse
 from atoll.serving.keys import Caller
 from atoll.serving.observer import Observer
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from atoll.serving.sources import Located
 
 POLL_S = 0.02
+PIN_RETRY_S = 0.2
 
 _log = logging.getLogger(__name__)
 
@@ -114,8 +116,7 @@ class Operator(Observer):
         """Load an adapter and keep it resident, also after a restart. Raises PoolFull if there is no room beside those in use and pinned."""
         located, name = await self._lookups.locate(ref, caller)
         entry = await self._registry.ready(located, ref.token)
-        await self._service.run(partial(_pin, entry.key))
-        entry.pinned = True
+        await self._keep(entry)
         kept = replace(ref, token=None, merged=None)
         self._pins = [pin for pin in self._pins if pin.ref != kept] + [_Pin(kept, name, entry.key, lasting)]
         if lasting:
@@ -246,9 +247,28 @@ class Operator(Observer):
             entry = await self._registry.ready(located)
             if entry.key != pin.key and pin in self._pins:
                 old, pin.key = pin.key, entry.key
+                entry.pinned = True  # at once, so that nothing unloads it meanwhile
                 await self._let_go(old)
-                await self._service.run(partial(_pin, entry.key))
-                entry.pinned = True
+                try:
+                    await self._keep(entry)
+                except PoolFull:
+                    self._service.spawn(self._keep_later(pin, entry))
+
+    async def _keep(self, entry: Entry) -> None:
+        """Pin content in the engine; nothing unloads it from now on. Raises PoolFull."""
+        entry.pinned = True
+        try:
+            await self._service.run(partial(_pin, entry.key))
+        except AtollError:
+            entry.pinned = any(pin.key == entry.key for pin in self._pins)
+            raise
+
+    async def _keep_later(self, pin: _Pin, entry: Entry) -> None:
+        """Pin content as soon as running requests leave room for it, while the pin still means it."""
+        while pin in self._pins and pin.key == entry.key:
+            await asyncio.sleep(PIN_RETRY_S)
+            with contextlib.suppress(PoolFull):
+                return await self._keep(entry)
 
     async def _let_go(self, key: str) -> None:
         """Unpin content unless another pin means it too."""

@@ -272,6 +272,8 @@ class AdapterRegistry:
         entry = self.entries.get(digest)
         if entry is None or entry.loaded is None:
             entry = await self._load_once(digest, partial(self._merge, spec, [each for each in loaded if each], digest, name), located)
+            if entry.loaded is None:
+                raise EngineError(f"{name} was unloaded while this request began", hint="ask again")
         else:
             self._touch(entry)
         return entry.served(spec.ids, name, ref.source or "hub", name)

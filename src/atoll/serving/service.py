@@ -386,4 +386,5 @@ class Service:
     def _background_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("background work failed", exc_info=error)
+            is_ours = isinstance(error, AtollError)
+            _log.error("background work failed%s", f": {error}" if is_ours else "", exc_info=None if is_ours else error)

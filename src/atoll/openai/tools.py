@@ -24,7 +24,7 @@ from typing import Any
 from atoll.engine.request import Grammar
 from atoll.engine.schema import read_schema
 from atoll.errors import RequestRefused
-from atoll.server.openai_types import Function, ParameterRefused, Tool, ToolChoice
+from atoll.openai.types import Function, ParameterRefused, Tool, ToolChoice
 
 _OPEN, _NAMED, _CLOSE = '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"
 _SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes; no endless white space

@@ -19,18 +19,18 @@ from starlette.responses import JSONResponse, Response
 
 from atoll.engine.request import Completion, Request, TokenEvent
 from atoll.errors import RequestRefused
-from atoll.server.auth import caller_of
-from atoll.server.chat_prompt import chat_prompt, num_chars
-from atoll.server.lorax_prompt import beside
-from atoll.server.lorax_reply import check_finished
-from atoll.server.openai_docs import ChatReply, answers
-from atoll.server.openai_reply import DONE, Chunks, ContentLogprobs, Head, chat_logprobs_of, finish_reason, usage_of
-from atoll.server.openai_run import Asker, begun, requests_for, streams
-from atoll.server.openai_sampling import chat_logprobs, grammar_of, max_tokens, num_choices, sampling_params, schema_of, stop_strings
-from atoll.server.openai_types import ChatBody, refuse_unsupported
-from atoll.server.sse import EventStream, unless_gone
-from atoll.server.token_text import TokenTexts
-from atoll.server.tools import CallReader, ToolUse, tool_use
+from atoll.http.auth import caller_of
+from atoll.http.sse import EventStream, unless_gone
+from atoll.http.token_text import TokenTexts
+from atoll.lorax.prompt import beside
+from atoll.lorax.reply import check_finished
+from atoll.openai.chat_prompt import chat_prompt, num_chars
+from atoll.openai.docs import ChatReply, answers
+from atoll.openai.reply import DONE, Chunks, ContentLogprobs, Head, chat_logprobs_of, finish_reason, usage_of
+from atoll.openai.run import Asker, begun, requests_for, streams
+from atoll.openai.sampling import chat_logprobs, grammar_of, max_tokens, num_choices, sampling_params, schema_of, stop_strings
+from atoll.openai.tools import CallReader, ToolUse, tool_use
+from atoll.openai.types import ChatBody, refuse_unsupported
 
 if TYPE_CHECKING:
     from atoll.serving.keys import Caller

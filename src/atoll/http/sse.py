@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from atoll.errors import AtollError
-from atoll.server.errors import ClientGone, Protocol, internal_error, protocol_of, refusal_of
+from atoll.http.errors import ClientGone, Protocol, internal_error, protocol_of, refusal_of
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from atoll.server.auth import caller_of
-from atoll.server.openai_docs import ModelList, ModelReply, answers
+from atoll.http.auth import caller_of
+from atoll.openai.docs import ModelList, ModelReply, answers
 from atoll.serving.entries import AdapterInfo, AdapterRef
 from atoll.serving.registry import BASE_IDS
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.engine.request import Completion, FinishReason, TokenLogprob
 from atoll.engine.stops import Detokenizer
-from atoll.server.token_text import TokenTexts
+from atoll.http.token_text import TokenTexts
 
 if TYPE_CHECKING:
     from atoll.model.base import Base

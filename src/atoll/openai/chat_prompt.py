@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.data.prompt import PromptFormat, encode_prompt, parse_template, tokenize
 from atoll.errors import AtollError, ConfigError, DataError
-from atoll.server.openai_types import ChatBody, Message, ParameterRefused, TextPart
-from atoll.server.tools import ToolUse, Turn, call_text, cuts_calls
+from atoll.openai.tools import ToolUse, Turn, call_text, cuts_calls
+from atoll.openai.types import ChatBody, Message, ParameterRefused, TextPart
 
 if TYPE_CHECKING:
     from atoll.model.base import Base

@@ -4,7 +4,7 @@ Three kinds of fields: those we carry out; those that would change the answer an
 that quietly is another than the one asked for would be worse); and all others, which are ignored, since clients send many. Every optional field
 may be null.
 
-Used by chat, completions and embeddings. Values' limits are checked where the engine's parameters are made (openai_sampling).
+Used by chat, completions and embeddings. Values' limits are checked where the engine's parameters are made (sampling).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from atoll.errors import RequestRefused
-from atoll.server.lorax_types import MergedAdapters
+from atoll.lorax.types import MergedAdapters
 
 
 class ParameterRefused(RequestRefused):

@@ -4,7 +4,7 @@ Sampling is off unless do_sample is true or one of temperature, top_k, top_p and
 What LoRAX leaves unchecked (types beyond their range, a stop text's length) has a rule of our own here, since every value a request can multiply
 has a cap.
 
-Used by lorax for every generate route.
+Used by generate for every generate route.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from atoll.engine.request import MAX_LOGPROBS, Grammar, SamplingParams
 from atoll.errors import RequestRefused
 
 if TYPE_CHECKING:
-    from atoll.server.lorax_types import AdapterChoice, MergedAdapters, Parameters, ResponseFormat
+    from atoll.lorax.types import AdapterChoice, MergedAdapters, Parameters, ResponseFormat
     from atoll.serving.service import Service
 
 N = TypeVar("N", int, float)

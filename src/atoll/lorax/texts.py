@@ -20,14 +20,15 @@ from starlette.responses import JSONResponse, Response
 from atoll.data.prompt import encode_prompts
 from atoll.engine.request import EmbedRequest, ScoreRequest
 from atoll.errors import RequestRefused
-from atoll.server import health
-from atoll.server.auth import caller_of
-from atoll.server.errors import refusal
-from atoll.server.lorax import open_adapter
-from atoll.server.lorax_docs import answers
-from atoll.server.lorax_prompt import beside, encode_texts, label_tokens, row_of
-from atoll.server.lorax_rules import Limits, check_adapters, check_inputs, check_lengths
-from atoll.server.lorax_types import (
+from atoll.http import health
+from atoll.http.auth import caller_of
+from atoll.http.errors import refusal
+from atoll.http.sse import unless_gone
+from atoll.lorax.docs import answers
+from atoll.lorax.generate import open_adapter
+from atoll.lorax.prompt import beside, encode_texts, label_tokens, row_of
+from atoll.lorax.rules import Limits, check_adapters, check_inputs, check_lengths
+from atoll.lorax.types import (
     ClassifyBatchBody,
     ClassifyBody,
     EmbedBody,
@@ -39,10 +40,9 @@ from atoll.server.lorax_types import (
     SimpleToken,
     TokenizeBody,
 )
-from atoll.server.sse import unless_gone
 
 if TYPE_CHECKING:
-    from atoll.server.metrics import Metrics
+    from atoll.http.metrics import Metrics
     from atoll.serving.service import Served, Service
 
 

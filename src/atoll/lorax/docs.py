@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from atoll.server.lorax_types import ErrorBody
+from atoll.lorax.types import ErrorBody
 
 EVENTS = "text/event-stream"
 JSON = "application/json"

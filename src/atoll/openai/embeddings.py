@@ -15,11 +15,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from atoll.engine.request import EmbedRequest
-from atoll.server.auth import caller_of
-from atoll.server.openai_docs import EmbeddingReply, answers
-from atoll.server.openai_run import Asker
-from atoll.server.openai_types import EmbeddingBody, ParameterRefused, refuse_unsupported
-from atoll.server.sse import unless_gone
+from atoll.http.auth import caller_of
+from atoll.http.sse import unless_gone
+from atoll.openai.docs import EmbeddingReply, answers
+from atoll.openai.run import Asker
+from atoll.openai.types import EmbeddingBody, ParameterRefused, refuse_unsupported
 
 if TYPE_CHECKING:
     from atoll.serving.service import Service

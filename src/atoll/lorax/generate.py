@@ -3,7 +3,7 @@
 Every request goes one way: rules, tokens, adapter, engine, reply. What can be refused is refused before a reply begins, on streams too, so a client
 sees a status and JSON; only what fails after the first token is an event of the stream.
 
-Made by `router`; app includes it. Embedding, classes and tokens are in lorax_texts.
+Made by `router`; app includes it. Embedding, classes and tokens are in texts.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from starlette.responses import JSONResponse, Response
 
 from atoll.engine.request import Completion, Request
 from atoll.errors import RequestRefused
-from atoll.server.auth import PREDIBASE, caller_of, source_token
-from atoll.server.errors import refusal
-from atoll.server.lorax_docs import EVENTS, answers
-from atoll.server.lorax_prompt import encode_in_format, encode_texts
-from atoll.server.lorax_reply import Clock, ReplyWriter, answer_headers, check_finished, mean_logprob, stream_headers
-from atoll.server.lorax_rules import Limits, check, check_inputs, check_lengths, sampling_params
-from atoll.server.lorax_types import AdapterChoice, CompatGenerateBody, GenerateBody, GenerateResponse, Parameters, StreamResponse
-from atoll.server.sse import EventStream, unless_gone
-from atoll.server.token_text import TokenTexts
+from atoll.http.auth import PREDIBASE, caller_of, source_token
+from atoll.http.errors import refusal
+from atoll.http.sse import EventStream, unless_gone
+from atoll.http.token_text import TokenTexts
+from atoll.lorax.docs import EVENTS, answers
+from atoll.lorax.prompt import encode_in_format, encode_texts
+from atoll.lorax.reply import Clock, ReplyWriter, answer_headers, check_finished, mean_logprob, stream_headers
+from atoll.lorax.rules import Limits, check, check_inputs, check_lengths, sampling_params
+from atoll.lorax.types import AdapterChoice, CompatGenerateBody, GenerateBody, GenerateResponse, Parameters, StreamResponse
 from atoll.serving.service import AdapterRef, Served
 
 if TYPE_CHECKING:
-    from atoll.server.metrics import Metrics
+    from atoll.http.metrics import Metrics
     from atoll.serving.service import Service, TokenStream
 
 _DEFAULTS = Parameters()

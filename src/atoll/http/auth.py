@@ -21,8 +21,8 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
 from atoll.errors import AtollError, NotAllowed
-from atoll.server.body import reply
-from atoll.server.errors import protocol_of, refusal_of
+from atoll.http.body import reply
+from atoll.http.errors import protocol_of, refusal_of
 from atoll.serving.config import ServeConfig
 from atoll.serving.keys import Caller, Keys, Scope
 

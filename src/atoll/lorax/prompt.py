@@ -7,7 +7,7 @@
 
 Long texts are tokenised beside the event loop, so that one large prompt does not hold up everybody's streams.
 
-Used by lorax and lorax_texts.
+Used by generate, texts and the OpenAI routes.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ token is among the tokens; a stop sequence's tokens are too, but not its text.
 
 What a stream sends for every token is put together from text, since this runs for each token of each stream.
 
-Used by lorax.
+Used by generate.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from urllib.parse import quote
 from atoll.engine.request import Completion, TokenEvent, TokenLogprob
 from atoll.engine.stops import Detokenizer, TextStream
 from atoll.errors import EngineError
-from atoll.server.errors import Incomplete
+from atoll.http.errors import Incomplete
 
 if TYPE_CHECKING:
     from atoll.engine.request import Request
-    from atoll.server.token_text import TokenTexts
+    from atoll.http.token_text import TokenTexts
     from atoll.serving.entries import Served
 
 _CONTEXT_TOKENS = 5  # of the prompt, as the engine decodes an answer

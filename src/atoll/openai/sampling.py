@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atoll.engine.request import Grammar, SamplingParams
-from atoll.server.openai_types import ParameterRefused, ResponseFormat, Sampling
+from atoll.openai.types import ParameterRefused, ResponseFormat, Sampling
 
 MAX_TOP_LOGPROBS = 20  # of chat, as OpenAI has it
 MAX_LOGPROBS = 5  # of completions

@@ -20,13 +20,13 @@ from starlette.requests import Request as HttpRequest
 from atoll.data.prompt import added_tokens, encode_prompts
 from atoll.engine.request import Completion, Request, SamplingParams, TokenEvent
 from atoll.errors import AtollError, DataError
-from atoll.server.auth import source_token
-from atoll.server.lorax_prompt import beside
-from atoll.server.openai_reply import Head, fingerprint_of
-from atoll.server.openai_sampling import Caps, seed_of_choice
-from atoll.server.openai_types import AskedModel, ParameterRefused
-from atoll.server.sse import unless_gone
-from atoll.server.token_text import TokenTexts
+from atoll.http.auth import source_token
+from atoll.http.sse import unless_gone
+from atoll.http.token_text import TokenTexts
+from atoll.lorax.prompt import beside
+from atoll.openai.reply import Head, fingerprint_of
+from atoll.openai.sampling import Caps, seed_of_choice
+from atoll.openai.types import AskedModel, ParameterRefused
 from atoll.serving.entries import AdapterRef, Served
 
 if TYPE_CHECKING:

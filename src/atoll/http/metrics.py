@@ -28,8 +28,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from atoll.errors import AtollError
-from atoll.server.adapter_metrics import AdapterMetrics
-from atoll.server.auth import caller_of
+from atoll.http.adapter_metrics import AdapterMetrics
+from atoll.http.auth import caller_of
 from atoll.serving.observer import Kind, Observer
 
 if TYPE_CHECKING:

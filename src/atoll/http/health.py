@@ -3,7 +3,7 @@
 200 with an empty body when it may; 503 with LoRAX's body while it starts, drains, or has lost its engine. The engine is not asked: a server that is
 busy is healthy, and a dead engine thread has said so itself.
 
-Made by `router`; app includes it. GET / with a browser or a health checker is in lorax.
+Made by `router`; app includes it. GET / with a browser or a health checker is in lorax/texts.py.
 """
 
 from __future__ import annotations

@@ -18,10 +18,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from atoll.engine.request import Completion, Request
-from atoll.server.auth import caller_of
-from atoll.server.lorax_reply import check_finished, mean_logprob
-from atoll.server.openai_docs import CompletionReply, answers
-from atoll.server.openai_reply import (
+from atoll.http.auth import caller_of
+from atoll.http.sse import EventStream, unless_gone
+from atoll.lorax.reply import check_finished, mean_logprob
+from atoll.openai.docs import CompletionReply, answers
+from atoll.openai.reply import (
     DONE,
     Chunks,
     CompletionLogprobs,
@@ -30,10 +31,9 @@ from atoll.server.openai_reply import (
     finish_reason,
     usage_of,
 )
-from atoll.server.openai_run import Asker, Input, begun, grouped, requests_for, streams
-from atoll.server.openai_sampling import completion_logprobs, grammar_of, max_tokens, num_choices, sampling_params, stop_strings
-from atoll.server.openai_types import CompletionBody, ParameterRefused, refuse_unsupported
-from atoll.server.sse import EventStream, unless_gone
+from atoll.openai.run import Asker, Input, begun, grouped, requests_for, streams
+from atoll.openai.sampling import completion_logprobs, grammar_of, max_tokens, num_choices, sampling_params, stop_strings
+from atoll.openai.types import CompletionBody, ParameterRefused, refuse_unsupported
 
 if TYPE_CHECKING:
     from atoll.engine.request import TokenEvent

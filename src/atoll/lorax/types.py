@@ -2,9 +2,9 @@
 
 Every optional field may be null, since the client sends all of them; fields that we do not know are ignored, as LoRAX does. Types are strict: a
 number in quotes is no number. The limits of values are in lorax_rules, which says them in LoRAX's words; replies are described here for the OpenAPI
-document and written by lorax_reply as plain JSON.
+document and written by reply as plain JSON.
 
-Used by lorax, lorax_texts and, for merged adapters, by the OpenAI routes.
+Used by generate, texts and, for merged adapters, by the OpenAI routes.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class TokenizeBody(Part):
     add_special_tokens: bool | None = Field(default=None, description="Add what the tokenizer puts around a text. Default true.")
 
 
-# Replies. They describe; lorax_reply writes.
+# Replies. They describe; reply writes.
 
 
 class PrefillToken(BaseModel):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from atoll.server.errors import Refusal, protocol_of, refusal
+from atoll.http.errors import Refusal, protocol_of, refusal
 
 READ_TIMEOUT_S = 30.0
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|[^u])")
