@@ -42,7 +42,7 @@ types: setup
 	$(BIN)/mypy
 
 lock: ## pin what is installed in .venv now
-	$(BIN)/python -m pip freeze --exclude-editable --all | sed -E 's/^torch(==| @ ).*/torch==2.13.0/' | grep -v -E '^(pip|atoll)(==| )' > requirements.lock
+	$(BIN)/python -m pip freeze --exclude-editable --all | sed -E 's/^torch(==| @ ).*/torch==2.13.0/' | grep -v -E '^(pip|atoll|lorax-client)(==| )' > requirements.lock
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache

@@ -99,9 +99,10 @@ class ReplyWriter:
             text = "" if ends else reader.push(token, may_stop=place >= sampling.min_new_tokens)[:left]
             if place == last:
                 rest = reader.finish()[: left - len(text)]
-                if ends and tokens and not tokens[-1]["special"]:
+                hidden = ends or self._texts.is_special(token)  # what it lets go would not be shown with it
+                if hidden and tokens and not tokens[-1]["special"]:
                     tokens[-1]["text"] += rest
-                elif not ends:
+                elif not hidden:
                     text += rest
             left -= len(text)
             tokens.append(self._token(token, text, entry))
