@@ -101,3 +101,18 @@ def atoll_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "atoll-home"
     monkeypatch.setenv("ATOLL_HOME", str(home))
     return home
+
+
+@pytest.fixture(scope="session")
+def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the session's compiled libraries are built, each once. It is the folder `kernels` of an ATOLL_HOME."""
+    folder = tmp_path_factory.mktemp("kernel-home") / "kernels"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def built_kernels(atoll_home: Path, kernel_folder: Path) -> None:
+    """This test's own ATOLL_HOME has the session's compiled libraries."""
+    atoll_home.mkdir(exist_ok=True)
+    (atoll_home / "kernels").symlink_to(kernel_folder, target_is_directory=True)

@@ -64,10 +64,10 @@ def make_prompts(seed: str, vocabulary: int, count: int = REQUESTS) -> list[list
     return [[draw.randrange(_FIRST_ORDINARY_TOKEN, vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
-def make_order(cell: Cell, round_number: int, vocabulary: int, adapters: list[str], cold_adapter: str) -> dict[str, Any]:
-    """The JSON order that has a worker measure this cell. adapters: their folders, by number."""
+def make_order(cell: Cell, round_number: int, vocabulary: int, adapters: list[str], cold_adapter: str, attempt: int = 0) -> dict[str, Any]:
+    """The JSON order that has a worker measure this cell. adapters: their folders, by number. A repeated attempt gets new prompts."""
     seed = f"{cell.name} {round_number}"
-    prompts = make_prompts(seed, vocabulary)
+    prompts = make_prompts(f"{seed} {attempt}", vocabulary)
     if cell.action == "stream":
         return {"do": "stream", "prompt": prompts[0], "new_tokens": cell.new_tokens}
     if cell.action == "cold_load":

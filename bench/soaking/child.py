@@ -9,7 +9,6 @@ Used by process.py.
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import os
 import sys
@@ -37,6 +36,18 @@ class Ear:
             self.tell()
         os._exit(3)  # the soak has gone: nobody would stop this server
 
+    def watch(self) -> None:
+        """Know the service as soon as it is made."""
+        from atoll.serving.service import Service
+
+        make = Service.__init__
+
+        def remember(service: Service, *args: Any, **more: Any) -> None:
+            make(service, *args, **more)
+            self._service = service
+
+        Service.__init__ = remember  # type: ignore[method-assign]
+
     def tell(self) -> None:
         """One answer."""
         try:
@@ -46,10 +57,7 @@ class Ear:
         self._answers.write(json.dumps(found) + "\n")
 
     def _look(self) -> dict[str, Any]:
-        if self._service is None:
-            from atoll.serving.service import Service
-
-            self._service = next(each for each in gc.get_objects() if type(each) is Service)
+        assert self._service is not None, "no server has been made yet"
         thread = self._service._thread
         if thread is None or thread.dead is not None:
             return {**self._held(self._service, []), **(_checked(self._engine) if self._engine is not None else {})}
@@ -69,8 +77,8 @@ class Ear:
             "tasks": len(tasks),
             "task_names": sorted(getattr(task.get_coro(), "__qualname__", "?") for task in tasks),
             "tickets": len(service._tickets),
-            "places": service._places.taken,
-            "keys_with_places": len(service._places._by_key),
+            "places": service.places.taken,
+            "keys_with_places": len(service.places._by_key),
             "holds": sum(entry.holds for entry in registry.entries.values()),
             "loading": registry.num_loading,
             "looking": len(registry.lookups._looking),
@@ -96,6 +104,7 @@ def _checked(engine: Engine) -> dict[str, Any]:
 def main() -> None:
     ear = Ear()
     threading.Thread(target=ear.listen, name="soak-ear", daemon=True).start()
+    ear.watch()
     from atoll.cli.main import main as atoll
 
     try:

@@ -27,8 +27,9 @@ async def drain(server: Server, client: Client, user: User, cases: Sequence[Case
     tally = client.tally
     long = [replace(case, routes=INSIDE) for case in cases if case.kind == "text" and case.sampling["max_new_tokens"] >= 24 and not case.chat]
     inside = [asyncio.create_task(_inside(user, long[number % len(long)], INSIDE[number % len(INSIDE)], tally)) for number in range(NUM_INSIDE)]
-    while (await server.look())["places"] + sum(task.done() for task in inside) < NUM_INSIDE:
-        await asyncio.sleep(0.002)
+    done = 0
+    while (await server.look())["tickets"] + done < NUM_INSIDE:
+        done = sum(task.done() for task in inside)  # counted before the look: who leaves in between is counted by neither
     server.ask_to_stop()
     refused = await _knock(client, server)
     answered = sum(await asyncio.gather(*inside))

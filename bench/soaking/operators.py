@@ -107,7 +107,7 @@ class Operators:
         await self._act(MOVING, self._draw.choice(("pin", "unpin")), (200, 503))
 
     async def _reload(self) -> None:
-        await self._act(self._draw.choice((MOVING, "a07", "torn")), "reload", (200, 422))
+        await self._act(self._draw.choice((MOVING, "a07", "torn", "faded")), "reload", (200, 422))
 
     async def _name(self) -> None:
         reply = await self._client.ask("name", "POST", "/v1/load_lora_adapter", {"lora_name": NICK, "lora_path": "fine"}, key="admin")

@@ -93,6 +93,8 @@ class Server:
         if not line:
             raise ServerFailed("the server ended without saying what it held")
         found: dict[str, Any] = json.loads(line)
+        if "error" in found:
+            raise ServerFailed(f"the server could not be looked into: {found['error']}")
         return found
 
     def measure(self, now: float) -> None:

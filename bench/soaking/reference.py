@@ -1,8 +1,9 @@
 """What each question's answer is, alone: one request at a time on an engine of our own, and the comparison of all answers with it.
 
 Where the server's forward is compiled, a row's arithmetic does not depend on what runs beside it, so tokens, texts and log-probabilities must be
-equal to the last bit. Plain torch (float32) rounds by the shape of the batch: log-probabilities may differ by ROUNDING, and an answer may part from
-its reference where two tokens stand that close, or a draw falls on the border between two. Such answers are counted apart, as ties, and few.
+equal to the last bit; embeddings to MEAN_ROUNDING, since a mean is taken chunk by chunk. Plain torch (float32) rounds by the shape of the batch:
+log-probabilities may differ by ROUNDING, and an answer may part from its reference where two tokens stand that close, or a draw falls on the border
+between two. Such answers are counted apart, as ties, and few.
 
 Used by soak.py, after the traffic has ended: nothing here takes the processor from the server.
 """
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from atoll.engine.request import Completion
 
 ROUNDING = 1e-4  # nats; float32 and sums in another order
-VECTOR_ROUNDING = 1e-3
+MEAN_ROUNDING, VECTOR_ROUNDING = 1e-5, 1e-3  # of embeddings and scores: with equal hidden states, and with rounded ones
 Verdict = Literal["right", "wrong", "tie"]
 
 
@@ -136,9 +137,10 @@ class Reference:
     def _same_values(self, came: tuple[Any, ...], right: tuple[Any, ...] | None) -> bool:
         if right is None or len(came) != len(right):
             return False
+        rounding = MEAN_ROUNDING if self.exact else VECTOR_ROUNDING
         if isinstance(came[0], tuple):
-            return all(a[0] == b[0] and math.isclose(a[1], b[1], rel_tol=VECTOR_ROUNDING) for a, b in zip(came, right, strict=True))
-        return came == right if self.exact else all(abs(a - b) <= VECTOR_ROUNDING for a, b in zip(came, right, strict=True))
+            return all(a[0] == b[0] and math.isclose(a[1], b[1], rel_tol=rounding) for a, b in zip(came, right, strict=True))
+        return all(math.isclose(a, b, rel_tol=rounding, abs_tol=rounding) for a, b in zip(came, right, strict=True))
 
     def _same(self, came: Answer, right: Answer) -> bool:
         assert right.token_ids is not None and right.logprobs is not None

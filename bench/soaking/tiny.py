@@ -26,6 +26,7 @@ TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+TINY = "tiny-base"  # the name of its folder
 WEIGHT_SPREAD = 0.08  # large enough that logits differ, and that adapters move them
 
 

@@ -4,7 +4,7 @@
     labels           good, with a prompt of its own and the closed label set yes, no, maybe
     moving           republished while it is asked for: another of CONTENTS each time
     huge             finite factors whose products are not: its requests fail, its neighbours' must not
-    torn, headless   damaged in the hub's own files after they were published
+    torn, headless, faded   damaged in the hub's own files after they were published: cut, overwritten, one bit
     local/…          below the server's local root: one good, the others broken in ways that people's folders are
 
 Used by soak.py. Needs torch; nothing here talks to the server.
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soaking.tiny import write_tiny_base
+from soaking.tiny import TINY, write_tiny_base
 
 if TYPE_CHECKING:
     from atoll.hub import Hub
@@ -57,7 +57,7 @@ class World:
     good: tuple[str, ...]
     broken: tuple[str, ...]
     contents: tuple[Path, ...]  # folders that `moving` is published from
-    adapter_bytes: int  # of one good adapter, the mean
+    largest_bytes: int  # of an adapter's numbers in the base's dtype
 
 
 def make_world(base: str, folder: Path) -> World:
@@ -67,7 +67,7 @@ def make_world(base: str, folder: Path) -> World:
     from atoll.serving.keys import add_key
 
     tiny = base == "tiny"
-    ref = str(write_tiny_base(folder / "tiny-base")) if tiny else base
+    ref = str(write_tiny_base(folder / TINY)) if tiny else base
     home, local, keys_file = folder / "home", folder / "local", folder / "keys.json"
     loaded, dtype = load_base(ref), "bfloat16"
     if not _is_compiled(loaded):  # plain torch in bfloat16 rounds by the shape of a batch: answers alone and in a crowd could differ
@@ -89,8 +89,8 @@ def make_world(base: str, folder: Path) -> World:
         "narrow": add_key(keys_file, "narrow", ["infer"], ["a00", "a1*"]),
         "admin": add_key(keys_file, "admin", ["infer", "publish", "admin"]),
     }
-    total = sum(version.size_bytes for version in hub.list())
-    return World(loaded, ref, dtype, home, local, keys_file, keys, hub, good, broken, contents, total // len(hub.list()))
+    largest = max(version.size_bytes for version in hub.list()) // (2 if dtype == "bfloat16" else 1)  # files are float32
+    return World(loaded, ref, dtype, home, local, keys_file, keys, hub, good, broken, contents, largest)
 
 
 def _is_compiled(base: Base) -> bool:
@@ -143,8 +143,8 @@ class Writer:
 
 
 def _damage(hub: Hub, writer: Writer) -> tuple[str, ...]:
-    """Publish two adapters and then write over what the hub stored, as a failing disk would."""
-    names = ("torn", "headless")
+    """Publish three adapters and then write over what the hub stored, as a failing disk would."""
+    names = ("torn", "headless", "faded")
     for seed, name in enumerate(names):
         version = hub.publish(writer.good(name, 70 + seed), name)
         weights = version.path / "adapter_model.safetensors"
@@ -153,8 +153,11 @@ def _damage(hub: Hub, writer: Writer) -> tuple[str, ...]:
         with weights.open("r+b") as file:  # in place: the blob is the same file
             if name == "torn":
                 file.truncate(len(whole) // 2)
-            else:
+            elif name == "headless":
                 file.write(b"\xff" * 64)
+            else:  # one number is another one, and everything still has its form
+                file.seek(len(whole) - 1000)
+                file.write(bytes([whole[-1000] ^ 1]))
     return names
 
 

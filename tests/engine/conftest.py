@@ -1,19 +1,27 @@
-"""What the engine's tests share: a tiny base in float32, adapters of several ranks and targets, a reference without cache or batch."""
+"""What the engine's tests share: a tiny base, adapters of several ranks and targets, a reference without cache or batch.
+
+The base is in float32, unless a module runs for both forwards.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.engine.forwards import DTYPES
 
 from atoll.engine.config import EngineConfig
 from atoll.engine.engine import Engine
+from atoll.engine.request import Request, SamplingParams
 from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
 from atoll.model.bank import LoraBank
 from atoll.model.base import Base, load_base
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
+from atoll.model.kernels.decoder import compiled
 from atoll.model.sites import TARGETS, Site
 
 MakeAdapter = Callable[..., Adapter]
@@ -29,9 +37,31 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def base(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Base:
-    """The tiny Llama in float32: results are equal to rounding, so equal tokens can be demanded."""
-    return load_base(str(tiny_base_dir), dtype="float32", home=tmp_path_factory.mktemp("engine-home"))
+def bases(tiny_base_dir: Path, kernel_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
+    """The tiny Llama as a forward ("plain", "native") needs it, loaded and compiled once."""
+
+    @functools.cache
+    def get(forward: str) -> Base:
+        found = load_base(str(tiny_base_dir), dtype=DTYPES[forward], home=tmp_path_factory.mktemp("engine-home"))
+        if forward == "native":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("ATOLL_HOME", str(kernel_folder.parent))
+                assert compiled(found.decoder) is not None
+        return found
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def forward(request: pytest.FixtureRequest) -> str:
+    """Which forward the engines of this module run on: see forwards.py."""
+    return str(getattr(request, "param", "plain"))
+
+
+@pytest.fixture(scope="module")
+def base(bases: Callable[[str], Base], forward: str) -> Base:
+    """The tiny Llama."""
+    return bases(forward)
 
 
 def random_adapter(base: Base, rank: int, targets: Sequence[str] = TARGETS, seed: int = 0, size: float = 0.3) -> Adapter:
@@ -50,8 +80,9 @@ def random_adapter(base: Base, rank: int, targets: Sequence[str] = TARGETS, seed
 
 
 @pytest.fixture(scope="session")
-def make_adapter(base: Base) -> MakeAdapter:
+def make_adapter(bases: Callable[[str], Base]) -> MakeAdapter:
     """random_adapter over the tiny base."""
+    base = bases("plain")
 
     def make(rank: int, targets: Sequence[str] = TARGETS, seed: int = 0, size: float = 0.3) -> Adapter:
         return random_adapter(base, rank, targets, seed, size)
@@ -71,11 +102,11 @@ def adapters(make_adapter: MakeAdapter) -> dict[str, Adapter]:
 
 
 @pytest.fixture
-def make_engine(base: Base, adapters: dict[str, Adapter]) -> Callable[..., Engine]:
+def make_engine(base: Base, forward: str, adapters: dict[str, Adapter]) -> Callable[..., Engine]:
     """An engine over the tiny base with the four adapters registered; keywords are EngineConfig's."""
 
-    def make(**settings: int) -> Engine:
-        engine = Engine(base, EngineConfig(**settings))
+    def make(**settings: Any) -> Engine:
+        engine = Engine(base, EngineConfig(**{"kernel": forward, **settings}))
         for key, adapter in adapters.items():
             engine.register(key, adapter)
         return engine
@@ -83,7 +114,7 @@ def make_engine(base: Base, adapters: dict[str, Adapter]) -> Callable[..., Engin
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def reference_logits(base: Base) -> Callable[..., torch.Tensor]:
     """Logits [T, V] of one token list with one adapter: one row, no cache, no engine."""
 
@@ -99,9 +130,17 @@ def reference_logits(base: Base) -> Callable[..., torch.Tensor]:
     return logits
 
 
-@pytest.fixture(scope="session")
-def reference_greedy(reference_logits: Callable[..., torch.Tensor]) -> Callable[..., list[int]]:
-    """Greedy tokens by running the whole text again for every token."""
+@pytest.fixture(scope="module")
+def reference_greedy(base: Base, forward: str, reference_logits: Callable[..., torch.Tensor]) -> Callable[..., list[int]]:
+    """Greedy tokens by running the whole text again for every token; of the compiled forward, by running the request alone."""
+
+    def alone(prompt: Sequence[int], num_tokens: int, adapter: Adapter | None = None) -> list[int]:
+        engine = Engine(base, EngineConfig(kernel="native", reuse_prefixes=False))
+        if adapter is not None:
+            engine.register("alone", adapter)
+        sampling = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
+        [completion] = engine.generate([Request(prompt, "alone" if adapter is not None else None, sampling)])
+        return list(completion.token_ids)
 
     def greedy(prompt: Sequence[int], num_tokens: int, adapter: Adapter | None = None) -> list[int]:
         tokens = list(prompt)
@@ -109,4 +148,4 @@ def reference_greedy(reference_logits: Callable[..., torch.Tensor]) -> Callable[
             tokens.append(int(reference_logits(tokens, adapter)[-1].argmax()))
         return tokens[len(prompt) :]
 
-    return greedy
+    return greedy if forward == "plain" else alone

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from tests.engine.forwards import both_forwards
 
 from atoll.engine.engine import Engine
 from atoll.engine.request import Completion, Request, SamplingParams
+from atoll.model.adapter import Adapter
 
+pytestmark = both_forwards
 KEYS = (None, "r4", "r8", "r16", "r8-too")
 KINDS: tuple[dict[str, Any], ...] = (
     {},
@@ -110,3 +114,20 @@ def test_a_step_of_many_adapters_equals_a_step_of_each(make_engine: Callable[...
     many = make_engine().generate(requests)
     few = [make_engine(max_rows=2).generate([request, requests[(i + 1) % 10]])[0] for i, request in enumerate(requests)]
     assert [c.token_ids for c in many] == [c.token_ids for c in few]
+
+
+def test_adapters_packed_on_other_threads_answer_as_those_packed_in_a_step(make_engine: Callable[..., Engine], adapters: dict[str, Adapter]) -> None:
+    """A cold load in the middle of a step stalls every row, so workers do it ahead; what they made is used as it is, made anew once it is gone."""
+    sampling = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    expected = [c.token_ids for c in make_engine().generate([Request([40, 41, 42], key, sampling) for key in adapters])]
+    sizes = [make_engine()._pool._bank.slot_bytes(adapter) for adapter in adapters.values()]
+    engine = make_engine(adapter_bytes=max(sizes))
+    with ThreadPoolExecutor(3) as workers:
+        packed = list(workers.map(engine.pack, adapters.values()))
+    for (key, adapter), ready in zip(adapters.items(), packed, strict=True):
+        engine.register("packed " + key, adapter, ready)
+    requests = [Request([40, 41, 42], "packed " + key, sampling) for key in adapters]
+    for _ in range(2):
+        assert [engine.generate([request])[0].token_ids for request in requests] == expected
+    assert engine.stats()["adapter_evictions"] >= 6
+    engine.check()

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from tests.engine.forwards import both_forwards, cache_memory, failing_forward
 
 from atoll.engine.engine import Engine
 from atoll.engine.request import Request, SamplingParams, ScoreRequest
 from atoll.errors import EngineError
 from atoll.model.adapter import Adapter, LoraModule
-from atoll.model.batch import AdapterBatch, PackedBatch
+from atoll.model.batch import PackedBatch
 
+pytestmark = both_forwards
 MakeEngine = Callable[..., Engine]
 SAMPLING = SamplingParams(max_new_tokens=6, ignore_eos=True)
 
@@ -72,29 +74,45 @@ def test_the_next_tenant_of_a_failed_row_is_not_poisoned(make_engine: MakeEngine
     assert [c.token_ids for c in engine.generate(tenants)] == expected
 
 
+def test_a_score_that_is_not_finite_leaves_nothing_behind(make_engine: MakeEngine, make_adapter: Callable[..., Adapter]) -> None:
+    """Pages of continuations go back while their prompt is still held: what they hold must be known to be good before, or be cleaned."""
+    tenants = [Request([40 + i, 41, 42], None, SAMPLING) for i in range(6)] + [Request([32] * 50, None, SAMPLING)]
+    expected = [c.token_ids for c in make_engine().generate(tenants)]
+    for options in ([[8, 9], [10, 11], [12, 13]], [[8], [9]], [[8, 9, *[10] * 70]]):
+        engine = make_engine()
+        engine.register("nan", with_nan(make_adapter(8)))
+        with pytest.raises(EngineError, match="adapter 'nan'"):
+            engine.score([ScoreRequest([30] * 60, options, "nan")])
+        engine.check()
+        assert not cache_memory(engine).any(), "pages that nobody knows are clean"
+        assert [c.token_ids for c in engine.generate(tenants)] == expected
+
+
+def test_a_forward_that_fails_between_continuations_leaves_nothing_behind(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While continuations are held, a page that they share with their prompt has two holders; it has to be cleaned all the same."""
+    engine = make_engine()
+    decoder = engine._runner._decoder
+    forward, calls = decoder.forward, []
+
+    def second_fails(batch: PackedBatch, *others: Any) -> Any:
+        hidden = forward(batch, *others)
+        calls.append(batch)
+        if len(calls) == 2:
+            raise RuntimeError("lost power")
+        return hidden
+
+    monkeypatch.setattr(decoder, "forward", second_fails)
+    with pytest.raises(RuntimeError, match="lost power"):
+        engine.score([ScoreRequest([30] * 60, [[8, 9], [10, 11], [12, 13]], "r8")])
+    monkeypatch.undo()
+    engine.check()
+    assert not cache_memory(engine).any()
+
+
 def _step_with(engine: Engine, request: Request) -> str:
     request_id = engine.add(request)
     engine.step()
     return request_id
-
-
-def failing_forward(engine: Engine, key: str) -> Callable[..., Any]:
-    """The decoder's forward, raising whenever `key` is in the batch."""
-    forward = engine.base.decoder.forward
-
-    def raising(batch: PackedBatch, adapters: AdapterBatch, cache: Any) -> Any:
-        slot = engine._pool.slot(key) if key in engine._pool.resident() else None
-        used = any(segment.weights == slot for segment in adapters.segments)
-        gathered = (
-            adapters.bank_rows is not None
-            and slot is not None
-            and any(rows._stack.rank == slot.bucket and slot.index in rows._index.tolist() for rows in adapters.bank_rows.buckets)
-        )
-        if slot is not None and (used or gathered):
-            raise RuntimeError("kernel refused")
-        return forward(batch, adapters, cache)
-
-    return raising
 
 
 def test_a_forward_that_raises_is_tried_again_adapter_by_adapter(
@@ -106,7 +124,7 @@ def test_a_forward_that_raises_is_tried_again_adapter_by_adapter(
     requests = [Request([30 + i, 21, 22], key, sampled if i % 2 else SAMPLING) for i, key in enumerate(keys)]
     expected = make_engine().generate(requests)
     engine = make_engine()
-    monkeypatch.setattr(engine.base.decoder, "forward", failing_forward(engine, "r8"))
+    monkeypatch.setattr(engine._runner._decoder, "forward", failing_forward(engine, "r8"))
     with caplog.at_level(logging.WARNING):
         done = engine.generate(requests)
     for completion, wanted in zip(done, expected, strict=True):
@@ -123,7 +141,7 @@ def test_a_forward_that_raises_later_fails_those_only_who_cause_it(make_engine: 
     ids = {key: engine.add(ask(40, key)) for key in ("r4", "r8", "r16")}
     first = engine.step()
     assert len(first) == 3
-    monkeypatch.setattr(engine.base.decoder, "forward", failing_forward(engine, "r16"))
+    monkeypatch.setattr(engine._runner._decoder, "forward", failing_forward(engine, "r16"))
     completions = {}
     while engine.has_work:
         completions.update({event.request_id: event.completion for event in engine.step() if event.completion is not None})
@@ -151,11 +169,12 @@ def test_a_tokenizer_that_cannot_decode_ends_one_request_only(make_engine: MakeE
 
 def test_pinned_adapters_that_fill_the_budget_fail_the_others_at_once(make_engine: MakeEngine, adapters: dict[str, Adapter]) -> None:
     """Waiting would never end: the request says why instead."""
-    needed = make_engine()._pool._bank.slot_bytes(adapters["r16"])
-    engine = make_engine(adapter_bytes=needed)
+    sizes = {key: make_engine()._pool._bank.slot_bytes(adapter) for key, adapter in adapters.items()}
+    largest = max(sizes, key=lambda key: sizes[key])
+    engine = make_engine(adapter_bytes=sizes[largest])
     engine.pin("r4")
-    pinned, other, base = engine.generate([ask(30, "r4"), ask(31, "r16"), ask(32, None)])
+    pinned, other, base = engine.generate([ask(30, "r4"), ask(31, largest), ask(32, None)])
     assert (pinned.finish_reason, base.finish_reason) == ("length", "length")
     assert other.finish_reason == "error" and "pinned adapters leave" in other.error
     engine.unpin("r4")
-    assert engine.generate([ask(31, "r16")])[0].finish_reason == "length"
+    assert engine.generate([ask(31, largest)])[0].finish_reason == "length"

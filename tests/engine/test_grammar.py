@@ -82,13 +82,63 @@ def test_a_grammar_that_takes_too_long_to_compile_is_refused(compiler: GrammarCo
         compiler.check(Grammar("regex", "slow"))
 
 
+def test_a_grammar_that_took_too_long_is_refused_at_once_for_a_while(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked again and again it would hold up every other grammar for the whole time that is allowed; what is remembered is bounded."""
+    compiler = GrammarCompiler(tokenizer, V, (EOS,))
+    tried: list[str] = []
+    with monkeypatch.context() as slow:
+        slow.setattr(grammar_module, "_MAX_COMPILE_S", 0.0)
+        slow.setattr(grammar_module, "_MAX_SLOW", 3)
+        slow.setattr(grammar_module, "_compile_into", lambda found, tokenizer, source, words: tried.append(source))
+        for name in ("a", "a", "b", "a"):
+            with pytest.raises(RequestRefused, match="takes more than"):
+                compiler.check(Grammar("regex", name))
+        assert len(tried) == 2
+        for name in "cdefg":
+            with pytest.raises(RequestRefused, match="takes more than"):
+                compiler.check(Grammar("regex", name))
+        assert len(compiler._slow) == 3
+    with pytest.raises(RequestRefused, match="takes more than"):
+        compiler.check(Grammar("regex", "g"))
+    monkeypatch.setattr(grammar_module.time, "monotonic", lambda: 1e12)
+    compiler.check(Grammar("regex", "g"))
+
+
+def test_a_compiler_that_breaks_down_is_said_so(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as a timeout after ten seconds: a panic is a fault of the grammar, and the next one compiles."""
+
+    class Panic(BaseException):
+        pass
+
+    def broken(*_: Any) -> Any:
+        raise Panic("index out of bounds")
+
+    compiler = GrammarCompiler(tokenizer, V, (EOS,))
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_module, "_compile", broken)
+        with pytest.raises(RequestRefused, match="regular expression cannot be used: index out of bounds"):
+            compiler.check(Grammar("regex", "a"))
+        patch.setattr(grammar_module, "_compile", lambda *_: [0] * (1 << 60))
+        with pytest.raises(EngineError, match="no memory"):
+            compiler.check(Grammar("regex", "a"))
+    compiler.check(Grammar("regex", "a"))
+
+
+def test_compilers_do_not_leave_each_others_stack_size(tokenizer: Any) -> None:
+    """The size is the process's: two that restore it out of order would give every later thread 256 MB."""
+    compilers = [GrammarCompiler(tokenizer, V, (EOS,)) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda compiler: [compiler.check(Grammar("regex", f"a{{{i}}}")) for i in range(30)], compilers))
+    assert threading.stack_size() == 0
+
+
 def test_a_lexer_that_is_full_is_replaced(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies of a compiled grammar share its lexer, whose states are bounded to bound memory: one long answer must not end everybody's."""
     monkeypatch.setattr(grammar_module, "_MAX_LEXER_STATES", 500)
     compiler = GrammarCompiler(tokenizer, V, (EOS,))
     renewed: list[Grammar] = []
     fresh = compiler.fresh
-    monkeypatch.setattr(compiler, "fresh", lambda grammar: renewed.append(grammar) or fresh(grammar))
+    monkeypatch.setattr(compiler, "fresh", lambda *how: renewed.append(how[0]) or fresh(*how))
     long = Grammar("json_schema", json.dumps({"type": "string", "maxLength": 300, "minLength": 300}))
     text = json.dumps("".join(random.Random(3).choices("abcdefghij é🙂", k=300)), ensure_ascii=False)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -108,12 +158,36 @@ def test_a_lexer_that_cannot_be_replaced_ends_its_own_request(tokenizer: Any, mo
     """Compiling again may fail where it worked before; that must not come up in the middle of a step that has other rows."""
     monkeypatch.setattr(grammar_module, "_MAX_LEXER_STATES", 40)
     compiler = GrammarCompiler(tokenizer, V, (EOS,))
+    monkeypatch.setattr(grammar_module, "_MAX_RESTART_S", 0.01)
     matcher = compiler.compile(Grammar("regex", "[a-f]{300}x"))
-    monkeypatch.setattr(grammar_module, "_MAX_COMPILE_S", 0.0)
     monkeypatch.setattr(grammar_module, "_compile_into", lambda *_: None)
     words = np.zeros(V // 32, dtype=np.uint32)
     with pytest.raises(EngineError, match="too many states"):
         for _ in range(300):
+            matcher.allow(words, (EOS,), may_stop=True)
+            matcher.advance(70)
+
+
+def test_a_full_lexer_is_replaced_once_for_all_and_not_for_ever(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that share a lexer find it full in the same step: they share the next one too; and one answer cannot stop the step again and again."""
+    monkeypatch.setattr(grammar_module, "_MAX_LEXER_STATES", 120)
+    compiler = GrammarCompiler(tokenizer, V, (EOS,))
+    grammar = Grammar("regex", "[a-f]{100}x")
+    matchers = [compiler.compile(grammar) for _ in range(8)]
+    built: list[Grammar] = []
+    build = compiler._build
+    monkeypatch.setattr(compiler, "_build", lambda grammar, max_s: built.append(grammar) or build(grammar, max_s))
+    words = np.zeros(V // 32, dtype=np.uint32)
+    for _ in range(99):
+        for matcher in matchers:
+            matcher.allow(words, (EOS,), may_stop=True)
+            matcher.advance(70)
+    assert len(built) < len(matchers)
+    monkeypatch.setattr(grammar_module, "_MAX_LEXER_STATES", 40)
+    monkeypatch.setattr(grammar_module, "_MAX_RESTART_S", 0.01)
+    matcher = GrammarCompiler(tokenizer, V, (EOS,)).compile(Grammar("regex", "[a-f]{3000}x"))
+    with pytest.raises(EngineError, match="too many states"):
+        for _ in range(3000):
             matcher.allow(words, (EOS,), may_stop=True)
             matcher.advance(70)
 
@@ -123,7 +197,7 @@ def test_compiled_grammars_are_kept_and_bounded(tokenizer: Any, monkeypatch: pyt
     compiler = GrammarCompiler(tokenizer, V, (EOS,))
     built: list[Grammar] = []
     build = compiler._build
-    monkeypatch.setattr(compiler, "_build", lambda grammar: built.append(grammar) or build(grammar))
+    monkeypatch.setattr(compiler, "_build", lambda grammar, max_s: built.append(grammar) or build(grammar, max_s))
     for _ in range(3):
         compiler.check(schema({"const": 1}))
         compiler.compile(schema({"const": 1}))
@@ -160,7 +234,7 @@ def test_several_threads_may_compile_at_once(tokenizer: Any, monkeypatch: pytest
     compiler = GrammarCompiler(tokenizer, V, (EOS,))
     built: list[Grammar] = []
     build = compiler._build
-    monkeypatch.setattr(compiler, "_build", lambda grammar: built.append(grammar) or build(grammar))
+    monkeypatch.setattr(compiler, "_build", lambda grammar, max_s: built.append(grammar) or build(grammar, max_s))
     grammars = [schema({"const": number % 4}) for number in range(24)]
     with ThreadPoolExecutor(6) as pool:
         matchers = list(pool.map(compiler.compile, grammars))

@@ -234,3 +234,11 @@ def test_a_bank_that_does_not_gather_gets_a_segment_for_every_group(make_engine:
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
     assert all(adapters.bank_rows is None and len(adapters.segments) == 4 for adapters in seen)
     assert [(s.start, s.stop) for s in seen[-1].segments] == [(1, 2), (2, 3), (3, 5), (5, 6)]
+
+
+def test_deadlines_of_finished_requests_are_forgotten(make_engine: MakeEngine) -> None:
+    """A server gives each request ten minutes; most end in a second, and what is left of them would be thousands of entries."""
+    engine = make_engine()
+    for i in range(500):
+        engine.generate([Request([5 + i % 300], None, SamplingParams(max_new_tokens=1), deadline_s=600.0)])
+    assert len(engine._deadlines) <= 100

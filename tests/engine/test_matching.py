@@ -244,8 +244,8 @@ def test_no_setting_brings_back_a_forbidden_token(make: Callable[..., Sequence])
     for settings in (
         {"logit_bias": {**allowed, 20: 100.0}},
         {"logit_bias": {**allowed, 20: 100.0}, "temperature": 1.5, "seed": 3, "top_k": 1},
-        {"repetition_penalty": 1e30, "frequency_penalty": 2.0, "presence_penalty": 2.0},
-        {"repetition_penalty": 1e-30, "temperature": 1e-20, "seed": 5, "top_p": 0.01},
+        {"repetition_penalty": 1e6, "frequency_penalty": 2.0, "presence_penalty": 2.0},
+        {"repetition_penalty": 1e-6, "temperature": 1e-20, "seed": 5, "top_p": 0.01},
         {"temperature": 100.0, "seed": 7, "min_p": 0.9, "typical_p": 0.05, "top_p": 0.2, "top_k": 2},
     ):
         found = answer(make(grammar=schema({"enum": ["abcabc", "cbacba"]}), logprobs=2, **settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -97,9 +98,52 @@ def test_an_adapter_larger_than_the_budget_is_refused_when_it_is_registered(
 def test_a_key_means_one_adapter_for_good(pool: AdapterPool, make_adapter: Callable[..., Adapter]) -> None:
     """A key that changed its meaning would make running and cached answers lie."""
     with pytest.raises(RequestRefused, match="registered for another adapter"):
-        pool.register("a", make_adapter(8, seed=0))
+        pool.register("a", make_adapter(8, seed=9))
     with pytest.raises(RequestRefused, match="empty"):
         pool.register("", make_adapter(8))
+
+
+def test_the_same_content_read_again_is_the_same_adapter(pool: AdapterPool, make_adapter: Callable[..., Adapter]) -> None:
+    """A registry reads a digest's file anew after it has let go of the tensors, while the engine still waits for the last request of the old ones."""
+    pool.use("a")
+    assert not pool.unregister("a", wait=True)
+    pool.register("a", make_adapter(8, seed=0))
+    pool.check_known("a")
+    assert not pool.unuse("a")
+    assert "a" in pool
+    broken = make_adapter(8, seed=1)
+    next(iter(broken.modules.values())).a[0, 0] = torch.nan
+    pool.register("nan", broken)
+    pool.register("nan", Adapter(broken.spec, {site: LoraModule(m.a.clone(), m.b.clone(), m.scaling) for site, m in broken.modules.items()}))
+
+
+def test_what_was_packed_ahead_is_taken_by_the_first_load_only(
+    pool: AdapterPool, make_adapter: Callable[..., Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packing takes long and is done by a worker; but the packed form is memory outside the budget, so it goes when it is taken."""
+    adapter, ready = make_adapter(8, seed=7), Ready()
+    alive, taken = weakref.ref(ready), []
+    load = pool._bank.load
+    monkeypatch.setattr(pool._bank, "load", lambda adapter, packed=None: taken.append(packed is not None) or load(adapter))
+    pool.register("packed", adapter, ready)
+    del ready
+    for key in ("packed", "wide", "packed"):
+        assert alive() is None or not taken
+        assert pool.hold(key)
+        pool.release(key)
+    assert taken == [True, False, False]
+    assert alive() is None
+    ready = Ready()
+    alive = weakref.ref(ready)
+    pool.register("never asked for", make_adapter(8), ready)
+    del ready
+    pool.unregister("never asked for")
+    assert alive() is None
+    assert pool.pack(adapter) is None, "the plain bank has nothing to do ahead"
+
+
+class Ready:
+    """A packed adapter."""
 
 
 def test_an_adapter_for_another_base_is_refused(pool: AdapterPool) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from tests.conftest import write_tiny_base
+from tests.engine.forwards import DTYPES, both_forwards
 
 from atoll.engine.config import EngineConfig
 from atoll.engine.engine import Engine
@@ -16,6 +17,7 @@ from atoll.engine.request import Completion, Grammar, Request, SamplingParams
 from atoll.errors import RequestRefused
 from atoll.model.base import load_base
 
+pytestmark = both_forwards
 MakeEngine = Callable[..., Engine]
 KEYS = (None, "r4", "r8", "r16")
 KINDS: dict[str, dict[str, Any]] = {
@@ -134,20 +136,21 @@ def test_a_request_that_can_never_fit_is_refused(make_engine: MakeEngine) -> Non
     assert len(longest.token_ids) == len(whole.token_ids) == 56
 
 
+@pytest.mark.usefixtures("built_kernels")
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_answers_that_cross_a_change_of_angles_survive_preemption(kind: str, tmp_path: Path) -> None:
+def test_answers_that_cross_a_change_of_angles_survive_preemption(kind: str, forward: Literal["plain", "native"], tmp_path: Path) -> None:
     """Where angles depend on the length, tokens of an answer were computed with those of their time; a resumed row must compute them so again."""
     ropes: dict[str, dict[str, Any]] = {
         "longrope": {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "original_max_position_embeddings": 64},
         "dynamic": {"factor": 4.0},
     }
     folder = write_tiny_base(tmp_path / "base", rope_parameters={"rope_theta": 10_000.0, "rope_type": kind, **ropes[kind]})
-    base = load_base(str(folder), dtype="float32", home=tmp_path / "home")
+    base = load_base(str(folder), dtype=DTYPES[forward], home=tmp_path / "home")
     sampling = SamplingParams(max_new_tokens=60, ignore_eos=True)
     requests = [Request(prompt(i, 30 + 10 * i), None, sampling) for i in range(4)]
-    engine = Engine(base, EngineConfig(max_rows=4, num_pages=9))
+    engine = Engine(base, EngineConfig(max_rows=4, num_pages=9, kernel=forward))
     done = engine.generate(requests)
     assert engine.stats()["preemptions"] > 0
     for completion, request in zip(done, requests, strict=True):
-        [alone] = Engine(base, EngineConfig(max_rows=4)).generate([request])
+        [alone] = Engine(base, EngineConfig(max_rows=4, kernel=forward)).generate([request])
         assert completion.token_ids == alone.token_ids

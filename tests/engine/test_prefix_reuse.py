@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from tests.conftest import write_tiny_base
+from tests.engine.forwards import DTYPES, both_forwards, cache_memory
 
 from atoll.engine.config import EngineConfig
 from atoll.engine.engine import Engine
@@ -16,6 +17,7 @@ from atoll.model.adapter import Adapter
 from atoll.model.base import load_base
 from atoll.model.kv_cache import PAGE_TOKENS
 
+pytestmark = both_forwards
 MakeEngine = Callable[..., Engine]
 PROMPT = [5 + (7 * i) % 300 for i in range(100)]  # three full pages and four tokens
 
@@ -116,17 +118,18 @@ def test_samples_of_one_prompt_asked_at_once_compute_it_once(make_engine: MakeEn
 def test_what_a_failed_request_computed_is_never_reused(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pages may be half written; the next request with the same prompt computes them itself."""
     engine = make_engine()
-    forward = engine.base.decoder.forward
+    decoder = engine._runner._decoder
+    forward = decoder.forward
 
     def half_done(*arguments: Any) -> Any:
         forward(*arguments)
         raise RuntimeError("lost power")
 
-    monkeypatch.setattr(engine.base.decoder, "forward", half_done)
+    monkeypatch.setattr(decoder, "forward", half_done)
     assert one(engine, ask()).finish_reason == "error"
     monkeypatch.undo()
     assert engine.stats()["pages_cached"] == 0
-    assert not engine._runner._cache.keys.any(), "what it wrote is gone"  # type: ignore[attr-defined]
+    assert not cache_memory(engine).any(), "what it wrote is gone"
     assert one(engine, ask()).num_reused_tokens == 0
 
 
@@ -159,16 +162,17 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("built_kernels")
 @pytest.mark.parametrize("rope", list(ROPES))
-def test_where_angles_depend_on_the_length_only_equal_ones_are_shared(rope: str, tmp_path: Path) -> None:
+def test_where_angles_depend_on_the_length_only_equal_ones_are_shared(rope: str, forward: Literal["plain", "native"], tmp_path: Path) -> None:
     """A prompt below the trained length is rotated otherwise than one above it: their beginnings are equal in tokens alone."""
     folder = write_tiny_base(tmp_path / "base", rope_parameters={"rope_theta": 10_000.0, **ROPES[rope]})
-    base = load_base(str(folder), dtype="float32", home=tmp_path / "home")
-    engine = Engine(base, EngineConfig(max_rows=4))
+    base = load_base(str(folder), dtype=DTYPES[forward], home=tmp_path / "home")
+    engine = Engine(base, EngineConfig(max_rows=4, kernel=forward))
     prompts = [PROMPT[:50], PROMPT[:90], PROMPT[:60], PROMPT]
     settings = {"max_new_tokens": 20}  # the first answers cross the trained length
     for prompt in prompts:
-        alone = one(Engine(base, EngineConfig(max_rows=4, reuse_prefixes=False)), ask(prompt, **settings))
+        alone = one(Engine(base, EngineConfig(max_rows=4, reuse_prefixes=False, kernel=forward)), ask(prompt, **settings))
         assert one(engine, ask(prompt, **settings)).token_ids == alone.token_ids
     reused = [one(engine, ask(prompt, **settings)).num_reused_tokens for prompt in prompts]
     assert reused == [32, 64, 32, 96]

@@ -163,6 +163,18 @@ def test_nobody_is_admitted_while_jobs_wait_for_room() -> None:
     assert [name for name, _, _ in bench.step()] == ["a", "b"]
 
 
+def test_those_who_take_no_place_go_on_while_a_job_waits_for_an_adapter() -> None:
+    """A job that waits for a place must get one in the end; rows of the base, of pinned adapters and of its own adapter take none from it."""
+    bench = Bench(FakeAdapters(room=2, pinned=("P",)))
+    for name, adapter in (("base", None), ("pinned", "P"), ("other", "B"), ("own", "J")):
+        bench.add(sequence(name, adapter=adapter))
+    assert {name for name, _, _ in bench.step(wanted="J")} == {"base", "pinned", "own"}
+    bench.step(wanted="J")
+    assert bench.waiting == ["other"]
+    bench.step()  # the job is gone, and nothing else has changed
+    assert "other" in bench.running
+
+
 def test_the_check_finds_a_sequence_in_two_states() -> None:
     """The integrity check is only worth running if it can fail."""
     bench = Bench()

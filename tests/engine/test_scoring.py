@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from atoll.engine import scoring
 from atoll.engine.engine import Engine
-from atoll.engine.request import Request, SamplingParams, ScoreRequest
+from atoll.engine.request import EmbedRequest, Request, SamplingParams, ScoreRequest
 from atoll.errors import RequestRefused
 from atoll.model.adapter import Adapter
 
@@ -110,3 +111,68 @@ def test_an_interrupt_while_scoring_gives_everything_back(make_engine: MakeEngin
         engine.score(items(), interrupt)
     engine.check()
     assert engine.stats()["adapters_in_use"] == 0
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_many_continuations_take_many_steps(
+    make_engine: MakeEngine, adapters: dict[str, Adapter], reference_logits: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch, reuse: bool
+) -> None:
+    """A client's thousand options must not be one step of minutes, in which nobody else gets a token, nor a table of logits without end."""
+    monkeypatch.setattr(scoring, "LOGIT_ROWS", 2)
+    source = random.Random(4)
+    many = [[source.randrange(5, 320) for _ in range(source.choice((1, 4, 9)))] for _ in range(150)]
+    asked = [ScoreRequest([9] * 40, many, "r8"), *(ScoreRequest([5 + i], [[8], [9, 10, 11]], "r4") for i in range(5))]
+    engine = make_engine(max_rows=2, max_step_tokens=50, reuse_prefixes=reuse)
+    request_id = engine.add(Request([5, 6], "r16", SamplingParams(max_new_tokens=200, ignore_eos=True)))
+    widths: list[int] = []
+    forward = engine._runner.forward
+    monkeypatch.setattr(engine._runner, "forward", lambda rows: widths.append(sum(len(row.token_ids) for row in rows)) or forward(rows))
+    job, tokens = engine.begin_score(asked), 0
+    while not job.finished:
+        tokens += sum(event.request_id == request_id for event in engine.step())
+        engine.check()
+    assert tokens > 5
+    assert max(widths) <= 50
+    for item, sums in zip(asked, job.result(), strict=True):
+        assert sums == pytest.approx(reference(item, adapters, reference_logits), abs=1e-3)
+
+
+def test_scopes_take_turns_however_many_jobs_one_has(make_engine: MakeEngine) -> None:
+    """One key's hundred jobs are no reason for another's to wait for all of them."""
+    engine = make_engine(max_rows=2, max_step_tokens=40)
+    alice = [engine.begin_score([ScoreRequest([5 + i] * 30, [[8, 9]], scope="alice")]) for i in range(10)]
+    bob = engine.begin_score([ScoreRequest([7] * 30, [[8, 9]], scope="bob")])
+    carol = engine.begin_embed([EmbedRequest([7] * 30, scope="carol")])
+    for _ in range(3):
+        engine.step()
+    assert bob.finished
+    assert carol.finished
+    assert [job.finished for job in alice] == [True] + [False] * 9
+    engine.cancel_job(alice[1])
+    while engine.has_work:
+        engine.step()
+    assert [job.finished for job in alice].count(True) == 9
+    engine.check()
+
+
+def test_a_job_that_waits_for_its_adapter_stops_nobody_who_takes_no_place(make_engine: MakeEngine, adapters: dict[str, Adapter]) -> None:
+    """The places are taken by long answers: requests of the base still start, and when a place comes free it is the job's before a newcomer's."""
+    size = make_engine()._pool._bank.slot_bytes(adapters["r16"])
+    engine = make_engine(adapter_bytes=size, max_overtakes=2)
+    sampling = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    engine.add(Request([5, 6], "r16", sampling))
+    engine.step()
+    job = engine.begin_score([ScoreRequest([7, 8], [[9]], "r8")])
+    for _ in range(4):
+        engine.step()
+    engine.add(Request([9, 10], None, sampling, "base"))
+    later = engine.add(Request([9, 10], "r16", sampling))
+    engine.step()
+    assert "base" in engine._scheduler.running
+    while not job.finished:
+        assert later in engine._scheduler.waiting
+        engine.step()
+        engine.check()
+    while engine.has_work:
+        engine.step()
+    assert engine.stats()["finished_length"] == 3

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atoll.errors import BaseMismatch, RequestRefused
 from atoll.model import sparsify
-from atoll.model.adapter import Adapter, LoraModule
+from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
 from atoll.model.adapter_files import read_adapter, write_adapter
 from atoll.model.bank import LoraBank
 from atoll.model.composed import by_deltas, by_factors, cat, compress, knots, product, stacked_rank
@@ -186,6 +186,20 @@ def test_compressing_to_the_true_rank_loses_nothing(parents: list[Adapter]) -> N
     whole = compress(cat(parents, [1.0, -2.0, 0.5]), 100)
     assert (whole.energy_kept, whole.least_energy_kept) == (1.0, 1.0)
     assert_is_sum(whole.adapter, parents, [1.0, -2.0, 0.5])
+
+
+def test_a_rank_above_a_linears_width_is_compressed_to_that_width() -> None:
+    """Grouped heads make k and v narrow: a stack of adapters has more rank there than any update of theirs can."""
+    generator = torch.Generator().manual_seed(3)
+    a, b = torch.randn(40, 64, generator=generator), torch.randn(16, 40, generator=generator)
+    spec = AdapterSpec(base="any", rank=40, alpha=40.0, target_modules=("k_proj",), layers_to_transform=(0,))
+    site = Site(0, "k_proj")
+    for rank, width in ((32, 16), (16, 16), (7, 7)):
+        small, kept, _ = compress(Adapter(spec, {site: LoraModule(a, b, 1.0)}), rank)
+        assert small.modules[site].rank == width
+        assert kept == pytest.approx(1.0) if width == 16 else kept < 0.9
+        if width == 16:
+            torch.testing.assert_close(delta(small, site), b @ a, rtol=0, atol=1e-4)
 
 
 def test_compressing_is_the_best_there_is_and_says_what_it_kept(parents: list[Adapter]) -> None:

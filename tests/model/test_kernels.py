@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import shutil
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from atoll.model.kernels.decoder import CompiledDecoder, compiled
 from atoll.model.kv_cache import PAGE_TOKENS
 from conftest import tiny_model
 
-pytestmark = pytest.mark.skipif(
-    build.chosen_target() is None or not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no compiler, or a processor without AVX2 or NEON"
-)
+pytestmark = [
+    pytest.mark.usefixtures("built_kernels"),
+    pytest.mark.skipif(not build.usable_targets() or build.compiler_path() is None, reason="no compiler, or a processor without AVX2 or NEON"),
+]
 
 TARGETS = [target.name for target in build.TARGETS if target.needs <= build._processor_flags()]
 # Sizes that fill no panel of 32 columns, with one key head; sizes of Llama's own shape; a window; biases; norms on heads.
@@ -44,14 +46,6 @@ SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {}),
 ]
 LONG_ROWS = [*ROWS, list(range(5, 75))]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def kernel_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One place for the libraries of all tests here, built once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATOLL_HOME", str(tmp_path_factory.mktemp("kernels")))
-        yield
 
 
 @pytest.fixture(params=[TARGETS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in TARGETS[1:])] if TARGETS else [])
@@ -235,11 +229,82 @@ def test_plain_torch_is_used_where_it_is_asked_for_or_nothing_can_be_built(
     broken = tmp_path / "broken-compiler"
     broken.write_text("#!/bin/sh\necho 'no space left' >&2\nexit 1\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(build, "_compiler", lambda: str(broken))
+    monkeypatch.setattr(build, "compiler_path", lambda: str(broken))
     with caplog.at_level(logging.WARNING):
         assert compiled(decoder_of(model_of("llama"), torch.bfloat16)) is None
-        monkeypatch.setattr(build, "_compiler", lambda: None)
+        monkeypatch.setattr(build, "compiler_path", lambda: None)
+        monkeypatch.setattr("atoll.model.kernels.decoder.compiler_path", lambda: None)
         assert compiled(decoder_of(model_of("llama"), torch.bfloat16)) is None
     assert "no space left" in caplog.text
     assert "no C++ compiler" in caplog.text
     assert not list((tmp_path / "kernels").glob("*.so"))
+
+
+def test_a_target_that_cannot_be_built_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler too old for AMX still knows AVX2: falling to plain torch at once would throw away most of the speed."""
+    names = [target.name for target in build.usable_targets()]
+    if len(names) < 2:
+        pytest.skip("this processor has one target")
+    load = build.load_library
+    monkeypatch.setattr("atoll.model.kernels.decoder.load_library", lambda target: None if target.name == names[0] else load(target))
+    found = compiled(decoder_of(model_of("llama"), torch.bfloat16))
+    assert found is not None
+    assert found.kernel == names[1]
+
+
+def test_factors_that_overflow_give_no_finite_answer(target: str) -> None:
+    """Scores that are not numbers must not become an even average of the values: the engine could not tell that the answer is worthless."""
+    rows = Rows(model_of("llama"))
+    broken = random_adapter(rows.exact, rank=4, seed=9, target_modules=("q_proj",))
+    for module in broken.modules.values():
+        module.a.mul_(1e30)
+        module.b.mul_(1e30)
+    rows.slots[0] = rows.bank.load(broken)
+    assert not torch.isfinite(rows.hidden([0])[0][-1].float()).all()
+    values, _ = rows.decoder.best(rows.hidden([0])[0][-1:])
+    assert not torch.isfinite(values).any()
+
+
+ODD: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"hidden_size": 128, "num_attention_heads": 16, "num_key_value_heads": 1}),  # more queries of a key head than go together
+    ("llama", {"vocab_size": 331, "intermediate_size": 50}),  # a head and an MLP that end inside a vector
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), ODD)
+def test_odd_sizes_and_adapters_on_some_linears(target: str, family: str, changes: dict[str, Any]) -> None:
+    """Blocks of columns over q, k and v of which one has no factors, ranks that are odd, sizes that end inside a vector."""
+    rows = Rows(model_of(family, tuple(changes.items())))
+    for index, targets in enumerate([("k_proj", "up_proj"), ("v_proj",), None, ("q_proj", "v_proj", "down_proj"), ("gate_proj", "o_proj")]):
+        if targets is not None:
+            rows.adapters[index] = random_adapter(rows.exact, rank=3 + 7 * index, seed=index, target_modules=targets)
+            rows.slots[index] = rows.bank.load(rows.adapters[index])
+    together = rows.hidden(range(len(rows.rows)))
+    for index, hidden in enumerate(together):
+        exact, rounded = rows.plain(rows.exact, index), rows.plain(rows.rounded, index)
+        assert float((rows.decoder.logits(hidden) - exact).abs().mean()) <= 1.5 * float((rounded - exact).abs().mean()) + 1e-3
+        assert torch.equal(rows.hidden([index])[0], hidden)
+
+
+def test_two_threads_may_use_one_base(target: str) -> None:
+    """Engines over one base share its packed weights and its scratch memory: they take turns."""
+    rows = Rows(model_of("llama"))
+    expected = rows.hidden([4])[0]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: rows.hidden([4])[0], range(20)))
+    assert all(torch.equal(hidden, expected) for hidden in found)
+
+
+def test_a_child_of_fork_can_go_on(target: str) -> None:
+    """Its threads are gone; waiting for them would hang for ever."""
+    rows = Rows(model_of("llama"))
+    expected = rows.hidden([0])[0]
+    torch.set_num_threads(2)
+    try:
+        rows.hidden([0])
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(rows.hidden([0])[0], expected) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(1)

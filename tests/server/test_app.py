@@ -20,7 +20,7 @@ from atoll.serving.config import ServeConfig
 from atoll.serving.keys import Caller
 from atoll.serving.service import Service
 
-OPEN = {"/health", "/ping", "/startup"}
+OPEN = {"/health", "/ping", "/startup"}  # and GET /
 EVERYWHERE = ["/generate", "/v1/completions", "/adapters/plain/load"]
 
 
@@ -51,7 +51,8 @@ def test_every_route_says_who_may_use_it(live: Live) -> None:
     routes = _routes(live)
     assert len(routes) > 30
     assert not [route for route in routes if not rules.has(*route)]
-    assert {path for path, method in routes if rules.scope_for(_filled(path), method) is None} == OPEN
+    assert {path for path, method in routes if rules.scope_for(_filled(path), method) is None} == OPEN | {"/"}
+    assert rules.scope_for("/", "POST") == "infer"
     assert rules.scope_for("/of/tomorrow", "GET") == "admin"
     assert rules.scope_for("/adapters", "DELETE") == "admin"
 
@@ -125,9 +126,9 @@ def test_a_bearer_goes_to_the_source_only_where_it_is_no_key(live: Live) -> None
 
     from atoll.http.auth import source_token
 
-    request = Request({"type": "http", "headers": [(b"authorization", b"Bearer abc")]})
-    assert source_token(request, live.service.config) == "abc"
-    assert source_token(request, live.service.config.model_copy(update={"keys_file": "keys.json"})) is None
+    request = Request({"type": "http", "headers": [(b"authorization", b"Bearer hf_abc")]})
+    assert source_token(request, has_keys=False) == "hf_abc"
+    assert source_token(request, has_keys=True) is None
 
 
 # Bodies

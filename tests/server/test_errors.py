@@ -11,7 +11,7 @@ import pytest
 from atoll import errors
 from atoll.errors import AtollError, QueueFull
 from atoll.http.errors import Incomplete, invalid_body, kind_of, protocol_of, refusal, refusal_of
-from atoll.serving.service import Unavailable
+from atoll.serving.entries import SourceRefused, TimedOut, Unavailable
 
 ALL = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, AtollError)] + [Incomplete, Unavailable]
 
@@ -22,7 +22,7 @@ def test_every_error_has_a_body_in_each_protocol(kind: type[AtollError]) -> None
     error = kind("it is so", hint="do this")
     for protocol in ("native", "openai", "own"):
         refused = refusal_of(error, protocol)
-        assert 400 <= refused.status < 600 and refused.status != 500
+        assert 400 <= refused.status < 600 and (refused.status != 500 or (kind, protocol) == (errors.EngineError, "openai"))
         body = json.loads(refused.encode())
         if protocol == "native":
             assert isinstance(body["error"], str) and isinstance(body["error_type"], str)
@@ -44,7 +44,9 @@ def test_every_error_has_a_body_in_each_protocol(kind: type[AtollError]) -> None
         (errors.RequestRefused("x"), (422, "validation"), (400, "invalid_request_error"), (422, "request_refused")),
         (errors.AdapterNotFound("x"), (424, "generation"), (404, "invalid_request_error"), (404, "adapter_not_found")),
         (errors.BaseMismatch("x"), (424, "generation"), (422, "invalid_request_error"), (422, "base_mismatch")),
-        (errors.EngineError("x"), (424, "generation"), (422, "server_error"), (424, "engine_error")),
+        (errors.EngineError("x"), (424, "generation"), (500, "server_error"), (424, "engine_error")),
+        (TimedOut("x"), (424, "generation"), (504, "server_error"), (504, "timed_out")),
+        (SourceRefused("x"), (424, "generation"), (422, "invalid_request_error"), (424, "source_refused")),
         (errors.QueueFull("x"), (429, "overloaded"), (429, "rate_limit_error"), (429, "queue_full")),
         (Unavailable("x"), (503, "unavailable"), (503, "server_error"), (503, "unavailable")),
         (Incomplete("x"), (503, "incomplete_generation"), (503, "server_error"), (503, "incomplete")),

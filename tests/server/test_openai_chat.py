@@ -19,6 +19,7 @@ from atoll.model.base import load_base
 from atoll.openai.chat import ChoiceWriter
 from atoll.openai.reply import Chunks, Head
 from atoll.openai.tools import call_text, tool_use
+from atoll.serving.keys import EVERYBODY
 from conftest import write_tiny_base
 
 USER = [{"role": "user", "content": "a lagoon"}]
@@ -272,13 +273,17 @@ def test_harmless_fields_are_ignored(live: OpenAILive):
 
 def test_too_many_requests_are_a_rate_limit_with_a_time_to_wait(serve: Callable[..., OpenAILive]):
     """The client waits as long as the header says."""
-    small = serve(per_key_requests=1)
+    small = serve(per_key_requests=2)
+    small.service.places.take(1, EVERYBODY)
     with openai.OpenAI(base_url=small.url + "/v1", api_key="none", max_retries=0) as client:
         for stream in (False, True):
             with pytest.raises(openai.RateLimitError) as caught:
                 client.chat.completions.create(model="", messages=USER, n=2, stream=stream)  # type: ignore[arg-type]
             assert int(caught.value.response.headers["retry-after"]) >= 1 and caught.value.code == "overloaded"
+            with pytest.raises(openai.BadRequestError, match="2 are allowed"):  # more than there ever are: waiting does not help
+                client.chat.completions.create(model="", messages=USER, n=3, stream=stream)  # type: ignore[arg-type]
         assert client.chat.completions.create(model="", messages=USER, max_tokens=1).choices  # type: ignore[arg-type]
+    small.service.places.give_back(1, EVERYBODY)
 
 
 def test_a_failure_in_the_middle_of_a_stream_is_an_error_of_the_client(live: OpenAILive, monkeypatch: pytest.MonkeyPatch):

@@ -53,7 +53,7 @@ def test_pooling_and_adapter_are_those_asked_for(live: OpenAILive):
         ({"input": [""]}, "input"),
         ({"input": [[]]}, "input"),
         ({"input": [5, 100000]}, "input"),
-        ({"input": ["x"] * 65}, "input"),
+        ({"input": ["x"] * 2049}, "input"),
         ({"input": "x" * 300}, "input"),
         ({"input": [{"a": 1}]}, None),
         ({"input": "x", "encoding_format": "hex"}, "encoding_format"),

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from adapters import decoder_of, random_adapter
-from atoll.errors import AdapterFormatError, AdapterNotFound, BaseMismatch, EngineError, QueueFull
+from atoll.errors import AdapterFormatError, AdapterNotFound, BaseMismatch, EngineError, IntegrityError, QueueFull
 from atoll.hub import Hub
 from atoll.model.adapter_files import write_adapter
 from atoll.serving import registry as registry_module
@@ -217,7 +217,7 @@ def test_a_corrupt_adapter_fails_its_own_requests_only(base, hub):
         async with running(base, hub) as service:
             loads = Loads(service)
             for _ in range(3):
-                with pytest.raises(AdapterFormatError) as caught:
+                with pytest.raises(IntegrityError) as caught:
                     await answer(service, "red", PROMPT)
                 assert "red@1" in caught.value.message
                 assert str(hub.root) not in caught.value.message
@@ -243,11 +243,11 @@ def test_each_failure_doubles_the_wait(base, hub, monkeypatch):
             monkeypatch.setattr(registry_module.time, "monotonic", lambda: clock[0])
             loads = Loads(service)
             for wait in (10, 20, 40):
-                with pytest.raises(AdapterFormatError):
+                with pytest.raises(IntegrityError):
                     await key_of(service, "red")
                 count = len(loads.failures)
                 clock[0] += wait - 1
-                with pytest.raises(AdapterFormatError):
+                with pytest.raises(IntegrityError):
                     await key_of(service, "red")
                 assert len(loads.failures) == count
                 clock[0] += 2

@@ -45,6 +45,9 @@ def serve(
     s3_prefix: Annotated[
         list[str] | None, typer.Option("--s3-prefix", metavar="URL", help="Let requests name adapters below this s3:// URL; repeatable.")
     ] = None,
+    deployment_name: Annotated[
+        list[str] | None, typer.Option("--deployment-name", metavar="NAME", help="Another name of the base in Predibase's path; repeatable.")
+    ] = None,
     max_rows: Annotated[
         int | None, typer.Option("--max-rows", metavar="N", help="Requests that are computed at once (default 64).", show_default=False)
     ] = None,
@@ -88,6 +91,7 @@ def serve(
         "local_root": local_root,
         "allow_hf": allow_hf or None,
         "s3_prefixes": tuple(s3_prefix) if s3_prefix else None,
+        "deployment_names": tuple(deployment_name) if deployment_name else None,
         "engine__max_rows": max_rows,
         "engine__max_row_tokens": max_row_tokens,
         "cors_origins": tuple(cors_origin) if cors_origin else None,

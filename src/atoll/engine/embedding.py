@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from atoll.engine.jobs import Job, Lender, Text
+from atoll.engine.jobs import Job, Lack, Lender, Text
 from atoll.engine.request import EmbedRequest
 from atoll.engine.step import not_finite
 
@@ -20,22 +20,23 @@ class EmbedJob(Job[list[float]]):
     """One vector of D float32 numbers a text."""
 
     def __init__(self, items: Sequence[EmbedRequest]) -> None:
-        super().__init__([item.adapter for item in items])
+        super().__init__([item.adapter for item in items], items[0].scope if items else "")
         self._items = items
         self._vectors: list[list[float]] = [[] for _ in items]
         self._todo = deque(sorted(range(len(items)), key=lambda i: items[i].adapter or ""))
         self.finished = not items
 
-    def step(self, lender: Lender) -> bool:
+    def step(self, lender: Lender) -> Lack | None:
         members: list[int] = []
         texts: list[Text] = []
-        room = lender.max_tokens
+        room, lack = lender.max_tokens, None
         failed = True
         try:
             while self._todo and (not texts or len(self._items[self._todo[0]].prompt_ids) <= room):
                 item = self._items[self._todo[0]]
                 text = lender.borrow(item.prompt_ids, item.adapter)
-                if text is None:
+                if isinstance(text, Lack):
+                    lack = text
                     break
                 texts.append(text)
                 members.append(self._todo.popleft())
@@ -49,7 +50,7 @@ class EmbedJob(Job[list[float]]):
             lender.give_back(texts, failed=failed)
         self.num_done += len(members)
         self.finished = not self._todo
-        return bool(members)
+        return None if members else lack
 
     def _pooled(self, lender: Lender, members: Sequence[int], texts: Sequence[Text]) -> list[Tensor]:
         means = [self._items[index].pooling == "mean" for index in members]

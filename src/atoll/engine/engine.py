@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from atoll.engine.config import EngineConfig
 from atoll.engine.intake import Intake, Pace
-from atoll.engine.jobs import Job, Lender
+from atoll.engine.jobs import Job, Jobs, Lack, Lender
 from atoll.engine.pages import Pages
 from atoll.engine.pool import AdapterPool
 from atoll.engine.request import Completion, EmbedRequest, FinishReason, Request, ScoreRequest, TokenEvent
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
+
+_SPARE_DEADLINES = 64  # of ended requests, before they are swept
 
 _log = logging.getLogger(__name__)
 
@@ -74,19 +76,23 @@ class Engine:
         )
         self.limits, self.grammars = self._intake.limits, self._intake.grammars
         self._lender = Lender(self._pages, self._pool, self._runner, self.config.max_step_tokens)
-        self._jobs: deque[Job[Any]] = deque()
+        self._jobs = Jobs()
         self._numbers = itertools.count(1)
         self._listeners: dict[str, Callable[[TokenEvent], None]] = {}
         self._events: list[TokenEvent] = []  # of requests that nobody listens to; the next `step` returns them
-        self._deadlines: list[tuple[float, int, str]] = []  # (when, number of the sequence, its id); finished ones stay until then
+        self._deadlines: list[tuple[float, int, str]] = []  # (when, number of the sequence, its id); finished ones leave late
         self._pace = Pace()
         self._counts = Counter[str]()
 
     # Adapters
 
-    def register(self, key: str, adapter: Adapter) -> None:
+    def pack(self, adapter: Adapter) -> Any | None:
+        """Do the work of loading an adapter ahead, on any thread: give the result to `register`, or drop it. None where there is nothing to do."""
+        return self._pool.pack(adapter)
+
+    def register(self, key: str, adapter: Adapter, packed: Any = None) -> None:
         """Make an adapter servable under `key` (its digest), at any time. See AdapterPool.register for what is refused."""
-        self._pool.register(key, adapter)
+        self._pool.register(key, adapter, packed)
 
     def unregister(self, key: str, wait: bool = False) -> bool:
         """Forget an adapter; True when that is done. Raises EngineError while a waiting or running request uses it.
@@ -198,8 +204,7 @@ class Engine:
 
     def cancel_job(self, job: Job[Any]) -> None:
         """Compute no more of a job; nothing happens if it has finished."""
-        if job in self._jobs:
-            self._jobs.remove(job)
+        if self._jobs.remove(job):
             self._unuse(job.users)
 
     # Its own state
@@ -256,7 +261,7 @@ class Engine:
         sequence = self._intake.sequence(request_id, request)
         self._scheduler.add(sequence)
         if request.deadline_s is not None:
-            heapq.heappush(self._deadlines, (sequence.added_at + request.deadline_s, sequence.arrival, request_id))
+            self._watch((sequence.added_at + request.deadline_s, sequence.arrival, request_id))
         if listener is not None:
             self._listeners[request_id] = listener
         return request_id
@@ -279,14 +284,24 @@ class Engine:
         """One step: schedule, run, finish; before it a batch of the jobs."""
         self._end_overdue()
         if self._jobs:
-            self._step_jobs()
-        plan = self._scheduler.schedule(admit=all(job.num_waits <= self.config.max_overtakes for job in self._jobs))
+            job = self._jobs.step(self._lender)
+            if job.finished:
+                self._unuse(job.users)
+        lack = self._jobs.lack(self.config.max_overtakes)  # of pages: nobody else gets any; of an adapter's place: those go on who take none
+        plan = self._scheduler.schedule(admit=lack != Lack(None), wanted=lack.adapter if lack is not None else None)
         for sequence, error in plan.failed:
             self._fail(sequence, error)
         if plan.work:
             self._counts["steps"] += 1
             for item, outcome in zip(plan.work, compute(self._runner, plan.work), strict=True):
                 self._finish(item, outcome)
+
+    def _watch(self, deadline: tuple[float, int, str]) -> None:
+        """Remember a deadline; when most of those remembered are of requests that have ended, forget these."""
+        heapq.heappush(self._deadlines, deadline)
+        if len(self._deadlines) > _SPARE_DEADLINES + 2 * (len(self._scheduler.running) + len(self._scheduler.waiting)):
+            self._deadlines = [entry for entry in self._deadlines if self._scheduler.arrival(entry[2]) == entry[1]]
+            heapq.heapify(self._deadlines)
 
     def _end_overdue(self) -> None:
         """End the requests whose time is up, with what they have."""
@@ -356,22 +371,8 @@ class Engine:
         if job.finished:
             self._unuse(job.users)
         else:
-            self._jobs.append(job)
+            self._jobs.add(job)
         return job
-
-    def _step_jobs(self) -> None:
-        """One batch of the job whose turn it is. One that finds no room for long stops the admission of requests until it does."""
-        job = self._jobs[0]
-        try:
-            found_room = job.step(self._lender)
-        except Exception as error:
-            job.fail(error)
-        else:
-            job.num_waits = 0 if found_room else job.num_waits + 1
-        self._jobs.rotate(-1)
-        if job.finished:
-            self._jobs.remove(job)
-            self._unuse(job.users)
 
     def _run_job(self, job: Job[T], stage: str, progress: Progress | None) -> list[T]:
         try:

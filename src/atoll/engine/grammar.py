@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from atoll.engine.request import Grammar
-from atoll.engine.schema import read_schema
+from atoll.engine.schema import MAX_GRAMMAR_BYTES, read_schema
 from atoll.errors import AtollError, EngineError, RequestRefused
 
 if TYPE_CHECKING:
@@ -31,14 +31,17 @@ if TYPE_CHECKING:
 
 Words = NDArray[np.uint32]  # one bit a token, 32 tokens a word
 
-MAX_GRAMMAR_BYTES = 65_536
 _STACK_BYTES = 256 << 20  # for compiling, which is recursive: the worst grammars of that size were seen to take half of it
 _MAX_COMPILE_S = 10.0
+_MAX_RESTART_S = 0.5  # of one answer, for compiling again in the middle of it, while the step waits
 _MAX_CACHED = 32  # compiled grammars
+_SLOW_FOR_S = 300.0  # how long a grammar that took too long is refused without another try
+_MAX_SLOW = 256  # of them
 _MAX_LEXER_STATES = 30_000  # of one compiled grammar: about 0.4 kB each
 _SPACE = r"(?: |\n(?: {0,24}|\t{0,8}))"
 _MAX_REASON = 300  # characters of the compiler's complaint that are passed on
 _ALL = 0xFFFFFFFF  # a word with every bit set
+_STACK_SIZE = threading.Lock()  # over threading.stack_size, which is the process's: two compilers must not restore each other's
 _NAMES = {"json_schema": "JSON schema", "json_object": "JSON object", "regex": "regular expression", "lark": "Lark grammar"}
 
 
@@ -51,37 +54,62 @@ class GrammarCompiler:
         self._lock = threading.Lock()  # over the cache and what is built once
         self._building = threading.Lock()
         self._cache: OrderedDict[bytes, LLMatcher] = OrderedDict()
+        self._slow: OrderedDict[bytes, float] = OrderedDict()  # grammars that took too long, and until when that is remembered
         self._built: _Known | None = None
 
     def check(self, grammar: Grammar) -> None:
         """Raise RequestRefused unless the grammar can be followed; what was compiled is kept, so that `compile` is quick afterwards."""
         self._compiled(grammar)
 
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether the grammar is compiled and kept. Waits for no lock: an event loop asks."""
+        return grammar.digest in self._cache
+
     def compile(self, grammar: Grammar) -> Matcher:
         """A matcher at the beginning of an answer. Raises RequestRefused naming what is wrong with the grammar."""
         compiled = self._compiled(grammar)
-        return Matcher(self, grammar, compiled.deep_copy(), self._known())
+        return Matcher(self, grammar, compiled, self._known())
 
-    def fresh(self, grammar: Grammar) -> LLMatcher:
-        """The grammar compiled anew; copies made from now on are of this one."""
-        found = self._build(grammar)
-        self._keep(_digest(grammar), found)
-        return found.deep_copy()
+    def fresh(self, grammar: Grammar, used: LLMatcher, max_s: float) -> LLMatcher:
+        """The grammar compiled anew, unless somebody did that since `used` was; to be copied. Raises RequestRefused where that takes longer."""
+        with self._lock:
+            found = self._cache.get(grammar.digest)
+        if found is None or found is used:
+            found = self._build(grammar, max_s)
+            self._keep(grammar.digest, found)
+        return found
 
     def _compiled(self, grammar: Grammar) -> LLMatcher:
-        key = _digest(grammar)
-        with self._lock:
-            found = self._cache.get(key)
-            if found is not None:
-                self._cache.move_to_end(key)
-                return found
-        with self._building:  # one at a time: a second request for the same grammar finds it in the cache
-            with self._lock:
-                found = self._cache.get(key)
-            if found is None:
-                found = self._build(grammar)
-                self._keep(key, found)
+        found = self._cached(grammar)
+        if found is not None:
             return found
+        with self._building:  # one at a time: a second request for the same grammar finds what became of the first
+            found = self._cached(grammar)
+            if found is None:
+                try:
+                    found = self._build(grammar, _MAX_COMPILE_S)
+                except _TooSlow:
+                    self._note_slow(grammar.digest)
+                    raise
+                self._keep(grammar.digest, found)
+            return found
+
+    def _cached(self, grammar: Grammar) -> LLMatcher | None:
+        """The compiled grammar, if it is kept. Raises RequestRefused if it is known to take too long."""
+        with self._lock:
+            found = self._cache.get(grammar.digest)
+            if found is not None:
+                self._cache.move_to_end(grammar.digest)
+            elif time.monotonic() < self._slow.get(grammar.digest, 0.0):
+                raise _too_slow(grammar, _MAX_COMPILE_S)
+            return found
+
+    def _note_slow(self, key: bytes) -> None:
+        with self._lock:
+            self._slow[key] = time.monotonic() + _SLOW_FOR_S
+            self._slow.move_to_end(key)
+            while len(self._slow) > _MAX_SLOW:
+                self._slow.popitem(last=False)
 
     def _keep(self, key: bytes, compiled: LLMatcher) -> None:
         with self._lock:
@@ -90,12 +118,12 @@ class GrammarCompiler:
             while len(self._cache) > _MAX_CACHED:
                 self._cache.popitem(last=False)
 
-    def _build(self, grammar: Grammar) -> LLMatcher:
+    def _build(self, grammar: Grammar, max_s: float) -> LLMatcher:
         known, source = self._known(), _source(grammar)
         words = np.zeros_like(known.texts)
-        found: list[LLMatcher] = []
+        found: list[LLMatcher | BaseException] = []
         thread = threading.Thread(target=_compile_into, args=(found, known.tokenizer, source, words), name="atoll-grammar", daemon=True)
-        with self._lock:  # the size counts for every thread that starts meanwhile; two of us must not restore each other's
+        with _STACK_SIZE:
             before = threading.stack_size(_STACK_BYTES)  # a chain of some thousand references would overflow the usual one and end the process
             try:
                 thread.start()
@@ -103,10 +131,14 @@ class GrammarCompiler:
                 raise EngineError(f"the {_NAMES[grammar.kind]} could not be compiled: {error}", hint="memory for a thread is missing") from error
             finally:
                 threading.stack_size(before)
-        thread.join(_MAX_COMPILE_S)
+        thread.join(max_s)
         if not found:
-            raise RequestRefused(f"the {_NAMES[grammar.kind]} takes more than {_MAX_COMPILE_S:g} seconds to compile", hint="ask for a simpler one")
+            raise _too_slow(grammar, max_s)
         [compiled] = found
+        if isinstance(compiled, MemoryError):
+            raise EngineError(f"the {_NAMES[grammar.kind]} could not be compiled: no memory") from compiled
+        if isinstance(compiled, BaseException):
+            raise RequestRefused(f"the {_NAMES[grammar.kind]} cannot be used: {_reason(str(compiled)) or type(compiled).__name__}") from compiled
         if compiled.is_error():
             raise _refusal(grammar, compiled.get_error())
         if not compiled.is_accepting() and not (words & known.texts).any():
@@ -123,9 +155,13 @@ class GrammarCompiler:
 class Matcher:
     """Follows one answer through a grammar. Fails for itself alone, and reports that when it is advanced."""
 
-    def __init__(self, compiler: GrammarCompiler, grammar: Grammar, state: LLMatcher, known: _Known) -> None:
-        self._compiler, self._grammar, self._state, self._known = compiler, grammar, state, known
+    def __init__(self, compiler: GrammarCompiler, grammar: Grammar, compiled: LLMatcher, known: _Known) -> None:
+        """compiled: the grammar at its beginning, of which this one follows a copy."""
+        self._compiler, self._grammar, self._compiled, self._known = compiler, grammar, compiled, known
+        self._state = compiled.deep_copy()
         self._tokens: list[int] = []
+        self._restarts: list[int] = []  # after how many tokens each was
+        self._restart_s = _MAX_RESTART_S  # left of it
         self._failure = ""
 
     @property
@@ -173,7 +209,10 @@ class Matcher:
     def advance(self, token: int, *, ends: bool = False) -> None:
         """Follow a token of the answer; one that ends it (`ends`) is not part of the text. Raises EngineError if the grammar cannot be followed."""
         if not self._failure and not ends:
-            if self._state.consume_token(token) or (self._restart() and self._state.consume_token(token)):
+            consumed = self._state.consume_token(token)
+            while not consumed and self._restart():
+                consumed = self._state.consume_token(token)
+            if consumed:
                 self._tokens.append(token)
             else:
                 self._failure = _reason(self._state.get_error())
@@ -184,7 +223,7 @@ class Matcher:
         """The compiler's own mask; nothing after a failure."""
         if not self._failure:
             self._state.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            if self._state.is_error() and self._restart():
+            while self._state.is_error() and self._restart():
                 self._state.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
             if self._state.is_error():
                 self._failure = _reason(self._state.get_error())
@@ -192,14 +231,24 @@ class Matcher:
             words.fill(0)
 
     def _restart(self) -> bool:
-        """Copies of a compiled grammar share its lexer, whose states are bounded: where it is full, go on with a new one."""
-        if "too many states" not in self._state.get_error():
+        """Copies of a compiled grammar share its lexer, whose states are bounded: where it is full, go on with a new one, which others may share.
+
+        That happens in the middle of a step, so an answer that takes too much time for it, or gets no further by it, fails with what it ran into.
+        """
+        place = len(self._tokens)
+        if "too many states" not in self._state.get_error() or self._restart_s <= 0 or self._restarts[-2:] == [place, place]:
             return False
+        self._restarts.append(place)
+        started = time.monotonic()
         try:
-            self._state = self._compiler.fresh(self._grammar)
+            self._compiled = self._compiler.fresh(self._grammar, self._compiled, self._restart_s)
         except AtollError:
-            return False  # the request fails with what it ran into first
-        return self._state.try_consume_tokens(self._tokens) == len(self._tokens)
+            return False
+        state = self._compiled.deep_copy()
+        if state.try_consume_tokens(self._tokens) == place or state.is_error():  # an error here is that the new one is full already
+            self._state = state
+        self._restart_s -= time.monotonic() - started
+        return self._state is state
 
 
 def forbidden(matchers: Sequence[Matcher], stops: Sequence[tuple[Collection[int], bool]], vocabulary: int) -> NDArray[np.bool_]:
@@ -232,15 +281,30 @@ class _Known:
         self.texts: Words = np.packbits(inside, bitorder="little").view(np.uint32)
 
 
-def _compile_into(found: list[LLMatcher], tokenizer: LLTokenizer, source: str, words: Words) -> None:
-    """Compile, compute the first mask (which warms the first step of all copies), and put the result into `found`."""
+class _TooSlow(RequestRefused):
+    """A grammar was not compiled in the time that it had."""
+
+
+def _too_slow(grammar: Grammar, max_s: float) -> _TooSlow:
+    return _TooSlow(f"the {_NAMES[grammar.kind]} takes more than {max_s:g} seconds to compile", hint="ask for a simpler one")
+
+
+def _compile_into(found: list[LLMatcher | BaseException], tokenizer: LLTokenizer, source: str, words: Words) -> None:
+    """Compile, compute the first mask (which warms the first step of all copies), and put the result, or what was raised, into `found`."""
+    try:
+        found.append(_compile(tokenizer, source, words))
+    except BaseException as error:  # a panic of the compiler is no Exception
+        found.append(error)
+
+
+def _compile(tokenizer: LLTokenizer, source: str, words: Words) -> LLMatcher:
     from llguidance import LLMatcher, LLParserLimits
 
     limits = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
     compiled = LLMatcher(tokenizer, source, log_level=0, limits=limits)
     if not compiled.is_error():
         compiled.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-    found.append(compiled)
+    return compiled
 
 
 def _source(grammar: Grammar) -> str:
@@ -287,7 +351,3 @@ def _set(words: Words, tokens: Collection[int]) -> None:
 def _clear(words: Words, tokens: Collection[int]) -> None:
     for token in tokens:
         words[token >> 5] &= np.uint32(_ALL ^ (1 << (token & 31)))
-
-
-def _digest(grammar: Grammar) -> bytes:
-    return blake2b(f"{grammar.kind}\0{grammar.text}".encode(), digest_size=16).digest()

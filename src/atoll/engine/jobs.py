@@ -1,18 +1,18 @@
 """Work over given texts (scoring, embedding) between the steps of generation: in batches that borrow pages and adapters and give them back at once.
 
 A job holds nothing from one step to the next, so it can neither starve running requests nor be preempted. A batch takes as many texts as a step has
-tokens and as there are free pages for.
+tokens and as there are free pages for. One batch a step is computed, in turn for each scope, and in a scope for each of its jobs.
 
-Used by engine.py, which gives the oldest job one batch a step; scoring.py and embedding.py are the two kinds.
+Used by engine.py, which owns the Jobs; scoring.py and embedding.py are the two kinds.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from atoll.engine.pages import Pages, Prefix
 from atoll.engine.pool import AdapterPool
@@ -41,6 +41,12 @@ class Chunk(NamedTuple):
     stop: int
 
 
+class Lack(NamedTuple):
+    """What a text found no room for: a place for this adapter, or (None) pages."""
+
+    adapter: str | None
+
+
 class Lender:
     """Lends pages and adapters to the batch of one job, and runs its texts."""
 
@@ -48,28 +54,31 @@ class Lender:
         self.pages, self.runner, self.max_tokens = pages, runner, max_tokens
         self._pool = pool
 
-    def borrow(self, tokens: Sequence[int], adapter: str | None, prefix: Prefix | None = None, *, spare: int = 0) -> Text | None:
-        """Pages and adapter for a text, with `spare` pages left; None if they are in use now. Raises what AdapterPool.hold raises."""
+    def borrow(self, tokens: Sequence[int], adapter: str | None, prefix: Prefix | None = None, *, spare: int = 0) -> Text | Lack:
+        """Pages and adapter for a text, with `spare` pages left; what it lacks, if they are in use now. Raises what AdapterPool.hold raises."""
         known = self.pages.match(prefix, tokens) if prefix is not None else []
         missing = self.pages.pages_for(len(tokens)) - len(known)
+        enough = missing + spare <= self.pages.num_free
         try:
-            if missing + spare <= self.pages.num_free and (adapter is None or self._pool.hold(adapter)):
+            if enough and (adapter is None or self._pool.hold(adapter)):
                 return Text(tokens, adapter, prefix, known + self.pages.take(missing), len(known))
         except BaseException:
             self.pages.release(known)
             raise
         self.pages.release(known)
-        return None
+        return Lack(adapter if enough else None)
 
     def give_back(self, texts: Sequence[Text], *, failed: bool) -> None:
         """Return what texts hold. failed: their pages may hold values that are not finite; else whole pages of those with a prefix become known."""
         for text in texts:
+            if failed:  # forks first: while they are held, a page that they share with their prompt counts as somebody else's too
+                self._clean([*text.pages[self.pages.pages_for(len(text.tokens)) :], *(page for fork in text.forks for page in fork)])
+            self.release_forks(text)
             if failed:
-                self._clean([*text.pages, *(page for fork in text.forks for page in fork)])
+                self._clean(text.pages)
             elif text.prefix is not None:
                 full = len(text.tokens) // self.pages.page_tokens
                 self.pages.index(text.prefix, text.tokens, text.pages, text.num_known, full)
-            self.release_forks(text)
             self.pages.release(text.pages)
             if text.adapter is not None:
                 self._pool.release(text.adapter)
@@ -92,7 +101,7 @@ class Lender:
         return table
 
     def release_forks(self, text: Text) -> None:
-        """Return the pages of its continuations so far."""
+        """Return the pages of its continuations so far. What they hold has been found finite, or cleaned."""
         for table in text.forks:
             self.pages.release(table)
         text.forks = []
@@ -136,16 +145,19 @@ class Lender:
 class Job(ABC, Generic[T]):
     """Texts in, one result a text out, a batch at a time. Made by Engine.begin_score and begin_embed; `finished` says when to ask for `result`."""
 
-    def __init__(self, adapters: Sequence[str | None]) -> None:
+    def __init__(self, adapters: Sequence[str | None], scope: str) -> None:
+        """adapters: each text's. scope: whose job it is."""
+        self.scope = scope
         self.users = Counter(adapter for adapter in adapters if adapter is not None)  # how often it names each adapter
         self.num_items, self.num_done = len(adapters), 0
-        self.num_waits = 0  # turns in succession in which it found no pages or adapters
+        self.num_waits = 0  # turns in succession in which it found no room
+        self.lack: Lack | None = None  # what it found no room for in its last turn
         self.finished = False
         self._error: Exception | None = None
 
     @abstractmethod
-    def step(self, lender: Lender) -> bool:
-        """Compute one batch; False if pages or adapters for not even one text are free now."""
+    def step(self, lender: Lender) -> Lack | None:
+        """Compute one batch; what is missing, if there is no room for even one text now."""
 
     @abstractmethod
     def _results(self) -> list[T]: ...
@@ -160,3 +172,52 @@ class Job(ABC, Generic[T]):
             raise self._error
         assert self.finished, "the job has not finished"
         return self._results()
+
+
+class Jobs:
+    """All jobs that are not finished: one batch a step, the scopes in turn."""
+
+    def __init__(self) -> None:
+        self._scopes: OrderedDict[str, deque[Job[Any]]] = OrderedDict()  # whose turn it is first; in a scope likewise
+
+    def __len__(self) -> int:
+        return sum(map(len, self._scopes.values()))
+
+    def __iter__(self) -> Iterator[Job[Any]]:
+        return (job for jobs in self._scopes.values() for job in jobs)
+
+    def add(self, job: Job[Any]) -> None:
+        self._scopes.setdefault(job.scope, deque()).append(job)
+
+    def remove(self, job: Job[Any]) -> bool:
+        """Forget a job; False if it is not here."""
+        jobs = self._scopes.get(job.scope, deque())
+        if job not in jobs:
+            return False
+        jobs.remove(job)
+        if not jobs:
+            del self._scopes[job.scope]
+        return True
+
+    def step(self, lender: Lender) -> Job[Any]:
+        """One batch of the job whose turn it is; returns that job, forgotten if it has finished."""
+        scope, jobs = next(iter(self._scopes.items()))
+        job = jobs[0]
+        try:
+            job.lack = job.step(lender)
+        except Exception as error:
+            job.fail(error)
+        else:
+            job.num_waits = 0 if job.lack is None else job.num_waits + 1
+        jobs.rotate(-1)
+        self._scopes.move_to_end(scope)
+        if job.finished:
+            self.remove(job)
+        return job
+
+    def lack(self, max_waits: int) -> Lack | None:
+        """What those lack who found no room more than max_waits times: pages, if one of them does, else the longest waiting one's adapter."""
+        late = [job for job in self if job.num_waits > max_waits and job.lack is not None]
+        if not late:
+            return None
+        return next((job.lack for job in late if job.lack == Lack(None)), max(late, key=lambda job: job.num_waits).lack)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from atoll.errors import EngineError, PoolFull, RequestRefused
 from atoll.model.adapter import Adapter
@@ -42,7 +43,11 @@ class Bank(Protocol):
 
     def slot_bytes(self, adapter: Adapter) -> int: ...
 
-    def load(self, adapter: Adapter) -> Any: ...
+    def pack(self, adapter: Adapter) -> Any | None:
+        """What `load` would make of an adapter, ahead and on any thread; None where nothing is gained by that."""
+        ...
+
+    def load(self, adapter: Adapter, packed: Any = None) -> Any: ...
 
     def unload(self, slot: Any) -> None: ...
 
@@ -52,6 +57,8 @@ class Bank(Protocol):
 @dataclass
 class _Entry:
     """One registered adapter. slot is None while it is not resident. holds: running sequences that use it; uses: unfinished requests that name it.
+
+    packed: the bank's own form, until its first load takes it.
 
     serial: the number of its registration, so that a key registered again is known to be another; loads: how often it came in; leaving: it goes when
     nobody uses it.
@@ -66,6 +73,7 @@ class _Entry:
     pinned: bool = False
     loads: int = 0
     leaving: bool = False
+    packed: Any = None
 
     @property
     def busy(self) -> bool:
@@ -104,15 +112,20 @@ class AdapterPool:
         """The keys of the resident adapters, least recently used first."""
         return tuple(self._resident)
 
-    def register(self, key: str, adapter: Adapter) -> None:
-        """Make an adapter known under `key`. Registering the same object again changes nothing, but that it stays if it was leaving.
+    def pack(self, adapter: Adapter) -> Any | None:
+        """The adapter in the form that the bank loads at once, for `register`. May be called from any thread. Raises what `register` raises of it."""
+        with torch.no_grad():
+            return self._bank.pack(adapter)
 
-        Raises RequestRefused if the key means another adapter already, BaseMismatch where the factors do not fit the base, PoolFull if it alone is
-        larger than the budget.
+    def register(self, key: str, adapter: Adapter, packed: Any = None) -> None:
+        """Make an adapter known under `key`. Registering the same content again changes nothing, but that it stays if it was leaving.
+
+        packed: what `pack` made of it. Raises RequestRefused if the key means another adapter already, BaseMismatch where the factors do not fit the
+        base, PoolFull if it alone is larger than the budget.
         """
         known = self._entries.get(key)
         if known is not None:
-            if known.adapter is not adapter:
+            if not _same(known.adapter, adapter):
                 raise RequestRefused(
                     f"adapter key {key!r} is registered for another adapter already",
                     hint="a key names one content for good: register a changed adapter under its own digest, or unregister the old one",
@@ -128,7 +141,7 @@ class AdapterPool:
                 f"adapter {key!r} takes {_mb(num_bytes)}, but the engine keeps {_mb(self._budget_bytes)} for all adapters",
                 hint=f"set adapter_bytes to at least {num_bytes}",
             )
-        self._entries[key] = _Entry(adapter, num_bytes, next(self._serials))
+        self._entries[key] = _Entry(adapter, num_bytes, next(self._serials), packed=packed)
 
     def unregister(self, key: str, *, wait: bool = False) -> bool:
         """Forget an adapter and free its place; True when that is done. wait: while requests use it, take no new ones, and forget it with the last.
@@ -314,7 +327,8 @@ class AdapterPool:
         for other_key in leaving:
             self._evict(other_key)
         with torch.no_grad():  # adapters in training are copied too; the bank itself never takes part in a gradient
-            entry.slot = self._bank.load(entry.adapter)
+            entry.slot = self._bank.load(entry.adapter, entry.packed)
+        entry.packed = None
         self._resident[key] = entry
         self.resident_bytes += entry.num_bytes
         entry.loads += 1
@@ -332,6 +346,22 @@ class AdapterPool:
         self.resident_bytes -= entry.num_bytes
         self._epoch += 1
         self.num_evictions += 1
+
+
+def _same(one: Adapter, other: Adapter) -> bool:
+    """Whether two adapters do the same to the bit; what their files say beside that does not matter."""
+    if one is other:
+        return True
+    if one.modules.keys() != other.modules.keys():
+        return False
+    pairs = [(module, other.modules[site]) for site, module in one.modules.items()]
+    return all(a.scaling == b.scaling and _equal_bits(a.a, b.a) and _equal_bits(a.b, b.b) for a, b in pairs)
+
+
+def _equal_bits(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return one is other or torch.equal(*(t.detach().contiguous().view(torch.uint8) for t in (one, other)))  # as numbers, NaN would equal nothing
 
 
 def _mb(num_bytes: int) -> str:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
 from typing import Literal, NamedTuple, get_args
 
 from atoll.errors import RequestRefused
@@ -45,6 +47,11 @@ class Grammar:
         except UnicodeEncodeError:
             raise RequestRefused("the grammar's text holds half a surrogate pair, which is no character") from None
 
+    @cached_property
+    def digest(self) -> bytes:
+        """What tells it from other grammars."""
+        return blake2b(f"{self.kind}\0{self.text}".encode(), digest_size=16).digest()
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -70,11 +77,10 @@ class SamplingParams:
     max_new_tokens None: as many as the row has room for. temperature 0: greedy. top_k 0, top_p 1, min_p 0: off. seed None: one is drawn and returned.
     repetition_penalty divides (or multiplies, below zero) the logits of prompt and answer tokens (Keskar et al. 2019, arXiv 1909.05858);
     frequency_penalty and presence_penalty are subtracted for answer tokens as in OpenAI's API. stop strings end the answer and are not part of it;
-    neither is the text of stop_token_ids. With stop_after_text a stop
-    string of white space ends the answer only once it has other text: for a model that begins its answer with a line end. Until min_new_tokens
-    nothing but the length ends the answer. logprobs None: none; k: of every chosen token and the k likeliest. prompt_logprobs the same for the
-    prompt's tokens. With a grammar the answer ends where nothing can follow it, whatever min_new_tokens and ignore_eos say; an answer that the length
-    cuts off matches only as far as it goes.
+    neither is the text of stop_token_ids. With stop_after_text a stop string of white space ends the answer only once it has other text: for a model
+    that begins its answer with a line end. Until min_new_tokens nothing but the length ends the answer. logprobs None: none; k: of every chosen token
+    and the k likeliest. prompt_logprobs the same for the prompt's tokens. With a grammar the answer ends where nothing can follow it, whatever
+    min_new_tokens and ignore_eos say; an answer that the length cuts off matches only as far as it goes.
     """
 
     max_new_tokens: int | None = None
@@ -162,11 +168,15 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class EmbedRequest:
-    """One text to turn into a vector: its final hidden states, averaged over all tokens ("mean") or of the last token alone ("last")."""
+    """One text to turn into a vector: its final hidden states, averaged over all tokens ("mean") or of the last token alone ("last").
+
+    scope: see Request.
+    """
 
     prompt_ids: Sequence[int]
     adapter: str | None = None
     pooling: Literal["mean", "last"] = "mean"
+    scope: str = ""
 
 
 @dataclass(frozen=True)

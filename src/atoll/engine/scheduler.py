@@ -89,6 +89,7 @@ class Scheduler:
         self.running: dict[str, Sequence] = {}  # in order of admission
         self._claims: dict[bytes, str] = {}  # key of the page that a running prompt will fill next, and whose it is
         self._epoch = -1
+        self._wanted: str | None = None
         self.counts = Counter[str]()  # preemptions, prefix_hits, reused_tokens
 
     def __contains__(self, request_id: object) -> bool:
@@ -124,15 +125,18 @@ class Scheduler:
                 sequence.num_indexed = full
             self._unclaim(sequence)
 
-    def schedule(self, *, admit: bool = True) -> Plan:
-        """Choose the work of the next step. Decode work comes first, then prompts already begun, then (if admit) waiting sequences."""
+    def schedule(self, *, admit: bool = True, wanted: str | None = None) -> Plan:
+        """Choose the work of the next step. Decode work comes first, then prompts already begun, then (if admit) waiting sequences.
+
+        wanted: an adapter that somebody else has waited for too long; it is treated as that of a sequence that was passed too often.
+        """
         plan = Plan()
         prompts = self._decode(plan)
         shares = _Shares(self._max_step_tokens - len(plan.work), self._max_step_tokens // 8, self._chunk_stop)
         for sequence in prompts:
             shares.give(sequence, keep_some=admit and len(self.waiting) > 0)
         if admit and self.waiting and len(self.running) < self._max_rows:
-            self._admit(shares, plan)
+            self._admit(shares, plan, wanted)
         plan.work += shares.work()
         return plan
 
@@ -199,10 +203,11 @@ class Scheduler:
             self._adapters.release(sequence.adapter)
         self.waiting.count_running(sequence.scope, -1)
 
-    def _admit(self, shares: _Shares, plan: Plan) -> None:
+    def _admit(self, shares: _Shares, plan: Plan, wanted: str | None) -> None:
         """Start waiting sequences while there are rows, pages and tokens, passing over those whose adapter has no place now."""
-        if self._epoch != self._adapters.epoch:
-            self.waiting.wake()
+        if self._epoch != self._adapters.epoch or self._wanted != wanted:
+            self.waiting.wake()  # something came free, or those who had to wait for `wanted` need not any more
+        self._wanted = wanted
         self.waiting.unpark()
         overdue = self.waiting.overdue(self._max_overtakes)
         first = overdue if overdue is not None and not overdue.parked else None
@@ -210,7 +215,8 @@ class Scheduler:
             lane, first = first or self.waiting.best(), None
             if lane is None:
                 break
-            if overdue is not None and lane.adapter not in (None, overdue.adapter) and not self._adapters.is_pinned(str(lane.adapter)):
+            first_adapter = wanted if wanted is not None or overdue is None else overdue.adapter
+            if first_adapter is not None and lane.adapter not in (None, first_adapter) and not self._adapters.is_pinned(str(lane.adapter)):
                 self.waiting.park(lane)
                 continue
             sequence = lane.head

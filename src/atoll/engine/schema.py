@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from atoll.errors import RequestRefused
 
+MAX_GRAMMAR_BYTES = 65_536  # of a schema, and of any other grammar
 MAX_NESTING = 60  # objects and lists inside one another; the compiler's JSON reader stops at 128
 
 _ONE = ("additionalProperties", "additionalItems", "items")  # keywords whose value is a schema (`items`: or a list of them)
@@ -49,6 +50,9 @@ _NO_EFFECT = {"uniqueItems": False, "nullable": False}  # with these values they
 
 def read_schema(text: str) -> str:
     """The schema to compile: `text`, checked, in compact form. Raises RequestRefused naming what is wrong and where."""
+    size = len(text.encode())
+    if size > MAX_GRAMMAR_BYTES:  # before a look inside, which is not free
+        raise RequestRefused(f"the JSON schema has {size} bytes, but at most {MAX_GRAMMAR_BYTES} are accepted")
     try:
         return _read(text)
     except RecursionError:

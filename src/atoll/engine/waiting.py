@@ -38,7 +38,7 @@ class Lane:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Who comes first: preempted sequences, then by arrival."""
+        """Who comes first: 0 for a preempted sequence and 1 for a new one, then by arrival."""
         head = self.head
         return (0 if head.preempted else 1, head.arrival)
 
@@ -227,8 +227,8 @@ class Waiting:
 
     def _key(self, lane: Lane) -> tuple[int, int, int]:
         """A scope's key: a preempted sequence first, then fewest running rows, then who has waited longest."""
-        preempted, arrival = lane.rank
-        return preempted, self.running[lane.scope] if preempted else 0, arrival
+        is_new, arrival = lane.rank
+        return is_new, self.running[lane.scope] if is_new else 0, arrival
 
     def _offer(self, lane: Lane) -> None:
         if not lane.parked:

@@ -23,20 +23,22 @@ from starlette.types import Scope as Connection
 from atoll.errors import AtollError, NotAllowed
 from atoll.http.body import reply
 from atoll.http.errors import protocol_of, refusal_of
-from atoll.serving.config import ServeConfig
 from atoll.serving.keys import Caller, Keys, Scope
 
 PREDIBASE = "/{tenant}/deployments/v2/llms/{deployment}"
 
-# path -> scope, or method -> scope. None: no key needed.
-RULES: Mapping[str, Scope | Mapping[str, Scope] | None] = {
+# A scope, or one for each method. None: no key needed.
+Rule = Scope | Mapping[str, Scope | None] | None
+
+RULES: Mapping[str, Rule] = {
     "/health": None,
     "/ping": None,
     "/startup": None,
-    "/": "infer",
+    "/": {"GET": None, "POST": "infer"},  # GET is a health check
     "/invocations": "infer",
     "/generate": "infer",
     "/generate_stream": "infer",
+    PREDIBASE: "infer",
     PREDIBASE + "/generate": "infer",
     PREDIBASE + "/generate_stream": "infer",
     "/embed": "infer",
@@ -68,25 +70,35 @@ def caller_of(request: Request) -> Caller:
 
 def key_of(connection: Connection) -> str | None:
     """The key that a request brings, or None."""
-    bearer = other = None
+    other = None
+    for name, value in connection["headers"]:
+        if name == b"x-api-key":
+            other = value.decode("latin-1").strip() or None
+    return _bearer(connection) or other
+
+
+def _bearer(connection: Connection) -> str | None:
+    bearer = None
     for name, value in connection["headers"]:
         if name == b"authorization":
             scheme, _, rest = value.decode("latin-1").partition(" ")
             bearer = rest.strip() or None if scheme.lower() == "bearer" else None
-        elif name == b"x-api-key":
-            other = value.decode("latin-1").strip() or None
-    return bearer or other
+    return bearer
 
 
-def source_token(request: Request, config: ServeConfig) -> str | None:
-    """The bearer token as LoRAX uses it, for the adapter's source; None on a server with keys, whose keys no other may see."""
-    return None if config.keys_file is not None else key_of(request.scope)
+def source_token(request: Request, has_keys: bool) -> str | None:
+    """A token of the Hugging Face hub that stands where a key would, as LoRAX's clients send it.
+
+    Nothing else goes there: a client's key of some other service is not for strangers; nor are the keys of a server that has some.
+    """
+    bearer = _bearer(request.scope)
+    return bearer if bearer is not None and bearer.startswith("hf_") and not has_keys else None
 
 
 class Rules:
     """The table, ready to be asked."""
 
-    def __init__(self, table: Mapping[str, Scope | Mapping[str, Scope] | None] = RULES) -> None:
+    def __init__(self, table: Mapping[str, Rule] = RULES) -> None:
         self._table = table
         self._patterns = [(compile_path(path)[0], path) for path in table if _PATTERNS in path]
 

@@ -18,7 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from atoll.http.errors import Refusal, protocol_of, refusal
 
 READ_TIMEOUT_S = 30.0
-_ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|[^u])")
+LARGE_BYTES = 1 << 16  # from here on a thread looks through a body
+_HEX = rb"[0-9a-fA-F]{2}"
+_HIGH, _LOW = rb"\\u[dD][89abAB]" + _HEX, rb"\\u[dD][c-fC-F]" + _HEX
+# Whole pairs in a row, or a half; behind backslashes of which two and two are escaped ones.
+_SURROGATES = re.compile(rb"(?<!\\)(?:\\\\)*+(?:((?:" + _HIGH + _LOW + rb")++)|" + _HIGH + rb"|" + _LOW + rb")")
 
 
 class BodyLimit:
@@ -56,7 +60,7 @@ class BodyLimit:
             return
         if body is None:
             return
-        problem = text_problem(body)
+        problem = text_problem(body) if len(body) < LARGE_BYTES else await asyncio.to_thread(text_problem, body)
         if problem is not None:
             await reply(refusal(400 if protocol == "openai" else 422, problem, protocol), send)
             return
@@ -95,14 +99,7 @@ def has_half_surrogate(body: bytes) -> bool:
     """Whether JSON text escapes a high surrogate without its low one, or the other way round."""
     if b"\\ud" not in body and b"\\uD" not in body:
         return False
-    open_until = -1  # where the low half must begin
-    for match in _ESCAPE.finditer(body):
-        value = int(match[1], 16) if match[1] else 0
-        is_low = 0xDC00 <= value <= 0xDFFF
-        if is_low != (open_until == match.start()) or (open_until >= 0 and not is_low):
-            return True
-        open_until = match.end() if 0xD800 <= value <= 0xDBFF else -1
-    return open_until >= 0
+    return any(match[1] is None for match in _SURROGATES.finditer(body))
 
 
 async def _read(receive: Receive, limit: int) -> bytes | None:

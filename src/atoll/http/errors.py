@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from atoll import errors
 from atoll.errors import AtollError, EngineError, QueueFull, RequestRefused
-from atoll.serving.service import Unavailable
+from atoll.serving.entries import SourceRefused, TimedOut, Unavailable
 
 Protocol = Literal["native", "openai", "own"]
 
@@ -84,7 +84,9 @@ _KINDS: tuple[tuple[type[AtollError], Kind], ...] = (
     (errors.DataError, Kind((422, "template_error"), (400, _INVALID, None), 422)),
     (errors.ConfigError, Kind((422, "template_error"), (400, _INVALID, None), 422)),
     (RequestRefused, _WRONG),
-    (EngineError, Kind((424, "generation"), (422, "server_error", None), 424)),
+    (TimedOut, Kind((424, "generation"), (504, "server_error", "deadline"), 504)),
+    (SourceRefused, Kind((424, "generation"), (422, _INVALID, "source_refused"), 424)),
+    (EngineError, Kind((424, "generation"), (500, "server_error", None), 424)),  # OpenAI's clients ask again after a 5xx, and only then
     (AtollError, _UNUSABLE),
 )
 

@@ -1,7 +1,7 @@
 """GET /health, /ping and /startup: may this server be sent requests? Asks nobody for a key, says nothing but yes or no.
 
-200 with an empty body when it may; 503 with LoRAX's body while it starts, drains, or has lost its engine. The engine is not asked: a server that is
-busy is healthy, and a dead engine thread has said so itself.
+200 with an empty body when it may; 503 with LoRAX's body while it starts, drains, has lost its engine, or has one that makes no step or fails at
+everything. The engine is not asked: a server that is busy is healthy, and an engine that hangs would not answer.
 
 Made by `router`; app includes it. GET / with a browser or a health checker is in lorax/texts.py.
 """
@@ -25,7 +25,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def answer(service: Service) -> Response:
     """Yes or no."""
-    return Response(status_code=200) if service.ready and service.failed is None else JSONResponse(UNHEALTHY, 503)
+    return Response(status_code=200) if service.healthy else JSONResponse(UNHEALTHY, 503)
 
 
 def router(service: Service) -> APIRouter:

@@ -25,11 +25,13 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from atoll.errors import AtollError
 from atoll.http.adapter_metrics import AdapterMetrics
-from atoll.http.auth import caller_of
+from atoll.http.auth import PREDIBASE, caller_of
+from atoll.http.sse import OUTCOME
 from atoll.serving.observer import Kind, Observer
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 TOKENS = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0)
 _FAILURES = {422: "validation", 429: "overloaded", 424: "generation", 503: "dropped", 499: "dropped", 501: "classification_failure"}
 _LORAX_COUNTER = re.compile(rb"^((?:# \w+ )?lorax_\w+)_total\b", re.MULTILINE)
+_DEPLOYMENT = compile_path(PREDIBASE)[0]
 _ARRIVED: ContextVar[float] = ContextVar("arrived")  # when the HTTP request that this task answers came in
 
 
@@ -80,9 +83,11 @@ class Metrics(Observer):
     def arrived(self) -> None:
         self._count.inc()
 
-    def answered(self, status: int, seconds: float) -> None:
-        """A reply went out, whole or to its end."""
-        if status < 400:
+    def answered(self, status: int, seconds: float, *, failed: bool) -> None:
+        """A reply went out, whole or to its end. failed: it had begun, and its end was an error."""
+        if failed:
+            self._failure.labels("generation").inc()
+        elif status < 400:
             self._success.inc()
             self._duration.observe(seconds)
         else:
@@ -109,8 +114,8 @@ class Metrics(Observer):
         if completion is None:
             self._batch_success.labels("classify" if kind == "score" else "embed").inc()
             return
-        if completion.finish_reason == "error" and kind == "stream":
-            self._failure.labels("generation").inc()
+        if completion.finish_reason == "error":
+            self._batch_failure.inc()
         timing, num_tokens = completion.timing, len(completion.token_ids)
         inference = max(0.0, timing.total_s - timing.queue_s)
         self._queue.observe(timing.queue_s)
@@ -154,6 +159,7 @@ class Metrics(Observer):
         self._failure = self._counter("lorax_request_failure", "Those that were not, by reason.", "err")
         self._steps = self._counter("lorax_batch_inference_count", "Engine steps.", "method").labels("step")
         self._batch_success = self._counter("lorax_batch_inference_success", "Steps that ended well; texts embedded or classified.", "method")
+        self._batch_failure = self._counter("lorax_batch_inference_failure", "Requests that failed in a step.", "method").labels("step")
         self._good_steps = self._batch_success.labels("step")
         self._duration = self._histogram("lorax_request_duration", "Seconds from a request to the end of its reply.", SECONDS)
         self._validation = self._histogram("lorax_request_validation_duration", "Seconds from a request to the engine's queue.", SECONDS)
@@ -195,6 +201,8 @@ class EngineGauges(Collector):
         waiting, running = engine.get("waiting", 0), engine.get("running", 0)
         yield GaugeMetricFamily("lorax_queue_length", "Requests that wait for a row.", waiting)
         yield GaugeMetricFamily("lorax_batch_current_size", "Requests that run.", running)
+        most = "Tokens that all admitted requests may have, prompts and answers."
+        yield GaugeMetricFamily("lorax_batch_current_max_tokens", most, self._service.tokens_admitted)
         yield GaugeMetricFamily("lorax_batch_next_size", "Requests that would run if all found room.", waiting + running)
         yield GaugeMetricFamily("atoll_ready", "1 when the server answers.", float(stats["ready"]))
         yield GaugeMetricFamily("atoll_active_requests", "Requests admitted and not ended.", stats["active_requests"])
@@ -279,10 +287,13 @@ class CountRequests:
         self._app, self._metrics, self._paths = app, metrics, tuple(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(self._paths):
+        counts = scope["path"].endswith(self._paths) or _DEPLOYMENT.fullmatch(scope["path"]) if scope["type"] == "http" else False
+        if not counts or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         began, status = time.perf_counter(), 499
+        outcome: dict[str, bool] = {}
+        scope[OUTCOME] = outcome
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -296,4 +307,4 @@ class CountRequests:
             await self._app(scope, receive, watched)
         finally:
             _ARRIVED.reset(token)
-            self._metrics.answered(status, time.perf_counter() - began)
+            self._metrics.answered(status, time.perf_counter() - began, failed=outcome.get("failed", False))

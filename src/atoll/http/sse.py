@@ -25,6 +25,7 @@ from atoll.http.errors import ClientGone, Protocol, internal_error, protocol_of,
 T = TypeVar("T")
 
 KEEP_ALIVE_S = 15.0
+OUTCOME = "atoll.outcome"  # of a request, in its scope: what its status does not tell, for whoever counts
 _COMMENT = b": keep-alive\n\n"
 
 _log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             watcher = asyncio.create_task(self._watch(receive, send, sender, gone))
             try:
-                await self._send_all(send, protocol_of(scope["path"]))
+                await self._send_all(send, scope)
             except asyncio.CancelledError:
                 if not gone.is_set():
                     raise
@@ -77,13 +78,14 @@ class EventStream(Response):
             if close is not None:
                 await close()
 
-    async def _send_all(self, send: Send, protocol: Protocol) -> None:
+    async def _send_all(self, send: Send, scope: Scope) -> None:
         try:
             async for part in self._events:
                 self._num_sent += 1
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         except Exception as error:
-            await send({"type": "http.response.body", "body": error_event(error, protocol), "more_body": True})
+            scope.get(OUTCOME, {})["failed"] = True
+            await send({"type": "http.response.body", "body": error_event(error, protocol_of(scope["path"])), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _watch(self, receive: Receive, send: Send, sender: asyncio.Task[Any], gone: asyncio.Event) -> None:

@@ -19,15 +19,17 @@ from starlette.responses import JSONResponse, Response
 
 from atoll.engine.request import Completion, Request
 from atoll.errors import RequestRefused
+from atoll.http.asking import check_finished, mean_logprob, stops_after_text, trims
 from atoll.http.auth import PREDIBASE, caller_of, source_token
 from atoll.http.errors import refusal
 from atoll.http.sse import EventStream, unless_gone
 from atoll.http.token_text import TokenTexts
 from atoll.lorax.docs import EVENTS, answers
 from atoll.lorax.prompt import encode_in_format, encode_texts
-from atoll.lorax.reply import Clock, ReplyWriter, answer_headers, check_finished, mean_logprob, stream_headers
+from atoll.lorax.reply import Clock, ReplyWriter, answer_headers, stream_headers
 from atoll.lorax.rules import Limits, check, check_inputs, check_lengths, sampling_params
 from atoll.lorax.types import AdapterChoice, CompatGenerateBody, GenerateBody, GenerateResponse, Parameters, StreamResponse
+from atoll.serving.base_names import names_of
 from atoll.serving.service import AdapterRef, Served
 
 if TYPE_CHECKING:
@@ -56,6 +58,12 @@ def router(service: Service, metrics: Metrics) -> APIRouter:
     @routes.post("/invocations", summary="The same as POST /", responses=either)
     async def compat_generate(http: HttpRequest, body: Annotated[CompatGenerateBody, Body()]) -> Response:
         return await generator.stream(http, body) if body.stream else await generator.answer(http, body, as_list=True)
+
+    @routes.post(PREDIBASE, summary="The same as POST /, at Predibase's path", responses=either | answers(status=404))
+    async def deployed(http: HttpRequest, tenant: str, deployment: str, body: Annotated[CompatGenerateBody, Body()]) -> Response:
+        return generator.unknown(deployment) or (
+            await generator.stream(http, body) if body.stream else await generator.answer(http, body, as_list=True)
+        )
 
     @routes.post(PREDIBASE + "/generate", summary="Continue a text, at Predibase's path", responses=whole | answers(status=404))
     async def deployed_generate(http: HttpRequest, tenant: str, deployment: str, body: Annotated[GenerateBody, Body()]) -> Response:
@@ -86,6 +94,7 @@ class Generator:
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self._service, self._base, self._metrics = service, service.base, metrics
         self._limits = Limits.of(service)
+        self._deployments = names_of(service.base) | {name.casefold() for name in service.config.deployment_names}
         self._writer = ReplyWriter(TokenTexts(service.base.tokenizer))
 
     async def answer(self, http: HttpRequest, body: GenerateBody, *, as_list: bool = False) -> Response:
@@ -113,16 +122,10 @@ class Generator:
 
     def unknown(self, deployment: str) -> Response | None:
         """404 for a deployment that is not the base of this server."""
-        if deployment in self._base_names:
+        if deployment.casefold() in self._deployments:
             return None
         refused = refusal(404, f"there is no deployment {deployment[:120]!r} here", "native", hint=f"this server has {self._base.name!r}")
         return JSONResponse(refused.body, refused.status)
-
-    @property
-    def _base_names(self) -> tuple[str, ...]:
-        """What the base may be called: its name, and the last part of it where the name is an id or a folder."""
-        name = self._base.name
-        return (name, name.rstrip("/").rpartition("/")[2])
 
     async def _events(self, tokens: TokenStream, prepared: Prepared) -> AsyncIterator[bytes]:
         """All that came since the last time, in one piece."""
@@ -177,7 +180,7 @@ class Generator:
             max_new_tokens=max_new_tokens,
             stop=tuple(dict.fromkeys((*stops, *own_stops))),
             stop_token_ids=() if parameters.ignore_eos_token else served.stop_token_ids,
-            stop_after_text=form is not None and not form.chat and form.completion_prefix != "" and all(text.strip() for text in stops),
+            stop_after_text=stops_after_text(trims(form), stops),
             logprobs=streams or best_of > 1 or bool(parameters.details or parameters.decoder_input_details),
         )
         return [Request(prompt_ids, adapter=served.key, sampling=sampling) for _ in range(best_of)]
@@ -186,7 +189,7 @@ class Generator:
 async def open_adapter(service: Service, http: HttpRequest, choice: AdapterChoice, limits: Limits) -> Served:
     """What a body's adapter fields mean for this caller. Raises what Service.open raises, and RequestRefused for a merge that cannot be."""
     merged = None if choice.merged_adapters is None else choice.merged_adapters.spec(limits.merged)
-    token = choice.api_token or source_token(http, service.config)
+    token = choice.api_token or source_token(http, service.config.keys_file is not None)
     ref = AdapterRef(adapter_id=choice.adapter_id or None, source=choice.adapter_source, merged=merged, token=token)
     return await unless_gone(http, service.open(ref, caller_of(http)))
 

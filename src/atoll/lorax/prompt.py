@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from atoll.data.prompt import encode_prompt, encode_prompts, tokenize
 from atoll.errors import DataError, RequestRefused
+from atoll.http.asking import row_of
 
 if TYPE_CHECKING:
     from atoll.data.prompt import PromptFormat
@@ -44,24 +45,8 @@ async def encode_in_format(base: Base, form: PromptFormat | None, inputs: str, f
 
     Raises RequestRefused if the fields do not leave exactly one column open, ConfigError without a chat template.
     """
-    text, chat = (inputs, True) if form is None else (form.render(row_of(form, inputs, fields)), form.chat)
+    text, chat = (inputs, True) if form is None else (form.render(row_of(form, inputs, fields, "`inputs`")), form.chat)
     return await beside(lambda: encode_prompt(text, base.tokenizer, chat), len(text))
-
-
-def row_of(form: PromptFormat, inputs: str, fields: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The columns of the adapter's template."""
-    given = fields or {}
-    unknown = [name for name in given if name not in form.columns]
-    left = [name for name in form.columns if name not in given]
-    columns = ", ".join(map(repr, form.columns)) or "none"
-    if unknown:
-        raise RequestRefused(f"`fields` has {unknown[0][:80]!r}, but the columns of the adapter's prompt are {columns}")
-    if len(left) != 1:
-        raise RequestRefused(
-            f"the columns of the adapter's prompt are {columns}, and `fields` must give all of them but the one that `inputs` fills",
-            hint='"parameters": {"fields": {"column": "value"}}, or send the whole prompt without apply_chat_template',
-        )
-    return {**given, left[0]: inputs}
 
 
 def label_tokens(form: PromptFormat, prompts: Sequence[str], labels: Sequence[str], base: Base) -> list[list[tuple[int, ...]]]:

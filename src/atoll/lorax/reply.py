@@ -12,7 +12,6 @@ Used by generate.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,7 @@ from urllib.parse import quote
 
 from atoll.engine.request import Completion, TokenEvent, TokenLogprob
 from atoll.engine.stops import Detokenizer, TextStream
-from atoll.errors import EngineError
-from atoll.http.errors import Incomplete
+from atoll.http.asking import check_finished
 
 if TYPE_CHECKING:
     from atoll.engine.request import Request
@@ -37,20 +35,6 @@ def finish_reason(completion: Completion) -> str:
     if completion.finish_reason != "stop":
         return "length"
     return "stop_sequence" if isinstance(completion.stopped_by, str) else "eos_token"
-
-
-def check_finished(completion: Completion) -> None:
-    """Raise for a request that has no answer: the engine failed it (EngineError), or the server cut it off (Incomplete)."""
-    if completion.finish_reason == "error":
-        raise EngineError(completion.error or "the request failed in the engine")
-    if completion.finish_reason == "cancelled":
-        raise Incomplete("the request was cancelled before its answer was complete", hint="the server is shutting down: try again soon")
-
-
-def mean_logprob(completion: Completion) -> float:
-    """What best_of ranks by."""
-    found = completion.logprobs or ()
-    return sum(entry.logprob for entry in found) / len(found) if found else -math.inf
 
 
 class ReplyWriter:

@@ -9,13 +9,13 @@ Used by generate for every generate route.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from atoll.engine.request import MAX_LOGPROBS, Grammar, SamplingParams
 from atoll.errors import RequestRefused
+from atoll.http.asking import StopCaps, grammar_for
 
 if TYPE_CHECKING:
     from atoll.lorax.types import AdapterChoice, MergedAdapters, Parameters, ResponseFormat
@@ -32,8 +32,7 @@ class Limits:
     """What one request may ask for. max_input: tokens of a prompt; max_total: of prompt and answer."""
 
     best_of: int
-    stops: int
-    stop_chars: int
+    stops: StopCaps
     max_input: int
     max_total: int
     merged: int
@@ -44,8 +43,7 @@ class Limits:
         config = service.config
         return cls(
             best_of=config.max_best_of,
-            stops=config.max_stop_sequences,
-            stop_chars=config.max_stop_length,
+            stops=StopCaps(config.max_stop_sequences, config.max_stop_length),
             max_input=service.max_input_tokens,
             max_total=service.max_total_tokens,
             merged=config.max_merged,
@@ -80,11 +78,10 @@ def check(parameters: Parameters, limits: Limits, *, streams: bool) -> None:
         raise RequestRefused("you must use sampling when `best_of` is > 1")
     _check_numbers(parameters)
     stops = parameters.stop or []
-    if len(stops) > limits.stops:
-        raise RequestRefused(f"`stop` supports up to {limits.stops} stop sequences. Given: {len(stops)}")
-    for text in stops:
-        if not 1 <= len(text) <= limits.stop_chars:
-            raise RequestRefused(f"`stop` sequences must have 1 to {limits.stop_chars} characters. Given: {len(text)}")
+    if len(stops) > limits.stops.count:
+        raise RequestRefused(f"`stop` supports up to {limits.stops.count} stop sequences. Given: {len(stops)}")
+    if (misfit := limits.stops.misfit(stops)) is not None:
+        raise RequestRefused(f"`stop` sequences must have 1 to {limits.stops.chars} characters. Given: {len(misfit)}")
     if parameters.seed is not None:
         if best_of > 1:
             raise RequestRefused("`seed` must not be set when `best_of` > 1")
@@ -162,17 +159,13 @@ def sampling_params(
         ignore_eos=bool(parameters.ignore_eos_token),
         logprobs=alternatives if logprobs else None,
         prompt_logprobs=0 if parameters.decoder_input_details else None,
-        grammar=grammar_of(parameters.response_format),
+        grammar=_grammar(parameters.response_format),
     )
 
 
-def grammar_of(wanted: ResponseFormat | None) -> Grammar | None:
-    """The grammar of a response_format: its schema, whatever its type says; without one, any JSON object."""
-    if wanted is None or (wanted.type == "text" and wanted.schema_ is None):
-        return None
-    if wanted.schema_ is None:
-        return Grammar("json_object")
-    return Grammar("json_schema", json.dumps(wanted.schema_))
+def _grammar(wanted: ResponseFormat | None) -> Grammar | None:
+    """The grammar of a response_format: its schema, whatever its type says."""
+    return None if wanted is None or (wanted.type == "text" and wanted.schema_ is None) else grammar_for(wanted.schema_)
 
 
 def _default(value: N | None, otherwise: N) -> N:

@@ -21,12 +21,13 @@ from atoll.data.prompt import encode_prompts
 from atoll.engine.request import EmbedRequest, ScoreRequest
 from atoll.errors import RequestRefused
 from atoll.http import health
+from atoll.http.asking import row_of
 from atoll.http.auth import caller_of
 from atoll.http.errors import refusal
 from atoll.http.sse import unless_gone
 from atoll.lorax.docs import answers
 from atoll.lorax.generate import open_adapter
-from atoll.lorax.prompt import beside, encode_texts, label_tokens, row_of
+from atoll.lorax.prompt import beside, encode_texts, label_tokens
 from atoll.lorax.rules import Limits, check_adapters, check_inputs, check_lengths
 from atoll.lorax.types import (
     ClassifyBatchBody,
@@ -120,7 +121,7 @@ class Texts:
     async def _score_requests(self, served: Served, inputs: Sequence[str], choice: FieldsChoice) -> list[ScoreRequest]:
         form, labels = served.prompt, served.labels
         assert form is not None and labels is not None
-        prompts = [form.render(row_of(form, text, choice.fields)) for text in inputs]
+        prompts = [form.render(row_of(form, text, choice.fields, "`inputs`")) for text in inputs]
         prompt_ids = await beside(lambda: encode_prompts(prompts, self._base.tokenizer, form.chat), sum(map(len, prompts)))
         options = label_tokens(form, prompts, labels, self._base)
         for token_ids, continuations in zip(prompt_ids, options, strict=True):
@@ -171,8 +172,8 @@ class Texts:
             "docker_label": None,
             "request_logger_url": None,
             "base": base.describe(),
-            "adapters": len(await service.operator.adapters(caller_of(http))),
-            "kernel": await service.run(lambda engine: engine.kernel),
+            "adapters": await service.operator.listing.count(caller_of(http)),
+            "kernel": service.kernel,
         }
 
 

@@ -1,7 +1,7 @@
 """Bodies and replies of LoRAX's routes: what its clients send, and what they parse.
 
 Every optional field may be null, since the client sends all of them; fields that we do not know are ignored, as LoRAX does. Types are strict: a
-number in quotes is no number. The limits of values are in lorax_rules, which says them in LoRAX's words; replies are described here for the OpenAPI
+number in quotes is no number. The limits of values are in rules, which says them in LoRAX's words; replies are described here for the OpenAPI
 document and written by reply as plain JSON.
 
 Used by generate, texts and, for merged adapters, by the OpenAI routes.

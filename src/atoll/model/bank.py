@@ -93,7 +93,11 @@ class LoraBank:
         per_layer = sum(d_out for d_out, _ in self.shapes.values()) + sum(len(g) * self.shapes[g[0]][1] for g in GROUPS)
         return bucket_of(adapter.max_rank) * per_layer * self.num_layers * self.dtype.itemsize
 
-    def load(self, adapter: Adapter) -> Slot:
+    def pack(self, adapter: Adapter) -> None:
+        """None: copying into a stack is all that there is to do, and no other thread may do it."""
+        return None
+
+    def load(self, adapter: Adapter, packed: None = None) -> Slot:
         """Copy an adapter's factors into a free slot. Raises BaseMismatch where they do not fit the base."""
         adapter.check_fits(self.shapes, self.num_layers)
         bucket = bucket_of(adapter.max_rank)

@@ -139,7 +139,8 @@ def knots(parents: Sequence[Adapter], weights: Sequence[float], merge: Merge) ->
 def compress(adapter: Adapter, rank: int) -> Compressed:
     """The adapter of at most `rank` at each site whose updates are nearest (least squared error), exact where the update's true rank is no more.
 
-    B = Q_B R_B, Aᵀ = Q_A R_A, and a small SVD of R_B R_Aᵀ [R, R], in float64; the singular values go to both factors alike. Sites of lower rank stay.
+    B = Q_B R_B, Aᵀ = Q_A R_A, and a small SVD of R_B R_Aᵀ [R, R], in float64; the singular values go to both factors alike. Sites of lower rank stay,
+    and none gets more rank than its linear is wide.
     """
     modules: dict[Site, LoraModule] = {}
     kept: list[tuple[float, float]] = []
@@ -151,7 +152,7 @@ def compress(adapter: Adapter, rank: int) -> Compressed:
             kept.append((energy, energy))
             continue
         (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.T)
-        u, values, v = torch.linalg.svd(r_b @ r_a.T)
+        u, values, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         kept.append((float(values[:rank].square().sum()), float(values.square().sum())))
         roots = values[:rank].sqrt()
         modules[site] = LoraModule((roots[:, None] * (v[:rank] @ q_a.T)).float(), ((q_b @ u[:, :rank]) * roots).float(), 1.0)

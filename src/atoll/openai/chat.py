@@ -19,11 +19,11 @@ from starlette.responses import JSONResponse, Response
 
 from atoll.engine.request import Completion, Request, TokenEvent
 from atoll.errors import RequestRefused
+from atoll.http.asking import check_finished, stops_after_text
 from atoll.http.auth import caller_of
 from atoll.http.sse import EventStream, unless_gone
 from atoll.http.token_text import TokenTexts
 from atoll.lorax.prompt import beside
-from atoll.lorax.reply import check_finished
 from atoll.openai.chat_prompt import chat_prompt, num_chars
 from atoll.openai.docs import ChatReply, answers
 from atoll.openai.reply import DONE, Chunks, ContentLogprobs, Head, chat_logprobs_of, finish_reason, usage_of
@@ -52,23 +52,25 @@ def router(service: Service) -> APIRouter:
 
 async def _answer(asker: Asker, http: HttpRequest, body: ChatBody) -> Response:
     refuse_unsupported(body)
-    caller, count = caller_of(http), num_choices(body, asker.caps)
+    caller, count = caller_of(http), num_choices(body, asker.choices)
     use = tool_use(body.tools, body.tool_choice)
-    served = await unless_gone(http, asker.service.open(asker.ref(body, http), caller))
+    served = await unless_gone(http, asker.service.open(asker.ref(body), caller))
     prompt = await beside(lambda: chat_prompt(asker.base, served.prompt, body, use), num_chars(body))
     brings_stops = not (body.ignore_eos or body.ignore_eos_token)  # what ends an adapter's answers is its end-of-text
-    stops = stop_strings(body, asker.caps)
+    stops = stop_strings(body, asker.stops)
     if body.max_completion_tokens is not None:
         wanted = max_tokens("max_completion_tokens", body.max_completion_tokens)
     else:
         wanted = max_tokens("max_tokens", body.max_tokens)
+    schema = schema_of(body.response_format)
+    grammar = grammar_of(body.response_format) if use is None else await beside(lambda: use.grammar(schema), num_chars(body))
     sampling = sampling_params(
         body,
         max_new_tokens=asker.room("messages", len(prompt.token_ids), wanted),
         stop=(*stops, *(prompt.stop if brings_stops else ())),
         stop_token_ids=served.stop_token_ids if brings_stops else (),
-        stop_after_text=prompt.trims and all(text.strip() for text in stops),
-        grammar=grammar_of(body.response_format) if use is None else use.grammar(schema_of(body.response_format)),
+        stop_after_text=stops_after_text(prompt.trims, stops),
+        grammar=grammar,
         logprobs=chat_logprobs(body.logprobs, body.top_logprobs),
     )
     requests, head = requests_for(served, [prompt.token_ids], sampling, count), asker.head("chatcmpl", body, served)

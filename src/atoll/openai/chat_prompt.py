@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from atoll.data.prompt import PromptFormat, encode_prompt, parse_template, tokenize
-from atoll.errors import AtollError, ConfigError, DataError
+from atoll.errors import AtollError, ConfigError, DataError, RequestRefused
+from atoll.http.asking import row_of, trims
 from atoll.openai.tools import ToolUse, Turn, call_text, cuts_calls
 from atoll.openai.types import ChatBody, Message, ParameterRefused, TextPart
 
@@ -49,17 +50,34 @@ def chat_prompt(base: Base, form: PromptFormat | None, body: ChatBody, use: Tool
         return ChatPrompt(_conversation(base, turns, use), stop)
     try:
         text = form.render(_row(form, turns, body, use))
-        return ChatPrompt(encode_prompt(text, base.tokenizer, form.chat), form.stop, trims=form.completion_prefix != "" and not form.chat)
+        return ChatPrompt(encode_prompt(text, base.tokenizer, form.chat), form.stop, trims=trims(form))
     except (DataError, ConfigError) as error:
         raise _refused(error) from error
 
 
 def num_chars(body: ChatBody) -> int:
-    """About how much text there is to read."""
-    return sum(
-        len(message.content) if isinstance(message.content, str) else sum(len(part.text or "") for part in message.content or ())
-        for message in body.messages
-    )
+    """About how much text there is to read: turns, calls, tools, schemas and fields."""
+    return sum(map(_chars_of, body.messages)) + _size([tool.function.parameters for tool in body.tools or () if tool.function]) + _size(body.fields)
+
+
+def _chars_of(message: Message) -> int:
+    content = message.content
+    said = len(content) if isinstance(content, str) else sum(len(part.text or part.refusal or "") for part in content or ())
+    return said + sum(len(call.function.arguments) + len(call.function.name) for call in message.tool_calls or () if call.function)
+
+
+def _size(value: Any) -> int:
+    """The characters in a JSON value, about."""
+    waiting, size = [value], 0
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            waiting += (*one.keys(), *one.values())
+        elif isinstance(one, list):
+            waiting += one
+        else:
+            size += len(one) if isinstance(one, str) else 1
+    return size
 
 
 def _row(form: PromptFormat, turns: Sequence[Turn], body: ChatBody, use: ToolUse | None) -> dict[str, Any]:
@@ -75,20 +93,10 @@ def _row(form: PromptFormat, turns: Sequence[Turn], body: ChatBody, use: ToolUse
             code="invalid_value",
             hint=hint,
         )
-    given = body.fields or {}
-    unknown = [name for name in given if name not in form.columns]
-    left = [name for name in form.columns if name not in given]
-    listed = ", ".join(map(repr, form.columns))
-    if unknown:
-        raise ParameterRefused(f"fields has {unknown[0]!r}, but the adapter's columns are {listed}", param="fields", code="invalid_value")
-    if len(left) != 1:
-        raise ParameterRefused(
-            f"the adapter's prompt has the columns {listed}; fields must give all but the one that the message fills",
-            param="fields",
-            code="invalid_value",
-            hint='"fields": {"column": value, ...}',
-        )
-    return {**given, left[0]: turns[0]["content"]}
+    try:
+        return row_of(form, str(turns[0]["content"]), body.fields, "the message")
+    except RequestRefused as error:
+        raise ParameterRefused(error.message, param="fields", code="invalid_value", hint=error.hint) from error
 
 
 def _conversation(base: Base, turns: Sequence[Turn], use: ToolUse | None) -> list[int]:

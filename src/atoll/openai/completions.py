@@ -18,9 +18,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from atoll.engine.request import Completion, Request
+from atoll.http.asking import check_finished, mean_logprob, stops_after_text, trims
 from atoll.http.auth import caller_of
 from atoll.http.sse import EventStream, unless_gone
-from atoll.lorax.reply import check_finished, mean_logprob
 from atoll.openai.docs import CompletionReply, answers
 from atoll.openai.reply import (
     DONE,
@@ -72,7 +72,7 @@ def router(service: Service) -> APIRouter:
 async def _answer(asker: Asker, http: HttpRequest, body: CompletionBody) -> Response:
     refuse_unsupported(body)
     caller = caller_of(http)
-    served = await unless_gone(http, asker.service.open(asker.ref(body, http), caller))
+    served = await unless_gone(http, asker.service.open(asker.ref(body), caller))
     plan = await _plan(asker, body, served)
     head = asker.head("cmpl", body, served)
     if body.stream:
@@ -84,10 +84,10 @@ async def _answer(asker: Asker, http: HttpRequest, body: CompletionBody) -> Resp
 
 async def _plan(asker: Asker, body: CompletionBody, served: Served) -> Plan:
     """Raises ParameterRefused and RequestRefused for whatever cannot be done."""
-    n = num_choices(body, asker.caps)
+    n = num_choices(body, asker.choices)
     best_of = n if body.best_of is None else body.best_of
-    if not n <= best_of <= asker.caps.choices:
-        limits = f"from n ({n}) to {asker.caps.choices}"
+    if not n <= best_of <= asker.choices:
+        limits = f"from n ({n}) to {asker.choices}"
         raise ParameterRefused(f"best_of is {best_of}, but must be {limits}", param="best_of", code="invalid_value")
     if best_of > n and body.stream:
         raise ParameterRefused("best_of above n cannot be streamed: the best is known at the end", param="best_of", code="invalid_value")
@@ -95,18 +95,17 @@ async def _plan(asker: Asker, body: CompletionBody, served: Served) -> Plan:
     top, echo = completion_logprobs(body.logprobs), bool(body.echo)
     if echo and top is not None and body.stream:
         raise ParameterRefused("echo with logprobs cannot be streamed", param="stream", code="invalid_value", hint="leave stream out")
-    prompts = await asker.inputs(body.prompt, "prompt")
+    prompts = await asker.inputs(body.prompt, "prompt", asker.service.config.max_inputs)
     for prompt in prompts:
         asker.room("prompt", len(prompt.ids), asked or 1)
     form = served.prompt
-    brings_stops, stops = not (body.ignore_eos or body.ignore_eos_token), stop_strings(body, asker.caps)
-    trims = form is not None and form.completion_prefix != "" and not form.chat  # its answers begin with white space
+    brings_stops, stops = not (body.ignore_eos or body.ignore_eos_token), stop_strings(body, asker.stops)
     sampling = sampling_params(
         body,
         max_new_tokens=asked or 1,
         stop=(*stops, *(form.stop if form is not None and brings_stops else ())),
         stop_token_ids=served.stop_token_ids if brings_stops else (),
-        stop_after_text=trims and all(text.strip() for text in stops),
+        stop_after_text=stops_after_text(trims(form), stops),
         grammar=grammar_of(body.response_format),
         logprobs=top if top is not None or best_of == n else 0,
         prompt_logprobs=top if echo else None,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 EVENTS = "text/event-stream"
+_EVENT = {"type": "object", "properties": {"data": {"type": "string", "description": "A chunk as JSON, or [DONE]."}}, "required": ["data"]}  # each
 
 _ERRORS = {
     400: "The body or a parameter is not valid, or asks for what is not supported.",
@@ -19,9 +20,11 @@ _ERRORS = {
     403: "The key may not do this.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
-    422: "The adapter could not be used, or generating failed.",
+    422: "The adapter or its source could not be used.",
     429: "Too many requests at once; Retry-After says when to try again.",
+    500: "Generating failed.",
     503: "The server is starting, stopping or broken.",
+    504: "It took longer than a request may.",
 }
 
 
@@ -152,5 +155,5 @@ def answers(model: type[BaseModel], *, streams: bool = False, not_found: bool = 
         found[404] = {"description": "No such model, or none that this key may use.", "model": OpenAIError}
     if streams:
         found[200]["description"] = "The answer; with `stream`, events of its chunks, then `data: [DONE]`. A later error is an event with `error`."
-        found[200]["content"] = {EVENTS: {"schema": {"type": "string"}}}
+        found[200]["content"] = {EVENTS: {"schema": _EVENT}}
     return found

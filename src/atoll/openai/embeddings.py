@@ -22,6 +22,7 @@ from atoll.openai.run import Asker
 from atoll.openai.types import EmbeddingBody, ParameterRefused, refuse_unsupported
 
 if TYPE_CHECKING:
+    from atoll.serving.keys import Caller
     from atoll.serving.service import Service
 
 
@@ -43,12 +44,12 @@ async def _answer(asker: Asker, http: HttpRequest, body: EmbeddingBody) -> Respo
         raise ParameterRefused(
             f"dimensions is {body.dimensions}, but this base's vectors have {width} and cannot be shortened", param="dimensions", code="invalid_value"
         )
-    served = await unless_gone(http, asker.service.open(asker.ref(body, http), caller))
-    prompts = [given.ids for given in await asker.inputs(body.input, "input")]
+    served = await unless_gone(http, asker.service.open(asker.ref(body), caller))
+    prompts = [given.ids for given in await asker.inputs(body.input, "input", asker.service.config.max_embedding_inputs)]
     for ids in prompts:
         asker.room("input", len(ids), 0)
     items = [EmbedRequest(ids, adapter=served.key, pooling=body.pooling or "mean") for ids in prompts]
-    vectors = await unless_gone(http, asker.service.embed(items, caller))
+    vectors = await unless_gone(http, _embed(asker.service, items, caller))
     written = _base64 if body.encoding_format == "base64" else list
     num_tokens = sum(map(len, prompts))
     return JSONResponse(
@@ -59,6 +60,14 @@ async def _answer(asker: Asker, http: HttpRequest, body: EmbeddingBody) -> Respo
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
         }
     )
+
+
+async def _embed(service: Service, items: Sequence[EmbedRequest], caller: Caller) -> list[list[float]]:
+    """A batch at a time, so that a request of thousands takes no more places than others do."""
+    config = service.config
+    size = min(config.max_inputs, config.per_key_requests, config.max_concurrent_requests)
+    batches = [items[start : start + size] for start in range(0, len(items), size)]
+    return [vector for batch in batches for vector in await service.embed(batch, caller)]
 
 
 def _base64(vector: Sequence[float]) -> str:

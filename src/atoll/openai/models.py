@@ -14,7 +14,6 @@ from starlette.responses import JSONResponse, Response
 from atoll.http.auth import caller_of
 from atoll.openai.docs import ModelList, ModelReply, answers
 from atoll.serving.entries import AdapterInfo, AdapterRef
-from atoll.serving.registry import BASE_IDS
 
 if TYPE_CHECKING:
     from atoll.serving.service import Service
@@ -28,12 +27,12 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/models", summary="The base and the adapters", responses=answers(ModelList))
     async def models(http: HttpRequest) -> Response:
-        found = await service.operator.adapters(caller_of(http))
+        found = await service.operator.listing.adapters(caller_of(http), with_engine=False)
         return JSONResponse({"object": "list", "data": [_base(service), *(_adapter(service, info) for info in found)]})
 
     @routes.get("/v1/models/{model:path}", summary="The base, or one adapter", responses=answers(ModelReply, not_found=True))
     async def one_model(http: HttpRequest, model: str) -> Response:
-        if model == service.base.name or model in BASE_IDS:
+        if service.registry.is_base(model):
             return JSONResponse(_base(service))
         info = await service.operator.adapter(AdapterRef(model), caller_of(http))
         return JSONResponse(_adapter(service, info) | {"id": model})

@@ -20,12 +20,12 @@ from starlette.requests import Request as HttpRequest
 from atoll.data.prompt import added_tokens, encode_prompts
 from atoll.engine.request import Completion, Request, SamplingParams, TokenEvent
 from atoll.errors import AtollError, DataError
-from atoll.http.auth import source_token
+from atoll.http.asking import StopCaps
 from atoll.http.sse import unless_gone
 from atoll.http.token_text import TokenTexts
 from atoll.lorax.prompt import beside
 from atoll.openai.reply import Head, fingerprint_of
-from atoll.openai.sampling import Caps, seed_of_choice
+from atoll.openai.sampling import seed_of_choice
 from atoll.openai.types import AskedModel, ParameterRefused
 from atoll.serving.entries import AdapterRef, Served
 
@@ -51,7 +51,7 @@ class Asker:
         config = service.config
         self.service, self.base = service, service.base
         self.texts = TokenTexts(service.base.tokenizer)
-        self.caps = Caps(config.max_best_of, config.max_stop_sequences, config.max_stop_length)
+        self.choices, self.stops = config.max_best_of, StopCaps(config.max_stop_sequences, config.max_stop_length)
 
     def head(self, prefix: str, body: AskedModel, served: Served) -> Head:
         """The head of a reply: the model by the name that the client used, else by its own."""
@@ -62,19 +62,18 @@ class Asker:
         """Known when the engine is there: the routes are made before it."""
         return fingerprint_of(self.base, self.service.kernel)
 
-    def ref(self, body: AskedModel, http: HttpRequest) -> AdapterRef:
-        """What a body asks for."""
+    def ref(self, body: AskedModel) -> AdapterRef:
+        """What a body asks for. A client's key is never passed on to an adapter's source."""
         name = body.model or None
         merged = None if body.merged_adapters is None else body.merged_adapters.spec(self.service.config.max_merged)
-        if merged is not None and name not in (None, self.base.name):
-            assert name is not None
+        if merged is not None and name is not None and not self.service.registry.is_base(name):
             raise ParameterRefused(
                 f"model names {name[:80]!r}, but merged_adapters already says what answers",
                 param="merged_adapters",
                 code="invalid_value",
                 hint='leave model empty ("") or give the base\'s name',
             )
-        return AdapterRef(adapter_id=name, source=body.adapter_source, merged=merged, token=body.api_token or source_token(http, self.service.config))
+        return AdapterRef(adapter_id=name, source=body.adapter_source, merged=merged, token=body.api_token)
 
     def room(self, param: str, num_prompt: int, wanted: int | None) -> int:
         """How long an answer may get. Raises ParameterRefused where prompt and answer do not fit a row."""
@@ -92,10 +91,9 @@ class Asker:
             )
         return total - num_prompt if wanted is None else wanted
 
-    async def inputs(self, given: str | list[str] | list[int] | list[list[int]], param: str) -> list[Input]:
-        """One text, one list of tokens, or a list of either, as tokens; all within limits. Long texts are read beside the event loop."""
+    async def inputs(self, given: str | list[str] | list[int] | list[list[int]], param: str, most: int) -> list[Input]:
+        """One text, one list of tokens, or up to `most` of either, as tokens; all within limits. Long texts are read beside the event loop."""
         items: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
-        most = self.service.config.max_inputs
         if not 1 <= len(items) <= most:
             raise ParameterRefused(f"{param} has {len(items)} entries, but must have 1 to {most}", param=param, code="invalid_value")
         if all(isinstance(item, str) for item in items):
@@ -132,6 +130,7 @@ def grouped(completions: Sequence[Completion], count: int) -> list[Sequence[Comp
 
 async def streams(service: Service, requests: Sequence[Request], caller: Caller) -> AsyncGenerator[tuple[int, list[TokenEvent]]]:
     """What comes of requests that run side by side, each time with the request's place. Closing it cancels all of them."""
+    service.places.check(len(requests))  # together, for they are taken one by one
     opened: list[TokenStream] = []
     try:
         for request in requests:

@@ -8,43 +8,33 @@ Used by chat and completions.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from atoll.engine.request import Grammar, SamplingParams
+from atoll.http.asking import StopCaps, grammar_for
 from atoll.openai.types import ParameterRefused, ResponseFormat, Sampling
 
 MAX_TOP_LOGPROBS = 20  # of chat, as OpenAI has it
 MAX_LOGPROBS = 5  # of completions
 _SEEDS = 1 << 64
+_MAX_DIGITS = 12  # of a token id: Python reads no number of thousands
 
 
-@dataclass(frozen=True)
-class Caps:
-    """What one request may multiply: choices, stop strings and their characters."""
-
-    choices: int
-    stops: int
-    stop_chars: int
-
-
-def num_choices(body: Sampling, caps: Caps) -> int:
+def num_choices(body: Sampling, most: int) -> int:
     """n, checked."""
-    return 1 if body.n is None else _whole("n", body.n, 1, caps.choices)
+    return 1 if body.n is None else _whole("n", body.n, 1, most)
 
 
-def stop_strings(body: Sampling, caps: Caps) -> tuple[str, ...]:
+def stop_strings(body: Sampling, caps: StopCaps) -> tuple[str, ...]:
     """stop as a tuple, checked."""
     stops = () if body.stop is None else (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
-    if len(stops) > caps.stops:
-        raise ParameterRefused(f"stop has {len(stops)} texts, but at most {caps.stops} are taken", param="stop", code="array_above_max_length")
-    for text in stops:
-        if not text or len(text) > caps.stop_chars:
-            found = "is empty" if not text else f"has {len(text)} characters"
-            raise ParameterRefused(f"a stop text {found}, but it must have 1 to {caps.stop_chars}", param="stop", code="invalid_value")
+    if len(stops) > caps.count:
+        raise ParameterRefused(f"stop has {len(stops)} texts, but at most {caps.count} are taken", param="stop", code="array_above_max_length")
+    if (misfit := caps.misfit(stops)) is not None:
+        found = f"has {len(misfit)} characters" if misfit else "is empty"
+        raise ParameterRefused(f"a stop text {found}, but it must have 1 to {caps.chars}", param="stop", code="invalid_value")
     return stops
 
 
@@ -115,9 +105,7 @@ def completion_logprobs(wanted: int | None) -> int | None:
 def grammar_of(form: ResponseFormat | None) -> Grammar | None:
     """What response_format demands of the answer."""
     schema = schema_of(form)
-    if schema is None:
-        return None
-    return Grammar("json_object") if schema == {"type": "object"} else Grammar("json_schema", json.dumps(schema))
+    return None if schema is None else grammar_for(schema)
 
 
 def schema_of(form: ResponseFormat | None) -> dict[str, Any] | None:
@@ -140,7 +128,7 @@ def schema_of(form: ResponseFormat | None) -> dict[str, Any] | None:
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:
     biases: dict[int, float] = {}
     for key, value in given.items():
-        if not (key.isascii() and key.isdigit()):
+        if not (key.isascii() and key.isdigit() and len(key) <= _MAX_DIGITS):
             raise ParameterRefused(f"logit_bias has the key {key[:40]!r}, but keys are token ids", param="logit_bias", code="invalid_value")
         biases[int(key)] = _number(f"logit_bias of token {key}", value, 0.0, -100.0, 100.0, param="logit_bias")
     return biases

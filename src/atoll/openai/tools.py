@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atoll.engine.request import Grammar
-from atoll.engine.schema import read_schema
+from atoll.engine.schema import MAX_GRAMMAR_BYTES, read_schema
 from atoll.errors import RequestRefused
 from atoll.openai.types import Function, ParameterRefused, Tool, ToolChoice
 
@@ -42,6 +42,7 @@ class ToolUse:
 
     def grammar(self, schema: dict[str, Any] | None) -> Grammar:
         """One call, or (unless it must be one) any other text, which has to fit `schema` if there is one."""
+        self._check_size()
         rules = ["start: call" if self.must else "start: call | answer"]
         if not self.must and schema is not None:
             rules.append(f"answer: %json {read_schema(json.dumps(schema))}")
@@ -53,6 +54,13 @@ class ToolUse:
             rules.append(f"call_{number}: {begin} arguments_{number} {json.dumps(_CLOSE)}")
             rules.append(f"arguments_{number}: %json {_arguments_schema(function)}")
         return Grammar("lark", "\n".join(rules))
+
+    def _check_size(self) -> None:
+        """Before a look inside: no grammar of that size is accepted."""
+        size = sum(len(json.dumps(function.parameters)) for function in self.callable)
+        if size > MAX_GRAMMAR_BYTES:
+            message = f"the parameters of the tools have {size} characters together, but at most {MAX_GRAMMAR_BYTES} are accepted"
+            raise ParameterRefused(message, param="tools", code="invalid_value", hint="send fewer or smaller schemas")
 
     def blamed(self, error: RequestRefused, grammar: Grammar) -> RequestRefused:
         """The engine's complaint about `grammar`, which the client never saw, as one about the function whose schema it is about."""

@@ -173,8 +173,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
             refused = refusal(405, f"{path[:200]} does not take {method}", _protocol(request), hint=f"it takes {', '.join(allowed)}")
             return _response(refused, {"allow": ", ".join(allowed)})
         return _response(refusal(404, f"there is no route {path[:200]!r}", _protocol(request), hint="GET /docs lists them"))
-    sentence = "the body cannot be read as JSON" if error.status_code == 400 else str(error.detail)
-    return _response(refusal(error.status_code, sentence, _protocol(request)), error.headers)
+    if error.status_code == 400:  # a body that Python cannot read, in the status of one that is no JSON at all
+        return _response(refusal(400 if _protocol(request) == "openai" else 422, "the body cannot be read as JSON", _protocol(request)))
+    return _response(refusal(error.status_code, str(error.detail), _protocol(request)), error.headers)
 
 
 def _methods_of(request: Request) -> list[str]:

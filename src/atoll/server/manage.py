@@ -25,11 +25,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from atoll.errors import NotAllowed
-from atoll.http.auth import caller_of
+from atoll.http.auth import Rule, caller_of
 from atoll.http.errors import own_body, protocol_of, refusal
+from atoll.server import manage_docs
 from atoll.server.uploads import Publication, publication
 from atoll.serving.entries import AdapterRef, InUse
-from atoll.serving.keys import Scope
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from atoll.serving.service import Service
 
 UPLOAD_SPARE_BYTES = 4 << 20  # beside the weights: the small files and the form around them
-RULES: Mapping[str, Scope | Mapping[str, Scope] | None] = {
+RULES: Mapping[str, Rule] = {
     "/adapters": {"GET": "infer", "POST": "publish"},
     **{f"/adapters/{{name:path}}/{action}": {"GET": "infer", "POST": "admin"} for action in ("load", "unload", "pin", "unpin", "reload")},
     "/adapters/{name:path}": {"GET": "infer"},
@@ -84,13 +84,17 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["Adapters"], dependencies=[Depends(only_ours)])
     operator = service.operator
 
-    @routes.get("/adapters", summary="Every adapter that you may see")
+    @routes.get("/adapters", summary="Every adapter that you may see", responses=manage_docs.listing())
     async def listing(http: HttpRequest) -> Response:
         caller = caller_of(http)
         caller.require("infer")
         return JSONResponse({"adapters": [info.to_json() for info in await operator.adapters(caller)]})
 
-    @routes.post("/adapters", summary="Publish an adapter, servable at once", status_code=201, openapi_extra={"requestBody": Publication.document()})
+    document = {"requestBody": Publication.document()}
+
+    @routes.post(
+        "/adapters", summary="Publish an adapter, servable at once", status_code=201, responses=manage_docs.publishing(), openapi_extra=document
+    )
     async def publish(http: HttpRequest) -> Response:
         caller = caller_of(http)
         caller.require("publish")
@@ -100,7 +104,7 @@ def router(service: Service) -> APIRouter:
         return JSONResponse(version.to_json() | {"version": version.ref}, 201)
 
     def add(action: Literal["load", "unload", "pin", "unpin", "reload"], summary: str) -> None:
-        @routes.post(f"/adapters/{{name:path}}/{action}", summary=summary, operation_id=f"adapter_{action}")
+        @routes.post(f"/adapters/{{name:path}}/{action}", summary=summary, operation_id=f"adapter_{action}", responses=manage_docs.action())
         async def act(http: HttpRequest, name: str, where: Annotated[Where | None, Body()] = None) -> Response:
             caller, where = caller_of(http), where or Where()
             caller.require("admin")
@@ -117,20 +121,28 @@ def router(service: Service) -> APIRouter:
     add("unpin", "Let a pinned adapter leave when room is needed")
     add("reload", "Look the name up again and load what it means now")
 
-    @routes.get("/adapters/{name:path}", summary="One adapter")
+    @routes.get("/adapters/{name:path}", summary="One adapter", responses=manage_docs.one())
     async def one(http: HttpRequest, name: str, source: str | None = None, revision: str | None = None) -> Response:
         caller = caller_of(http)
         caller.require("infer")
         return JSONResponse((await operator.adapter(AdapterRef(name, source, revision=revision), caller)).to_json())
 
-    @routes.post("/v1/load_lora_adapter", summary="Give an adapter a name and load it (vLLM's route)", response_class=PlainTextResponse)
+    @routes.post(
+        "/v1/load_lora_adapter",
+        summary="Give an adapter a name and load it (vLLM's route)",
+        responses=manage_docs.naming(),
+    )
     async def load_lora(http: HttpRequest, body: LoadLora) -> Response:
         caller = caller_of(http)
         caller.require("admin")
         await operator.name(body.lora_name, body.lora_path, caller, replace_old=body.load_inplace)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @routes.post("/v1/unload_lora_adapter", summary="Take a name away and unload its adapter (vLLM's route)", response_class=PlainTextResponse)
+    @routes.post(
+        "/v1/unload_lora_adapter",
+        summary="Take a name away and unload its adapter (vLLM's route)",
+        responses=manage_docs.naming(),
+    )
     async def unload_lora(http: HttpRequest, body: UnloadLora) -> Response:
         caller = caller_of(http)
         caller.require("admin")
@@ -145,7 +157,7 @@ def router(service: Service) -> APIRouter:
 
 def _conflict(http: HttpRequest, error: InUse) -> Response:
     """409: what was asked is right, but not now."""
-    protocol = protocol_of(http.url.path)
+    protocol = protocol_of(http.scope["path"])  # http.url needs a Host that can be parsed
     body = own_body("in_use", error.message, error.hint) if protocol == "own" else refusal(409, error.message, protocol, hint=error.hint).body
     return JSONResponse(dict(body), 409)
 
@@ -155,5 +167,9 @@ def _refuse_foreign_pages(http: HttpRequest, allowed: tuple[str, ...]) -> None:
     origin = http.headers.get("origin")
     if http.method == "GET" or origin is None or origin in allowed or "*" in allowed:
         return
-    if urlsplit(origin).netloc != http.headers.get("host"):
+    try:
+        is_ours = urlsplit(origin).netloc == http.headers.get("host")
+    except ValueError:  # such as "http://["
+        is_ours = False
+    if not is_ours:
         raise NotAllowed(f"pages of {origin[:80]!r} may not manage this server", hint="the operator can allow the origin: --cors-origin")

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import socket
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 CLOSE_S = 5  # seconds for replies that are computed to reach slow clients
 BACKLOG = 2048
+SWITCH_S = 0.0005
 _REASONS = {
     errno.EADDRINUSE: ("is in use by another program", "choose another with --port; 0 takes a free one"),
     errno.EACCES: ("may not be used without more rights", "choose one above 1023 with --port"),
@@ -83,12 +86,20 @@ def run(service: Service, listener: socket.socket, *, access_log: bool = False, 
 
 async def _serve(server: DrainingServer, service: Service, listener: socket.socket, started: Say) -> None:
     await service.start()  # here rather than in the app's lifespan, so that its errors come out as they are
+    _settle()
     server.loop = asyncio.get_running_loop()
     server.when_started = lambda: started(address_of(listener))
     try:
         await server.serve(sockets=[listener])
     finally:
         await service.stop(0)
+
+
+def _settle() -> None:
+    """Tell the interpreter that what is loaded stays, and that two threads share it."""
+    gc.collect()
+    gc.freeze()  # the base and its libraries are some hundred thousand objects, which each full collection would walk through in vain
+    sys.setswitchinterval(SWITCH_S)  # else the event loop waits up to 5 ms for the engine's thread each time it has something to do
 
 
 class DrainingServer(uvicorn.Server):

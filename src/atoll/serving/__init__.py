@@ -8,6 +8,7 @@ the other way. Whatever may take long (reading adapters, downloads) happens in w
     service.py        Service: open, generate, stream, score, embed; admission, cancelling, draining
     tickets.py        one request between the event loop and the engine, and the stream of its tokens
     engine_thread.py  the thread that owns the engine
+    grammars.py       grammars compiled beside it; vitals.py: whether it works; background.py: coroutines that nobody waits for
     admission.py      how many requests there may be
     registry.py       from names to adapters that the engine can run
     lookups.py        what a name means now, and who may know it
@@ -15,7 +16,8 @@ the other way. Whatever may take long (reading adapters, downloads) happens in w
     sources.py        our hub and local folders; far_sources.py: Hugging Face and object stores
     loading.py        from a folder to a checked adapter
     merging.py        merged adapters
-    operator.py       list, load, unload, pin, reload, publish
+    listing.py        what is told of adapters; base_names.py: what the base may be called
+    operator.py       load, unload, pin, reload, publish
     state.py          pins and names that survive a restart
     observer.py       what metrics are told
     workers.py        blocking work in bounded threads

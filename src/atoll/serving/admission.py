@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from atoll.errors import QueueFull
+from atoll.errors import QueueFull, RequestRefused
 from atoll.serving.keys import Caller
 
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 30.0
@@ -25,7 +25,8 @@ class Places:
         self.taken = 0
 
     def take(self, num: int, caller: Caller) -> None:
-        """Take `num` places, all or none. Raises QueueFull, which says when to ask again."""
+        """Take `num` places, all or none. Raises QueueFull, which says when to ask again; RequestRefused for more than there ever are."""
+        self.check(num)
         own = self._by_key[caller.key_id]
         if own + num > self._limit_per_key:
             raise QueueFull(
@@ -37,6 +38,12 @@ class Places:
             raise QueueFull("Model is overloaded", hint="try again later", retry_after_s=self._retry_after_s)
         self.taken += num
         self._by_key[caller.key_id] += num
+
+    def check(self, num: int) -> None:
+        """Raise RequestRefused for more places than one key can ever have."""
+        most = min(self._limit, self._limit_per_key)
+        if num > most:
+            raise RequestRefused(f"the request asks for {num} answers at once, but {most} are allowed", hint="ask for less in one request")
 
     def give_back(self, num: int, caller: Caller, *, done: bool = True) -> None:
         """Free places. done: what took them has run, which tells how fast the queue moves."""

@@ -34,6 +34,7 @@ class ServeConfig(Section):
     max_total_tokens: int | None = Field(default=None, ge=2, description="Tokens of prompt and answer together. Default: what a row holds.")
     max_body_bytes: int = Field(default=4 << 20, ge=1024, description="Bytes of one request's body; uploads of adapters have max_adapter_bytes.")
     max_inputs: int = Field(default=64, ge=1, description="Texts in one request for embeddings, classes or completions.")
+    max_embedding_inputs: int = Field(default=2048, ge=1, description="Texts in one request for embeddings, which are computed in batches.")
     max_merged: int = Field(default=16, ge=1, description="Adapters that one request may merge.")
     request_timeout_s: float = Field(default=600.0, gt=0, description="Seconds after which a request ends with what it has.")
     drain_s: float = Field(default=30.0, ge=0, description="Seconds that running requests get to finish when the server stops.")
@@ -45,6 +46,8 @@ class ServeConfig(Section):
     max_registered: int = Field(default=4096, ge=1, description="Adapters kept in memory; those idle longest leave first.")
     registered_bytes: int = Field(default=8 << 30, ge=1, description="Bytes of adapters kept in memory; those idle longest leave first.")
     max_loading: int = Field(default=256, ge=1, description="Adapters being loaded or waiting for it; beyond it the answer is 429.")
+    merged_bytes: int = Field(default=1 << 30, ge=1, description="Bytes of merged adapters kept in memory; those idle longest leave first.")
+    loads_per_key: int = Field(default=8, ge=1, description="Adapters of one key loaded, or merged, at once; its others wait or get 429.")
     load_timeout_s: float = Field(default=120.0, gt=0, description="Seconds that loading one adapter may take.")
     load_workers: int = Field(default=2, ge=1, le=64, description="Adapters loaded at once from this machine, and as many from elsewhere.")
     negative_cache_s: float = Field(
@@ -54,6 +57,12 @@ class ServeConfig(Section):
     )
     preload: tuple[str, ...] = Field(default=(), description="Adapters of the hub to load and pin before the server answers.")
     default_adapter: str | None = Field(default=None, min_length=1, description="Adapter of requests that name none. Default: the base.")
+
+    deployment_names: tuple[str, ...] = Field(
+        default=(), description="Names that Predibase's path may call the base by, beside its own, its alias and the last part of its name."
+    )
+    stuck_s: float = Field(default=60.0, gt=0, description="Seconds without a step, while there is work, after which /health answers 503.")
+    failing_requests: int = Field(default=16, ge=0, description="Requests that failed in a row after which /health answers 503; 0: never.")
 
     keys_file: Path | None = Field(default=None, description="File of API keys (atoll keys add). With it every route but health asks for a key.")
     allow_anonymous: bool = Field(default=False, description="Beside a keys file: let requests without a key infer. Only on this machine.")

@@ -60,7 +60,14 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="atoll-engine", daemon=True)
         self._stats_at = 0.0
         self.stats: dict[str, int] = {}  # replaced whole, so that any thread may read it
+        self._working_since: float | None = None  # the last step's end, or when work came; None: there is none
         self.dead: BaseException | None = None  # why there is no engine any more
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds for which there has been work and no step has ended."""
+        since = self._working_since
+        return 0.0 if since is None else time.monotonic() - since
 
     async def start(self) -> None:
         """Make the engine on its thread; raises what making it raised."""
@@ -157,12 +164,14 @@ class EngineThread:
         idle = not engine.has_work and not self._refused
         if idle:
             self._count(engine)
+            self._working_since = None
         while True:
             try:
                 command = self._commands.get(block=idle)
             except queue.Empty:
                 return
-            idle = False
+            if idle:
+                idle, self._working_since = False, time.monotonic()
             command(engine)
             if self._stopping:
                 return
@@ -172,7 +181,7 @@ class EngineThread:
         events = engine.step()
         if self._jobs:
             self._settle_jobs(engine)
-        ended = time.perf_counter()
+        ended, self._working_since = time.perf_counter(), time.monotonic()
         self._steps_s.append(ended - started)
         streaming = self._streaming
         wanted = [event for event in events if event.completion is not None or event.request_id in streaming]

@@ -31,6 +31,14 @@ class InUse(EngineError):
     """An adapter cannot be unloaded now: requests use it, or it is pinned."""
 
 
+class TimedOut(EngineError):
+    """A request took longer than a request may."""
+
+
+class SourceRefused(EngineError):
+    """An adapter's source does not exist or is off on this server: asking again changes nothing."""
+
+
 @dataclass(frozen=True)
 class AdapterRef:
     """What a request says of its adapter: an id (None or "": the base, or the server's default), or several to merge, and where they come from."""

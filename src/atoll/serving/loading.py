@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atoll.errors import AtollError, BaseMismatch, TaskError
+from atoll.errors import AdapterFormatError, AtollError, BaseMismatch, TaskError
 from atoll.model.adapter_files import read_manifest
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Loader:
             prompt=PromptFormat.from_json(own) if own else None,
             labels=labels_of(manifest, name),
             stop_token_ids=_token_ids(manifest.get("stop_token_ids"), shape.vocabulary),
-            parents=tuple(parent for parent in manifest.get("parents") or () if isinstance(parent, dict)),
+            parents=_parents(manifest.get("parents"), name),
         )
 
 
@@ -120,6 +120,12 @@ def labels_of(manifest: Mapping[str, Any], name: str = "") -> tuple[str, ...] | 
     if isinstance(found, list | tuple) and len(found) > 1 and all(isinstance(label, str) and label for label in found):
         return tuple(found)
     return None
+
+
+def _parents(value: Any, name: str) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(value, list | None) or not all(isinstance(parent, dict) for parent in value or ()):
+        raise AdapterFormatError(f"{name}: parents in its manifest are {value!r:.60}, expected a list of objects")
+    return tuple(value or ())
 
 
 def _token_ids(value: Any, vocabulary: int) -> tuple[int, ...]:

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atoll.errors import AdapterNotFound, AtollError, EngineError, QueueFull
-from atoll.serving.entries import AdapterRef, fresh
+from atoll.errors import AdapterNotFound, AtollError, EngineError, QueueFull, RequestRefused
+from atoll.serving.entries import AdapterRef, SourceRefused, fresh
 from atoll.serving.far_sources import HuggingFaceSource, StoreSource
 from atoll.serving.keys import Caller
 from atoll.serving.sources import MAX_ID_CHARS, HubSource, LocalSource, Located, Reference, Source, refused
@@ -44,8 +44,16 @@ class _Lookup:
     error: AtollError | None
 
 
+@dataclass(frozen=True)
+class Alias:
+    """A name that the operator gave to an adapter of another source."""
+
+    name: str
+    ref: AdapterRef
+
+
 class Lookups:
-    """The sources of one server. aliases: names that the operator gave to adapters of other sources."""
+    """The sources of one server. aliases: by casefolded name, for names are one whatever their case."""
 
     def __init__(self, config: ServeConfig, hub: Hub | None) -> None:
         self._config = config
@@ -58,10 +66,11 @@ class Lookups:
             self._sources["s3"] = StoreSource(config.s3_prefixes)
         if config.allow_hf:
             self._sources["hf"] = HuggingFaceSource()
-        self.aliases: dict[str, AdapterRef] = {}
-        self.meant: dict[str, str] = {}  # identity that an alias meant when it was last looked up
+        self.aliases: dict[str, Alias] = {}
+        self.meant: dict[str, str] = {}  # by casefolded alias, the identity that it meant when it was last looked up
         self._kept: dict[tuple[str, Reference], _Lookup] = {}
-        self._looking: dict[tuple[str, Reference], asyncio.Task[_Lookup]] = {}
+        self._looking: dict[object, asyncio.Task[_Lookup]] = {}
+        self._generation = 0  # of what is believed; a lookup of an older one is not joined
         self._near = Workers(4, "atoll-lookup")
         self._far = Workers(4, "atoll-lookup-far")
 
@@ -70,8 +79,13 @@ class Lookups:
         return self._sources[name]
 
     def forget(self) -> None:
-        """Look every name up again at its next request."""
+        """Look every name up again at its next request, also those that are being looked up just now."""
+        self._generation += 1
         self._kept.clear()
+
+    def alias(self, name: str) -> Alias | None:
+        """What the operator gave this name to."""
+        return self.aliases.get(name.casefold())
 
     async def locate(self, ref: AdapterRef, caller: Caller) -> tuple[Located, str]:
         """What `ref` means now, and its canonical name; nothing is loaded. Raises AdapterNotFound as `open` does.
@@ -80,12 +94,15 @@ class Lookups:
         after the same work, as what does not exist.
         """
         asked = ref.adapter_id or ""
-        if asked in self.aliases and (ref.source or "hub").casefold() in ("hub", "pbase"):
-            if not caller.allows(asked):
+        alias = self.alias(asked) if (ref.source or "hub").casefold() in ("hub", "pbase") else None
+        if alias is not None:
+            if not caller.allows(alias.name):
                 raise _missing(asked)
-            located, _ = await self.locate(replace(self.aliases[asked], token=ref.token), Caller())
-            self.meant[asked] = located.identity
-            return located, asked
+            if ref.revision is not None:
+                raise RequestRefused(f"{asked!r} is a name that was given to one adapter; it has no revisions", hint="leave revision out")
+            located, _ = await self.locate(replace(alias.ref, token=ref.token), Caller())
+            self.meant[asked.casefold()] = located.identity
+            return located, alias.name
         missing: AdapterNotFound | None = None
         for source in self._sources_of(ref):
             try:
@@ -97,7 +114,7 @@ class Lookups:
         raise missing if caller.adapters is None else _missing(asked)
 
     def local_folder(self, path: str, caller: Caller) -> Path:
-        """The folder of an adapter of the local source. Raises AdapterNotFound, or EngineError while that source is off."""
+        """The folder of an adapter of the local source. Raises AdapterNotFound, or SourceRefused while that source is off."""
         [source] = self._sources_of(AdapterRef(path, "local"))
         assert isinstance(source, LocalSource)
         reference = Reference(path)
@@ -108,7 +125,7 @@ class Lookups:
     # ---- inside ----
 
     def _sources_of(self, ref: AdapterRef) -> list[Source]:
-        """Where to look, in order. Raises EngineError for a source that does not exist or is off."""
+        """Where to look, in order. Raises SourceRefused for a source that does not exist or is off."""
         asked = ref.adapter_id or ""
         if len(asked) > MAX_ID_CHARS:
             raise _missing(asked)
@@ -116,11 +133,16 @@ class Lookups:
         if name not in SOURCES:
             raise refused(ref.source or "", asked)
         names = {"hub": ["hub", "hf"], "pbase": ["hub"]}.get(name, [name])
-        if asked.startswith("hf:") and name == "hub":
-            names = ["hf"]
+        if name == "hub":  # names as lists show them say where they are from
+            if asked.startswith("hf:"):
+                names = ["hf"]
+            elif "://" in asked:
+                names = ["s3"]
+            elif asked.startswith("local:"):  # a hub's adapter may be called local, and have tags
+                names = ["local", "hub"]
         found = [self._sources[name] for name in names if name in self._sources]
         if not found:
-            raise EngineError(
+            raise SourceRefused(
                 f"adapter source {names[0]!r} is off on this server", hint="the operator turns it on: --local-root, --allow-hf, --s3-prefix"
             )
         return found
@@ -144,13 +166,17 @@ class Lookups:
             ttl_s = source.ttl_s if kept.error is None else min(source.ttl_s, self._config.negative_cache_s)
             if now - kept.at < ttl_s:
                 return kept
-        task = self._looking.get(key)
+        generation = self._generation
+        running = (key, stamp, generation)
+        task = self._looking.get(running)
         if task is None:
             if len(self._looking) >= self._config.max_loading:
                 raise QueueFull(f"{len(self._looking)} adapters are being looked up already", hint="try again later")
-            task = self._looking[key] = asyncio.create_task(self._ask(source, reference, stamp))
-            task.add_done_callback(lambda _: self._looking.pop(key, None))
+            task = self._looking[running] = asyncio.create_task(self._ask(source, reference, stamp))
+            task.add_done_callback(lambda _: self._looking.pop(running, None))
         lookup = await asyncio.shield(task)
+        if generation != self._generation:
+            return lookup  # true for this request, which began before; not for those to come
         self._kept.pop(key, None)
         self._kept[key] = lookup
         while len(self._kept) > MAX_LOOKUPS:

@@ -1,9 +1,9 @@
-"""What an operator does with adapters while requests run: list, load, unload, pin, reload, name, publish.
+"""What an operator does with adapters while requests run: load, unload, pin, reload, name, publish.
 
 None of it stops a request: unloading waits for those that use the adapter, a newer version stands beside the older one until nobody uses that, and
 what was pinned by a movable name follows the name. Who may do what is checked by the routes (scopes) and here (allow-lists).
 
-Used by server/manage.py, /v1/models and the service itself (preload, restore).
+Used by server/manage.py and the service itself (preload, restore).
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from atoll.errors import AdapterNotFound, AtollError, EngineError, HubError, NotAllowed, PoolFull, RequestRefused
-from atoll.serving.entries import AdapterInfo, AdapterRef, Entry, InUse
+from atoll.serving.base_names import names_of
+from atoll.serving.entries import AdapterInfo, AdapterRef, Entry, InUse, SourceRefused
 from atoll.serving.keys import Caller
+from atoll.serving.listing import Listing
+from atoll.serving.lookups import Alias
 from atoll.serving.observer import Observer
-from atoll.serving.state import StateFile
+from atoll.serving.state import Remembered, StateFile
 
 if TYPE_CHECKING:
     from atoll.engine.engine import Engine
@@ -54,28 +57,20 @@ class Operator(Observer):
         self._lookups = service.registry.lookups
         self._state = StateFile(service.base)
         self._pins: list[_Pin] = []
-        self._fitting: dict[str, bool] = {}  # by digest
-        self._parents: dict[str, tuple[Mapping[str, Any], ...]] = {}  # by digest, of composed adapters of the hub
+        self.listing = Listing(service)
+        self._base_names = names_of(service.base)
         service.observers.append(self)
 
     # ---- what is there ----
 
     async def adapters(self, caller: Caller) -> tuple[AdapterInfo, ...]:
-        """Every adapter that the caller may see: the newest of each name of the hub that this base can run, names given here, and what was loaded."""
-        versions = await asyncio.to_thread(self._versions) if self._service.hub is not None else []
-        engine = await self._engine_stats()
-        found = [self._of_version(version, engine) for version in versions if caller.allows(version.name)]
-        listed = {(info.name, info.digest) for info in found}
-        for entry in self._registry.entries.values():
-            if entry.source != "merged" and (entry.name, entry.key) not in listed and caller.allows(entry.name):
-                found.append(self._of_entry(entry, engine))
-        named = [self._of_name(name, engine) for name in self._lookups.aliases if caller.allows(name)]
-        return (*sorted(found, key=lambda info: (info.name.casefold(), -info.created)), *named)
+        """Every adapter that the caller may see, see Listing.adapters."""
+        return await self.listing.adapters(caller)
 
     async def adapter(self, ref: AdapterRef, caller: Caller) -> AdapterInfo:
         """One adapter, by any reference. Raises AdapterNotFound."""
         located, name = await self._lookups.locate(ref, caller)
-        return replace(await self._info(located), name=name)
+        return await self.listing.of(located, name, caller)
 
     # ---- loading ----
 
@@ -84,8 +79,8 @@ class Operator(Observer):
         self._registry.forget()
         located, name = await self._lookups.locate(ref, caller)
         self._registry.forget(located)
-        await self._registry.ready(located, ref.token)
-        return replace(await self._info(located), name=name)
+        await self._registry.ready(located, ref.token, caller.key_id)
+        return await self.listing.of(located, name, caller)
 
     async def unload(self, ref: AdapterRef, caller: Caller, wait_s: float = 0.0) -> AdapterInfo:
         """Take an adapter (of a bare name: every version) out of memory; the next request for it loads it again.
@@ -96,13 +91,11 @@ class Operator(Observer):
         bare = located.source == "hub" and ref.revision is None and (ref.adapter_id or "").casefold() == located.name.casefold()
         entries = [entry for entry in self._registry.entries.values() if self._means(entry, located, bare) and entry.loaded is not None]
         for entry in entries:
-            if entry.pinned:
-                raise InUse(f"{entry.version} is pinned", hint="unpin it first")
             until = time.monotonic() + wait_s
-            while entry.holds and time.monotonic() < until:
+            while entry.holds and not entry.pinned and time.monotonic() < until:
                 await asyncio.sleep(POLL_S)
             await self._registry.unload(entry)
-        return replace(await self._info(located), name=name)
+        return await self.listing.of(located, name, caller)
 
     async def reload(self, ref: AdapterRef, caller: Caller) -> AdapterInfo:
         """Look the name up again and load what it means now; requests in flight keep what they began with."""
@@ -115,25 +108,38 @@ class Operator(Observer):
     async def pin(self, ref: AdapterRef, caller: Caller, *, lasting: bool = True) -> AdapterInfo:
         """Load an adapter and keep it resident, also after a restart. Raises PoolFull if there is no room beside those in use and pinned."""
         located, name = await self._lookups.locate(ref, caller)
-        entry = await self._registry.ready(located, ref.token)
+        entry = await self._registry.ready(located, ref.token, caller.key_id)
         await self._keep(entry)
         kept = replace(ref, token=None, merged=None)
         self._pins = [pin for pin in self._pins if pin.ref != kept] + [_Pin(kept, name, entry.key, lasting)]
         if lasting:
             await asyncio.to_thread(self._state.pin, kept)
-        return replace(await self._info(located), name=name)
+        return await self.listing.of(located, name, caller)
 
     async def unpin(self, ref: AdapterRef, caller: Caller) -> AdapterInfo:
-        """Let a pinned adapter leave when room is needed, and forget that it was pinned. Unpinning what is not pinned changes nothing."""
-        located, name = await self._lookups.locate(ref, caller)
+        """Let a pinned adapter leave when room is needed, and forget that it was pinned. Unpinning what is not pinned changes nothing.
+
+        What was pinned and is gone since is unpinned by the words that pinned it. Raises AdapterNotFound for what neither is nor was there.
+        """
         kept = replace(ref, token=None, merged=None)
-        going = [pin for pin in self._pins if pin.ref == kept or (pin.name == name and pin.key == self._key_of(located))]
+        own = [pin for pin in self._pins if pin.ref == kept and caller.allows(pin.name)]
+        found: tuple[Located, str] | None = None
+        try:
+            found = await self._lookups.locate(ref, caller)
+        except AtollError:
+            remembered = caller.adapters is None and Remembered.of(kept) in (await asyncio.to_thread(self._state.read)).pinned
+            if not own and not remembered:
+                raise
+        going = own if found is None else own + [pin for pin in self._pins if pin not in own and self._is_of(pin, *found)]
         for pin in going:
             self._pins.remove(pin)
             await self._let_go(pin.key)
         for gone in {pin.ref for pin in going} | {kept}:
             await asyncio.to_thread(self._state.unpin, gone)
-        return replace(await self._info(located), name=name)
+        return self.listing.gone(ref) if found is None else await self.listing.of(*found, caller)
+
+    def _is_of(self, pin: _Pin, located: Located, name: str) -> bool:
+        return pin.name == name and pin.key == self._key_of(located)
 
     # ---- names ----
 
@@ -150,28 +156,42 @@ class Operator(Observer):
             raise RequestRefused(error.message, hint=error.hint) from None
         if not caller.allows(name):
             raise NotAllowed(f"this key may not use the name {name!r}", hint="its allow-list does not have it")
+        self._refuse_base_name(name)
         kept, located = await self._folder_or_hub(path, caller)
-        if name not in self._lookups.aliases:
+        alias = self._lookups.alias(name)
+        if alias is None:
             if await self._hub_has(name, located):
                 raise RequestRefused(f"{name!r} is the name of another adapter in the hub", hint="choose another name")
-        elif self._lookups.aliases[name] != kept and not replace_old:
+        elif alias.ref != kept and not replace_old:
             raise RequestRefused(f"the name {name!r} is in use for another adapter", hint="unload it first, or send load_inplace: true")
         self._registry.forget(located)
-        await self._registry.ready(located)
-        if located.name != name:  # a hub adapter under its own name needs no other
-            self._lookups.aliases[name], self._lookups.meant[name] = kept, located.identity
+        await self._registry.ready(located, key_id=caller.key_id)
+        if located.name.casefold() != name.casefold():  # a hub adapter under its own name needs no other
+            key = name.casefold()
+            self._lookups.aliases[key], self._lookups.meant[key] = Alias(name, kept), located.identity
             await asyncio.to_thread(self._state.name, name, kept)
-        return replace(await self._info(located), name=name)
+        return await self.listing.of(located, name, caller)
 
     async def unname(self, name: str, caller: Caller, wait_s: float = 0.0) -> None:
         """Take a given name away and unload what it meant, if nothing else keeps it. Raises AdapterNotFound, or InUse."""
-        if name in self._lookups.aliases and caller.allows(name):
+        alias = self._lookups.alias(name)
+        if alias is None or not caller.allows(alias.name):
             await self.unload(AdapterRef(name), caller, wait_s)
-            self._lookups.aliases.pop(name, None)
-            self._lookups.meant.pop(name, None)
-            await asyncio.to_thread(self._state.name, name, None)
-        else:
+            return
+        try:
             await self.unload(AdapterRef(name), caller, wait_s)
+        except InUse:
+            raise
+        except AtollError as error:  # its folder or version is gone: the name must go all the same
+            _log.info("%s, whose name was taken away, could not be found: %s", name, error.message)
+        self._lookups.aliases.pop(name.casefold(), None)
+        self._lookups.meant.pop(name.casefold(), None)
+        await asyncio.to_thread(self._state.name, alias.name, None)
+
+    def _refuse_base_name(self, name: str) -> None:
+        """Raise RequestRefused for a name by which clients mean the base."""
+        if name.casefold() in self._base_names or self._registry.is_base(name):
+            raise RequestRefused(f"{name!r} is the name of the base that this server serves", hint="choose another name")
 
     async def _folder_or_hub(self, path: str, caller: Caller) -> tuple[AdapterRef, Located]:
         missing: AtollError | None = None
@@ -199,9 +219,12 @@ class Operator(Observer):
         """
         hub = self._service.hub
         if hub is None:
-            raise EngineError("this server has no hub to publish to", hint='install it: pip install "atoll[hub]"')
+            raise SourceRefused("this server has no hub to publish to", hint='install it: pip install "atoll[hub]"')
         if not caller.allows(name):
             raise NotAllowed(f"this key may not publish as {name!r}", hint="its allow-list does not have the name")
+        self._refuse_base_name(name)
+        if self._lookups.alias(name) is not None:
+            raise HubError(f"{name!r} is a name that was given to another adapter of this server", hint="take it away first, or choose another name")
         base = self._service.base
 
         def work() -> Version:
@@ -228,12 +251,27 @@ class Operator(Observer):
             _log.error("nothing was restored: %s", error.message)
             return
         for name, kept in state.names.items():
-            self._lookups.aliases.setdefault(name, kept.ref)
+            await self._restore_name(name, kept.ref)
         for one in state.pinned:
             try:
                 await self.pin(one.ref, Caller())
             except AtollError as error:
                 _log.error("%s, which was pinned, could not be loaded: %s", one.adapter_id, error.message)
+
+    async def _restore_name(self, name: str, ref: AdapterRef) -> None:
+        """Let a name mean again what it meant, unless something else has that name since."""
+        key = name.casefold()
+        known, clash = self._lookups.alias(name), "the base" if key in self._base_names or self._registry.is_base(name) else ""
+        if known is not None:
+            clash = "" if known.ref == ref else f"a name that was given as {known.name}"
+        elif not clash and self._service.hub is not None:
+            with contextlib.suppress(AtollError):
+                found, _ = await self._lookups.locate(AdapterRef(name, "pbase"), Caller())
+                clash = f"the adapter {found.version} of the hub"
+        if clash:
+            _log.error("the name %s, which was given to %s, now is that of %s: it is dropped", name, ref.adapter_id, clash)
+        elif known is None:
+            self._lookups.aliases[key] = Alias(name, ref)
 
     def loaded(self, adapter: str, source: str, seconds: float) -> None:
         """New content was loaded for a name: what was pinned by that name follows."""
@@ -277,104 +315,6 @@ class Operator(Observer):
             return
         entry.pinned = False
         await self._service.run(partial(_unpin, key))
-
-    # ---- what it says ----
-
-    def _versions(self) -> list[Version]:
-        """In a thread: the hub's adapters that may run on this base, by what they record of theirs."""
-        hub, base = self._service.hub, self._service.base
-        assert hub is not None
-        own = {version.digest for version in hub.list(base=base.fingerprint.weights)}
-        found = [version for version in hub.list() if version.digest in own or self._fits(version)]
-        for version in found:
-            if version.kind == "composed" and version.digest not in self._parents:
-                self._parents[version.digest] = tuple(asdict(parent) for parent in hub.show(version.ref).parents)
-        return found
-
-    def _fits(self, version: Version) -> bool:
-        """Whether the shapes of an adapter that records no such base fit ours; asked once a version. Files that are elsewhere stay there."""
-        if version.digest not in self._fitting:
-            there = version.path.is_dir()
-            named = version.base is None or version.base.casefold() == self._service.base.name.casefold()
-            self._fitting[version.digest] = self._registry.loader.fits(version.path) if there else named
-        return self._fitting[version.digest]
-
-    async def _info(self, located: Located) -> AdapterInfo:
-        engine = await self._engine_stats()
-        if located.source == "hub":
-            return self._of_version(located.detail, engine)
-        entry = self._registry.entries.get(self._key_of(located))
-        if entry is not None:
-            return self._of_entry(entry, engine)
-        return AdapterInfo(
-            located.name, located.version, None, located.source, "known", num_bytes=located.num_bytes, **self._trouble(located.identity)
-        )
-
-    def _of_version(self, version: Version, engine: Mapping[str, Any]) -> AdapterInfo:
-        entry = self._registry.entries.get(version.digest)
-        loaded = entry.loaded if entry is not None else None
-        known = AdapterInfo(
-            name=version.name,
-            version=version.ref,
-            digest=version.digest,
-            source="hub",
-            state="ready" if loaded else "loading" if self._registry.is_loading(version.digest) else "known",
-            base=version.base,
-            kind=version.kind,
-            rank=version.rank,
-            num_bytes=version.size_bytes,
-            created=version.created.timestamp(),
-            task=version.task,
-            description=version.description,
-            parents=loaded.parents if loaded else self._parents.get(version.digest, ()),
-        )
-        known = known if entry is None else self._used(known, entry, engine)
-        return known if loaded else replace(known, **self._trouble(version.digest))
-
-    def _of_entry(self, entry: Entry, engine: Mapping[str, Any]) -> AdapterInfo:
-        if entry.source == "hub":
-            return self._of_version(entry.located.detail, engine)
-        loaded = entry.loaded
-        info = AdapterInfo(
-            name=entry.name,
-            version=entry.version,
-            digest=entry.key,
-            source=entry.source,
-            state="ready" if loaded else "known",
-            base=loaded.adapter.spec.base if loaded else None,
-            kind=loaded.adapter.spec.kind if loaded else "lora",
-            rank=loaded.adapter.max_rank if loaded else None,
-            num_bytes=entry.located.num_bytes or entry.num_bytes,
-            parents=loaded.parents if loaded else (),
-        )
-        return self._used(info, entry, engine)
-
-    def _of_name(self, name: str, engine: Mapping[str, Any]) -> AdapterInfo:
-        """A given name, without looking anything up."""
-        target, identity = self._lookups.aliases[name], self._lookups.meant.get(name, "")
-        entry = self._registry.entries.get(self._registry.key_of(identity) or "")
-        if entry is not None:
-            return replace(self._of_entry(entry, engine), name=name)
-        return AdapterInfo(name, target.adapter_id or "", None, target.source or "hub", "known")
-
-    @staticmethod
-    def _used(info: AdapterInfo, entry: Entry, engine: Mapping[str, Any]) -> AdapterInfo:
-        return replace(
-            info,
-            pinned=entry.pinned,
-            holds=entry.holds,
-            last_used=entry.last_used,
-            labels=entry.loaded.labels if entry.loaded else None,
-            counters=asdict(entry.counters),
-            engine=engine.get(entry.key, {}),
-        )
-
-    def _trouble(self, identity: str) -> dict[str, Any]:
-        failure = self._registry.failures.get(identity)
-        return {"state": "failed", "error": failure.error.message} if failure is not None and failure.until > time.monotonic() else {}
-
-    async def _engine_stats(self) -> Mapping[str, Any]:
-        return await self._service.run(lambda engine: engine.adapter_stats())
 
     def _key_of(self, located: Located) -> str:
         return located.digest or self._registry.key_of(located.identity) or ""

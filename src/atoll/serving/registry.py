@@ -16,6 +16,7 @@ import asyncio
 import logging
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,7 +29,7 @@ from atoll.serving.keys import Caller
 from atoll.serving.loading import Loaded, Loader
 from atoll.serving.lookups import Lookups
 from atoll.serving.sources import Located, Source, check_size
-from atoll.serving.workers import Workers
+from atoll.serving.workers import Turns, Workers
 
 if TYPE_CHECKING:
     from atoll.engine.engine import Engine
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Run = Callable[[Callable[["Engine"], T]], Awaitable[T]]
 
-BASE_IDS = ("base", "__base_model__")  # names that no adapter may have; both mean the base
+BASE_IDS = ("base", "__base_model__")  # beside the base's own name, in any case; hub names they cannot be
 MAX_KEPT = 8192  # contents and failures that are remembered
 JUST_OPENED_S = 2.0  # a request that opened an adapter holds it only once it is queued: until then it must not leave
 
@@ -60,7 +61,10 @@ class AdapterRegistry:
         self.entries: dict[str, Entry] = {}  # by digest, the one idle longest first
         self.failures: dict[str, Failure] = {}  # by identity
         self._near = Workers(config.load_workers, "atoll-load")
+        self._merging = Workers(1, "atoll-merge")  # a merge is arithmetic for seconds: loads must not wait for it
+        self._turns, self._merges = Turns(config.loads_per_key), Counter[str]()  # by key
         self._far = Workers(config.load_workers, "atoll-fetch")
+        self._base_names = frozenset(name.casefold() for name in (base.name, *BASE_IDS))
         self.base_served = Served(None, base.name, (), "", base.name)
 
     # ---- for requests ----
@@ -73,17 +77,24 @@ class AdapterRegistry:
         if ref.merged is not None:
             return await self._open_merged(ref, ref.merged, caller)
         asked = ref.adapter_id or self._config.default_adapter
-        if not asked or asked == self._base.name or asked in BASE_IDS:
+        if not asked or self.is_base(asked):
             return self.base_served
         located, name = await self.lookups.locate(replace(ref, adapter_id=asked), caller)
-        entry = await self.ready(located, ref.token)
+        entry = await self.ready(located, ref.token, caller.key_id)
         return entry.served((asked,), name, located.source, located.version)
 
-    async def ready(self, located: Located, token: str | None = None) -> Entry:
-        """The entry of a located adapter, loaded and registered with the engine; several who ask wait for one load. token: for fetching it."""
+    def is_base(self, name: str) -> bool:
+        """Whether requests mean the base by this name, whatever adapters there are."""
+        return name.casefold() in self._base_names
+
+    async def ready(self, located: Located, token: str | None = None, key_id: str = "") -> Entry:
+        """The entry of a located adapter, loaded and registered with the engine; several who ask wait for one load.
+
+        token: for fetching it. key_id: whose load it is, if it has to be loaded.
+        """
         entry = self.entries.get(self._keys.get(located.identity, ""))
         while entry is None or entry.loaded is None:  # again if it was unloaded between the load's end and our turn
-            entry = await self._load_once(located.identity, partial(self._fetch, located, token), located)
+            entry = await self._load_once(located.identity, partial(self._fetch, located, token, key_id), located)
         self._touch(entry)
         return entry
 
@@ -116,7 +127,9 @@ class AdapterRegistry:
     # ---- for operators ----
 
     async def unload(self, entry: Entry) -> None:
-        """Let the engine forget an adapter; the next request loads it again. Raises InUse while requests use it."""
+        """Let the engine forget an adapter; the next request loads it again. Raises InUse while requests use it, or it is pinned."""
+        if entry.pinned:  # asked here, behind all waiting, for it may have been pinned meanwhile
+            raise InUse(f"{entry.version} is pinned", hint="unpin it first")
         if entry.holds:
             raise InUse(f"{entry.version} is in use by {entry.holds} request(s)", hint="wait until they end, or give wait_s")
         loaded, entry.loaded = entry.loaded, None  # from here on a new request loads it again
@@ -155,7 +168,8 @@ class AdapterRegistry:
 
     # ---- content ----
 
-    async def _load_once(self, identity: str, load: Callable[[], Awaitable[Loaded]], located: Located) -> Entry:
+    async def _load_once(self, identity: str, load: Callable[[], Awaitable[Loaded]], located: Located, merging_for: str | None = None) -> Entry:
+        """merging_for: whose merge it is; a key has few at once."""
         failure = self.failures.get(identity)
         if failure is not None and time.monotonic() < failure.until:
             raise failure.raised()
@@ -163,12 +177,17 @@ class AdapterRegistry:
         if task is None:
             if len(self._loading) >= self._config.max_loading:
                 raise QueueFull(f"{len(self._loading)} adapters are being loaded already", hint="try again later", retry_after_s=2)
+            if merging_for is not None and self._merges[merging_for] >= (most := self._config.loads_per_key):
+                raise QueueFull(f"{most} merges of this key are being computed already", hint="wait until some are", retry_after_s=2)
             task = self._loading[identity] = asyncio.create_task(self._load(identity, load, located))
-            task.add_done_callback(partial(self._loaded, identity))
+            task.add_done_callback(partial(self._loaded, identity, merging_for))
+            self._merges += Counter() if merging_for is None else Counter((merging_for,))
         return await asyncio.shield(task)
 
-    def _loaded(self, identity: str, task: asyncio.Task[Entry]) -> None:
+    def _loaded(self, identity: str, merging_for: str | None, task: asyncio.Task[Entry]) -> None:
         self._loading.pop(identity, None)
+        if merging_for is not None:
+            self._merges -= Counter((merging_for,))  # a key that has none left is no longer in it
         if not task.cancelled():
             task.exception()  # seen: whoever asked may have gone
 
@@ -207,11 +226,12 @@ class AdapterRegistry:
         await self._make_room()
         return entry
 
-    async def _fetch(self, located: Located, token: str | None) -> Loaded:
+    async def _fetch(self, located: Located, token: str | None, key_id: str) -> Loaded:
         check_size(located, self._config.max_adapter_bytes)
         source = self.lookups.source(located.source)
         workers = self._far if source.far else self._near
-        return await workers.run(partial(self._read, source, located, token), self._config.load_timeout_s, f"loading {located.name}")
+        async with self._turns.of(key_id):
+            return await workers.run(partial(self._read, source, located, token), self._config.load_timeout_s, f"loading {located.name}")
 
     def _read(self, source: Source, located: Located, token: str | None) -> Loaded:
         """In a worker thread."""
@@ -233,22 +253,32 @@ class AdapterRegistry:
 
     async def _make_room(self) -> None:
         """Unregister adapters, idle longest first, beyond the bounds; and forget what is known of the longest gone."""
-        limit, limit_bytes = self._config.max_registered, self._config.registered_bytes
-        present = [entry for entry in self.entries.values() if entry.loaded is not None]
+        config = self._config
+        await self._shrink([entry for entry in self.entries.values() if entry.source == "merged"], config.max_registered, config.merged_bytes)
+        await self._shrink(list(self.entries.values()), config.max_registered, config.registered_bytes)
+        gone = [entry.key for entry in self.entries.values() if entry.loaded is None and not entry.holds and not entry.pinned]
+        for key in gone[: max(0, len(self.entries) - MAX_KEPT)]:
+            del self.entries[key]
+
+    async def _shrink(self, entries: Sequence[Entry], limit: int, limit_bytes: int) -> None:
+        """Unregister of these, the one idle longest first, until they are within the bounds."""
+        present = [entry for entry in entries if entry.loaded is not None]
         count, num_bytes = len(present), sum(entry.num_bytes for entry in present)
         for entry in present[:-1]:  # never the one that has just come
             if count <= limit and num_bytes <= limit_bytes:
                 break
-            if entry.is_idle and entry.last_used < time.time() - JUST_OPENED_S:
-                freed = entry.num_bytes
+            if not entry.is_idle or entry.last_used >= time.time() - JUST_OPENED_S:
+                continue
+            freed = entry.num_bytes
+            try:
                 await self.unload(entry)
-                entry.counters.evictions += 1
-                count, num_bytes = count - 1, num_bytes - freed
-                for observer in self._observers:
-                    observer.evicted(entry.name)
-        gone = [entry.key for entry in self.entries.values() if entry.loaded is None and not entry.holds and not entry.pinned]
-        for key in gone[: max(0, len(self.entries) - MAX_KEPT)]:
-            del self.entries[key]
+            except AtollError as error:  # the load that needs the room has succeeded all the same
+                _log.warning("%s could not be unloaded to make room: %s", entry.version, error.message)
+                continue
+            entry.counters.evictions += 1
+            count, num_bytes = count - 1, num_bytes - freed
+            for observer in self._observers:
+                observer.evicted(entry.name)
 
     def _touch(self, entry: Entry) -> None:
         entry.last_used = time.time()
@@ -261,7 +291,7 @@ class AdapterRegistry:
         from atoll.serving.merging import merge_digest
 
         found = await asyncio.gather(*(self.lookups.locate(AdapterRef(name, ref.source, token=ref.token), caller) for name in spec.ids))
-        parents = await asyncio.gather(*(self.ready(located, ref.token) for located, _ in found))
+        parents = await asyncio.gather(*(self.ready(located, ref.token, caller.key_id) for located, _ in found))
         loaded = [parent.loaded for parent in parents]
         if not all(loaded):
             raise EngineError("an adapter to be merged was unloaded meanwhile", hint="ask again")
@@ -271,7 +301,8 @@ class AdapterRegistry:
         located = Located("merged", name, name, digest, digest, 0, None)
         entry = self.entries.get(digest)
         if entry is None or entry.loaded is None:
-            entry = await self._load_once(digest, partial(self._merge, spec, [each for each in loaded if each], digest, name), located)
+            merge = partial(self._merge, spec, [each for each in loaded if each], digest, name)
+            entry = await self._load_once(digest, merge, located, merging_for=caller.key_id)
             if entry.loaded is None:
                 raise EngineError(f"{name} was unloaded while this request began", hint="ask again")
         else:
@@ -285,7 +316,7 @@ class AdapterRegistry:
             adapter = merge(spec, [parent.adapter for parent in parents], [parent.digest for parent in parents])
             return self.loader.made(adapter, digest, name)
 
-        return await self._near.run(work, self._config.load_timeout_s, f"merging {', '.join(spec.ids)}")
+        return await self._merging.run(work, self._config.load_timeout_s, f"merging {', '.join(spec.ids)}")
 
 
 def _register(loaded: Loaded, engine: Engine) -> None:

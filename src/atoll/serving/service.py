@@ -16,21 +16,24 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from atoll.engine.request import Completion, EmbedRequest, Limits, Request, ScoreRequest, TokenEvent
 from atoll.errors import AtollError, EngineError
 from atoll.serving.admission import Places
+from atoll.serving.background import Background
 from atoll.serving.engine_thread import Batch, EngineThread
-from atoll.serving.entries import AdapterRef, Served, Unavailable
+from atoll.serving.entries import AdapterRef, Served, TimedOut, Unavailable
+from atoll.serving.grammars import Grammars
 from atoll.serving.keys import Caller, Keys
 from atoll.serving.observer import Kind, Observer
 from atoll.serving.operator import Operator
 from atoll.serving.registry import AdapterRegistry
 from atoll.serving.tickets import Ticket, TokenStream
+from atoll.serving.vitals import Vitals
 
 if TYPE_CHECKING:
     from atoll.engine.engine import Engine
@@ -62,10 +65,12 @@ class Service:
         self.started_at = time.time()
         self.counts = Counter[str]()  # requests since the start, by how they ended; refusals by class
         self._thread: EngineThread | None = None
+        self._grammars: Grammars  # once there is an engine
+        self._vitals = Vitals(config.stuck_s, config.failing_requests)
         self._tickets: dict[str, Ticket] = {}
         self._numbers = itertools.count(1)
-        self._places = Places(config.max_concurrent_requests, config.per_key_requests)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.places = Places(config.max_concurrent_requests, config.per_key_requests)
+        self._background = Background()
         self._stop_at = math.inf
         self._stopping: asyncio.Task[None] | None = None
 
@@ -80,13 +85,15 @@ class Service:
         self._thread = EngineThread(lambda: Engine(self.base, self.config.engine), self._deliver, self._crashed)
         try:
             await self._thread.start()
-            self.limits, self.kernel = await self.run(lambda engine: (engine.limits, engine.kernel))
+            self.limits, self.kernel, compiler = await self.run(lambda engine: (engine.limits, engine.kernel, engine.grammars))
+            self._grammars = Grammars(compiler)
             await self.operator.preload()
         except BaseException:
             self.draining = True
             await self._thread.stop()
             raise
         self.spawn(self.operator.restore())
+        self.spawn(self._grammars.warm_up())
         self.ready = True
 
     def drain(self) -> None:
@@ -107,13 +114,12 @@ class Service:
         await asyncio.shield(self._stopping)
 
     async def _stop(self, thread: EngineThread) -> None:
-        while self._places.taken and time.monotonic() < self._stop_at and self.failed is None:
+        while self.places.taken and time.monotonic() < self._stop_at and self.failed is None:
             await asyncio.sleep(0.02)
         for ticket in list(self._tickets.values()):
             self.counts["cut"] += 1
             thread.cancel(ticket.request_id)
-        for task in self._tasks:
-            task.cancel()
+        self._background.cancel()
         await thread.stop()
         self._end_all("the server stopped")
 
@@ -125,14 +131,12 @@ class Service:
         Waiting for an adapter takes a place like waiting for the engine, and no longer than a request may take.
         """
         self._check_up()
-        self._places.take(1, caller)
+        self.places.take(1, caller)
         try:
-            async with asyncio.timeout(self.config.request_timeout_s):
+            async with self._in_time("the adapter was not ready"):
                 return await self.registry.open(ref, caller)
-        except TimeoutError:
-            raise EngineError(f"the adapter was not ready within {self.config.request_timeout_s:g} s", hint="ask again later") from None
         finally:
-            self._places.give_back(1, caller, done=False)
+            self.places.give_back(1, caller, done=False)
 
     async def generate(self, requests: Sequence[Request], caller: Caller) -> list[Completion]:
         """Answer requests side by side; completions in their order. If this is cancelled, or one is refused, all are cancelled within a step.
@@ -156,9 +160,7 @@ class Service:
 
     async def score(self, items: Sequence[ScoreRequest], caller: Caller) -> list[list[float]]:
         """Log-probabilities, see Engine.score; computed beside everything else. Raises as `generate` does, and EngineError."""
-        return await self._job(
-            lambda engine, asked: engine.begin_score(asked), [replace(item, scope=caller.key_id) for item in items], caller, "score"
-        )
+        return await self._job(lambda engine, asked: engine.begin_score(asked), items, caller, "score")
 
     async def embed(self, items: Sequence[EmbedRequest], caller: Caller) -> list[list[float]]:
         """Pooled hidden states, see Engine.embed; computed beside everything else. Raises as `score` does."""
@@ -173,6 +175,11 @@ class Service:
     # ---- what it says of itself ----
 
     @property
+    def healthy(self) -> bool:
+        """Whether requests may be sent here: it is ready, and its engine works and succeeds."""
+        return self.ready and self.failed is None and self._thread is not None and not self._vitals.trouble(self._thread.stalled_s)
+
+    @property
     def max_total_tokens(self) -> int:
         """Tokens that prompt and answer may have together."""
         return min(self.limits.row_tokens, self.config.max_total_tokens or self.limits.row_tokens)
@@ -182,12 +189,17 @@ class Service:
         """Tokens that a prompt may have."""
         return min(self.max_total_tokens - 1, self.config.max_input_tokens or self.max_total_tokens - 1)
 
+    @property
+    def tokens_admitted(self) -> int:
+        """Tokens that the requests at hand may have together, prompts and answers."""
+        return sum(len(ticket.request.prompt_ids) + self.limits.max_new_tokens(ticket.request) for ticket in self._tickets.values())
+
     def stats(self) -> dict[str, Any]:
         """Counts of the service and, under "engine", of the engine, a quarter of a second old at most."""
         return {
             "ready": self.ready,
             "draining": self.draining,
-            "active_requests": self._places.taken,
+            "active_requests": self.places.taken,
             "loading_adapters": self.registry.num_loading,
             "uptime_s": time.time() - self.started_at,
             **{f"requests_{name}": count for name, count in self.counts.items()},
@@ -196,9 +208,7 @@ class Service:
 
     def spawn(self, work: Any) -> None:
         """Run a coroutine in the background until the service stops; what it raises is logged."""
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._background_ended)
+        self._background.spawn(work)
 
     # ---- admission ----
 
@@ -217,7 +227,7 @@ class Service:
             caller.require("infer")
             for request in requests:
                 self.limits.check(request)
-            self._places.take(len(requests), caller)
+            self.places.take(len(requests), caller)
         deadline = self.config.request_timeout_s
         return [
             Ticket(
@@ -250,17 +260,21 @@ class Service:
     # ---- a request's way ----
 
     def _begin(self, ticket: Ticket) -> None:
-        """Queue an admitted request with the engine; at once, unless its adapter was unloaded since the request opened it."""
+        """Queue an admitted request with the engine; at once, unless its grammar is new or its adapter was unloaded since the request opened it."""
         self._tickets[ticket.request_id] = ticket
-        if self.registry.is_ready(ticket.request.adapter):
+        grammar = ticket.request.sampling.grammar
+        if self.registry.is_ready(ticket.request.adapter) and (grammar is None or self._grammars.knows(grammar)):
             self._queue(ticket)
         else:
             self.spawn(self._begin_later(ticket))
 
     async def _begin_later(self, ticket: Ticket) -> None:
-        assert ticket.request.adapter is not None
+        request, grammar = ticket.request, ticket.request.sampling.grammar
         try:
-            await self.registry.again(ticket.request.adapter)
+            if grammar is not None:
+                await self._grammars.check(grammar, request.scope)
+            if request.adapter is not None and not self.registry.is_ready(request.adapter):
+                await self.registry.again(request.adapter)
         except AtollError as error:
             self._refuse(ticket, error)
         else:
@@ -291,8 +305,7 @@ class Service:
         """What a step brought, to those who wait for it. Called on the event loop, once a step."""
         tickets = self._tickets
         for event in batch.events:
-            ticket = tickets.get(event.request_id)
-            if ticket is None:
+            if (ticket := tickets.get(event.request_id)) is None:
                 continue
             ticket.events.append(event)
             if event.completion is not None:
@@ -309,8 +322,8 @@ class Service:
         ticket.completion = completion
         self._let_go(ticket)
         self.counts[completion.finish_reason] += 1
-        entry = self.registry.entries.get(completion.adapter or "")
-        if entry is not None:
+        self._vitals.ended(completion.finish_reason)
+        if (entry := self.registry.entries.get(completion.adapter or "")) is not None:
             entry.counters.count(completion)
         for observer in self.observers:
             observer.finished(ticket.kind, self.registry.name_of(completion.adapter), time.monotonic() - ticket.started, completion)
@@ -327,7 +340,7 @@ class Service:
         del self._tickets[ticket.request_id]
         if ticket.holds:
             self.registry.release(ticket.request.adapter)
-        self._places.give_back(1, ticket.caller)
+        self.places.give_back(1, ticket.caller)
 
     # ---- scores and embeddings ----
 
@@ -336,7 +349,7 @@ class Service:
         with self._refusals(kind):
             self._check_up()
             caller.require("infer")
-            self._places.take(len(items), caller)
+            self.places.take(len(items), caller)
             started, held = time.monotonic(), list[str | None]()
             try:
                 for key in {item.adapter for item in items}:
@@ -345,25 +358,28 @@ class Service:
                     self.registry.hold(key)
                     held.append(key)
                     self._tell_accepted(kind, key)
-                found = await self._limited(begin, items)
+                asked = [replace(item, scope=caller.key_id) for item in items]
+                async with self._in_time("the request was not done"):
+                    assert self._thread is not None
+                    found = await self._thread.job(lambda engine: begin(engine, asked))
             finally:
                 for key in held:
                     self.registry.release(key)
-                self._places.give_back(len(items), caller)
+                self.places.give_back(len(items), caller)
         for key in held:
             for observer in self.observers:
                 observer.finished(kind, self.registry.name_of(key), time.monotonic() - started, None)
         self.counts[kind] += len(items)
         return found
 
-    async def _limited(self, begin: Callable[[Engine, Any], Job[T]], items: Sequence[Any]) -> list[T]:
-        """The job's results, if they come before the deadline of a request."""
-        assert self._thread is not None
+    @asynccontextmanager
+    async def _in_time(self, what: str) -> AsyncIterator[None]:
+        """Raise TimedOut if what is done here takes longer than a request may."""
         try:
             async with asyncio.timeout(self.config.request_timeout_s):
-                return await self._thread.job(lambda engine: begin(engine, items))
+                yield
         except TimeoutError:
-            raise EngineError(f"the request took longer than {self.config.request_timeout_s:g} s", hint="ask for less at once") from None
+            raise TimedOut(f"{what} within {self.config.request_timeout_s:g} s", hint="ask for less at once, or later") from None
 
     # ---- the end ----
 
@@ -382,9 +398,3 @@ class Service:
             ticket.events.append(TokenEvent(ticket.request_id, None, "", completion=completion))
             self._finish(ticket, completion)
             ticket.wake()
-
-    def _background_ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            is_ours = isinstance(error, AtollError)
-            _log.error("background work failed%s", f": {error}" if is_ours else "", exc_info=None if is_ours else error)

@@ -4,7 +4,7 @@ A source does two things, both in a worker thread. `locate` says what a referenc
 an identity (equal identities have equal content), and a size, looked at before anything is read. `fetch` gives a folder that nobody changes, and the
 digest of its content. Files from elsewhere are copied before they are checked, so what was checked is what is served.
 
-Used by registry.py. The far sources are in far_sources.py.
+Used by lookups.py, which finds, and registry.py, which fetches. The far sources are in far_sources.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from atoll.errors import AdapterFormatError, AdapterNotFound, AtollError, EngineError, HubError
+from atoll.errors import AdapterFormatError, AdapterNotFound, AtollError, EngineError, HubError, IntegrityError
 from atoll.model.adapter_files import CONFIG_FILE, MANIFEST_FILE, PICKLE_SUFFIXES, WEIGHTS_FILE
+from atoll.serving.entries import SourceRefused
 
 if TYPE_CHECKING:
     from atoll.hub.store import Hub
@@ -80,7 +81,7 @@ class Source(Protocol):
 
 
 class HubSource:
-    """Our hub. A version's digest is its identity, and its folder never changes, so nothing is copied or hashed again."""
+    """Our hub. A version is its digest, and its folder never changes: nothing is copied, but it is hashed at each load, for disks forget."""
 
     name, far, ttl_s = "hub", False, 1.0
 
@@ -106,7 +107,13 @@ class HubSource:
         return Located(self.name, version.name, version.ref, version.digest, version.digest, version.size_bytes, version)
 
     def fetch(self, located: Located, scratch: Path, token: str | None) -> tuple[Path, str]:
-        return self._hub.path(located.detail), located.identity
+        folder = self._hub.path(located.detail)
+        if folder_digest(folder) != located.identity:  # 14 ms for 20 MB; a flipped bit would be a wrong answer that nobody sees
+            raise IntegrityError(
+                f"{located.version}: what the hub has stored is not what was published",
+                hint="`atoll hub verify` says more; publish it again to repair it",
+            )
+        return folder, located.identity
 
     @staticmethod
     def _text(reference: Reference) -> str:
@@ -160,7 +167,7 @@ class LocalSource:
 
     def _relative(self, reference: Reference) -> Path:
         """The path below the root, from the text alone. Raises AdapterNotFound for one that leads elsewhere."""
-        path = Path(reference.adapter_id)
+        path = Path(reference.adapter_id.removeprefix("local:"))
         if path.is_absolute():
             if not path.is_relative_to(self.root):
                 raise self._missing(reference)
@@ -233,7 +240,7 @@ def folder_digest(folder: Path) -> str:
 
 def refused(source: str, adapter_id: str) -> AtollError:
     """The error for a source that does not exist, in the words that LoRAX's clients know."""
-    return EngineError(
+    return SourceRefused(
         f"Invalid source '{source[:40]}' when downloading adapter '{adapter_id[:120]}'", hint="sources are hub, local, hf, s3 and pbase"
     )
 

@@ -96,7 +96,7 @@ class StateFile:
         """Remember what a name means, or (None) forget it."""
 
         def how(state: State) -> State:
-            left = {known: other for known, other in state.names.items() if known != name}
+            left = {known: other for known, other in state.names.items() if known.casefold() != name.casefold()}
             return _with(state, names=left if ref is None else {**left, name: Remembered.of(ref)})
 
         self.change(how)

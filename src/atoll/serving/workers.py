@@ -3,14 +3,16 @@
 A thread cannot be stopped. One that is over its time is given up: its place is free for others at once, its result is dropped, and, being a daemon,
 it keeps no process from ending. So a server somewhere that hangs costs a thread, never the loading of other adapters.
 
-Used by registry.py.
+Used by registry.py, lookups.py and grammars.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from atoll.errors import EngineError, QueueFull
@@ -59,3 +61,24 @@ class Workers:
 
 def _setter(settle: Callable[[T], None], value: T, done: asyncio.Future[Any]) -> Callable[[], None]:
     return lambda: None if done.done() else settle(value)
+
+
+class Turns:
+    """`limit` of one key at once; whoever comes later waits, so that a key with many waits for itself and not others for it."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._places: dict[str, asyncio.Semaphore] = {}
+        self._asking = Counter[str]()
+
+    @asynccontextmanager
+    async def of(self, key: str) -> AsyncIterator[None]:
+        """Hold one of the key's turns."""
+        self._asking[key] += 1
+        try:
+            async with self._places.setdefault(key, asyncio.Semaphore(self._limit)):
+                yield
+        finally:
+            self._asking[key] -= 1
+            if not self._asking[key]:
+                del self._asking[key], self._places[key]

@@ -6,20 +6,12 @@
 // A row's update is z = x Aᵀ, rounded to bfloat16, and then a few more steps of k on the sums of its linear (product.h).
 #pragma once
 
-#include <cstdlib>
+#include <algorithm>
 #include <vector>
 
-#include "simd.h"
+#include "shape.h"
 
 namespace kernels {
-
-inline int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Where an output column of a packed linear comes from.
-struct Column {
-    int member = -1;  // of the group: 0 for q, 1 for k, ...; -1: padding
-    int index = 0;
-};
 
 // B for 16 columns: pairs [first, first + count) of z, from `offset` on.
 struct Block {
@@ -39,8 +31,59 @@ struct Adapter {
     bf16* memory = nullptr;
     long size = 0;  // bfloat16 numbers
     int widest = 0;
+    Adapter() = default;
+    Adapter(const Adapter&) = delete;
     ~Adapter() { free(memory); }
 };
+
+constexpr size_t READ_AHEAD = 4096;  // bytes behind the last factor that a prefetch may name
+
+// Give every site of an adapter with these ranks ([layers][7]: q k v o gate up down) its place.
+inline void lay_out(Adapter& adapter, const Shape& s, const int32_t* ranks) {
+    adapter.sites.resize((size_t)s.layers * GROUPS);
+    for (int layer = 0; layer < s.layers; layer++)
+        for (int group = 0, first = 0; group < GROUPS; first += s.num_members(group), group++) {
+            Site& site = adapter.sites[layer * GROUPS + group];
+            const int32_t* rank = ranks + layer * 7 + first;
+            int total = 0;
+            for (int member = 0; member < s.num_members(group); member++) { site.z_start.push_back(total); total += up_to(rank[member], 2); }
+            if (!total) continue;
+            site.rank = up_to(total, LANES);
+            adapter.widest = std::max(adapter.widest, site.rank);
+            site.a = adapter.size;
+            adapter.size += (long)up_to(s.input(group), PANEL) * site.rank;
+            for (int c = 0; c < s.columns(group); c += LANES) {
+                int low = total, high = 0;
+                for (int i = 0; i < LANES; i++) {
+                    int member = s.column(group, c + i).member;
+                    if (member < 0 || !rank[member]) continue;
+                    low = std::min(low, site.z_start[member]);
+                    high = std::max(high, site.z_start[member] + up_to(rank[member], 2));
+                }
+                site.blocks.push_back({low / 2, std::max(0, high - low) / 2, adapter.size});
+                adapter.size += (long)site.blocks.back().count * 2 * LANES;
+            }
+        }
+}
+
+// Fill in one linear's factors: a [rank][d_in], b [d_out][rank].
+inline void set_factors(Adapter& adapter, const Shape& s, int layer, int group, int member, const float* a, const float* b, int rank, float scaling) {
+    Site& site = adapter.sites[layer * GROUPS + group];
+    int k = s.input(group), start = site.z_start[member];
+    auto both = [](float low, float high) { return (uint32_t)narrow(low) | (uint32_t)narrow(high) << 16; };
+    for (int i = 0; i < k; i += 2) {
+        uint32_t* to = (uint32_t*)(adapter.memory + site.a) + (long)(i / 2) * site.rank + start;
+        for (int r = 0; r < rank; r++) to[r] = both(a[(long)r * k + i], i + 1 < k ? a[(long)r * k + i + 1] : 0.0f);
+    }
+    for (int c = 0; c < s.columns(group); c++) {
+        Column column = s.column(group, c);
+        if (column.member != member) continue;
+        const Block& block = site.blocks[c / LANES];
+        uint32_t* to = (uint32_t*)(adapter.memory + block.offset) + (long)(start / 2 - block.first) * LANES + c % LANES;
+        const float* from = b + (long)column.index * rank;
+        for (int r = 0; r < rank; r += 2, to += LANES) *to = both(from[r] * scaling, r + 1 < rank ? from[r + 1] * scaling : 0.0f);
+    }
+}
 
 // Rows [rows][k] times A: z [rows][R] bfloat16. Two sums a rank, of even and of odd k-pairs, whatever the number of rows.
 template <int ROWS, int VECS>

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from atoll.config import atoll_home
 
-INTERFACE = 2  # atoll_interface() of the sources beside this file
+INTERFACE = 3  # atoll_interface() of the sources beside this file
 _BUILD_TIMEOUT_S = 300
 
 _log = logging.getLogger(__name__)
@@ -58,17 +58,16 @@ TARGETS = (  # best first
 _COMMON = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 
 
-def chosen_target() -> Target | None:
-    """The target that this process uses: ATOLL_KERNEL's, else the best that the processor can run; None for plain torch."""
+def usable_targets() -> list[Target]:
+    """The targets to try, best first: ATOLL_KERNEL's alone, else all that the processor can run; none for plain torch."""
     asked = os.environ.get("ATOLL_KERNEL", "auto")
+    fitting = [target for target in TARGETS if target.needs <= _processor_flags()]
     if asked == "plain":
-        return None
-    have = _processor_flags()
-    fitting = [target for target in TARGETS if target.needs <= have]
+        return []
     if asked == "auto":
-        return next((target for target in fitting if target.name != "amx_emulated"), None)
-    found = next((target for target in fitting if target.name == asked), None)
-    if found is None:
+        return [target for target in fitting if target.name != "amx_emulated"]
+    found = [target for target in fitting if target.name == asked]
+    if not found:
         names = ", ".join(["plain", *(target.name for target in fitting)])
         _log.warning("ATOLL_KERNEL is %r, which this processor cannot run; it can run %s. Using plain torch.", asked, names)
     return found
@@ -76,9 +75,8 @@ def chosen_target() -> Target | None:
 
 def load_library(target: Target) -> ctypes.CDLL | None:
     """The compiled library for a target, built if it is not there yet; None (and a warning that says why) where that fails."""
-    compiler = _compiler()
+    compiler = compiler_path()
     if compiler is None:
-        _log.warning("no C++ compiler (g++, clang++ or c++) was found: the engine runs on plain torch, which is several times slower")
         return None
     path = _library_path(target, compiler)
     if not path.exists() and not _build(target, compiler, path):
@@ -86,12 +84,10 @@ def load_library(target: Target) -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        _log.warning("the compiled forward %s cannot be loaded (%s): the engine runs on plain torch", path, error)
+        _log.warning("the compiled forward %s cannot be loaded (%s)", path, error)
         return None
     if library.atoll_interface() != INTERFACE or not library.atoll_usable():
-        _log.warning(
-            "the compiled forward for %s cannot be used here (the system refuses its registers): the engine runs on plain torch", target.name
-        )
+        _log.warning("the compiled forward for %s cannot be used here (the system refuses its registers)", target.name)
         return None
     return library
 
@@ -109,7 +105,7 @@ def _library_path(target: Target, compiler: str) -> Path:
 
 
 def _build(target: Target, compiler: str, path: Path) -> bool:
-    source = Path(__file__).parent / "decoder.cpp"
+    source = Path(__file__).parent / "library.cpp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -118,25 +114,28 @@ def _build(target: Target, compiler: str, path: Path) -> bool:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
             if done.returncode != 0:
                 reason = (done.stderr.strip().splitlines() or ["no message"])[0]
-                _log.warning("the compiled forward does not build with %s (%s): the engine runs on plain torch", compiler, reason)
+                _log.warning("the compiled forward does not build with %s (%s)", compiler, reason)
                 return False
             built.replace(path)  # whole or not at all: two processes that build at once both put the same file here
     except (OSError, subprocess.TimeoutExpired) as error:
-        _log.warning("the compiled forward could not be built (%s): the engine runs on plain torch", error)
+        _log.warning("the compiled forward could not be built (%s)", error)
         return False
     return True
 
 
 @functools.cache
-def _compiler() -> str | None:
+def compiler_path() -> str | None:
+    """The C++ compiler that will be used: CXX, g++, clang++ or c++; None if there is none."""
     names = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 @functools.cache
 def _compiler_version(compiler: str) -> str:
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=False)
-    return done.stdout
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""  # what is wrong with it, the build will say
 
 
 @functools.cache

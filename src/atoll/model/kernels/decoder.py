@@ -9,6 +9,7 @@ Used by the engine. Not for training: there are no gradients here.
 from __future__ import annotations
 
 import ctypes
+import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -20,14 +21,16 @@ from atoll.errors import EngineError
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
 from atoll.model.decoder import Decoder
 from atoll.model.kernels.bank import CompiledBank, CompiledSlot
-from atoll.model.kernels.build import Target, chosen_target, load_library
+from atoll.model.kernels.build import Target, compiler_path, load_library, usable_targets
 from atoll.model.kv_cache import PAGE_TOKENS
 
 _MOST_HEAD_SIZE = 1024  # the library's buffer for one head
 
+_log = logging.getLogger(__name__)
+
 
 class _Batch(ctypes.Structure):
-    """Batch of decoder.cpp."""
+    """Batch of forward.h."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("num_rows", "num_tokens", "num_outputs", "max_pages")),
@@ -77,7 +80,8 @@ class CompiledDecoder:
         self.embedding, self.dtype, self.device = decoder.embedding, decoder.dtype, decoder.device
         self._library = library
         self._model: int = _packed_model(library, decoder)
-        self._free = weakref.finalize(self, library.atoll_model_free, ctypes.c_void_p(self._model))
+        free = weakref.finalize(self, library.atoll_model_free, ctypes.c_void_p(self._model))
+        free.atexit = False  # a thread may still be in a forward when the process ends
 
     def new_cache(self, num_pages: int) -> CompiledCache:
         """Room for num_pages pages of PAGE_TOKENS tokens."""
@@ -90,6 +94,7 @@ class CompiledDecoder:
     def forward(self, batch: PackedBatch, adapters: AdapterBatch = BASE_ONLY, cache: CompiledCache | None = None) -> Tensor:
         """The final normed hidden states [N, D] bfloat16 of the wanted tokens: see Decoder.forward. Needs a cache and its pages."""
         assert cache is not None and batch.pages is not None, "the compiled forward serves, it does not train"
+        assert all(batch.lengths), "every row has new tokens"
         cos, sin = (t.contiguous() for t in self.rotary.cos_sin(batch))
         tokens = batch.token_ids.to(torch.int32)
         outputs = torch.arange(batch.num_tokens, dtype=torch.int32) if batch.output_index is None else batch.output_index.to(torch.int32)
@@ -135,7 +140,8 @@ class CompiledDecoder:
         tokens = torch.empty(logits.shape[0], dtype=torch.int32)
         asked = (_Draw * len(draws))(*(_Draw(*want) for want in draws))
         pointers = (ctypes.c_void_p(logits.data_ptr()), asked, len(draws), ctypes.c_void_p(tokens.data_ptr()))
-        self._library.atoll_draw(ctypes.c_void_p(self._model), *pointers, torch.get_num_threads())
+        if self._library.atoll_draw(ctypes.c_void_p(self._model), *pointers, torch.get_num_threads()):
+            raise EngineError(f"no memory to sample {len(draws)} tokens", hint="lower max_rows")
         return tokens.long()
 
     def _head(self, hidden: Tensor, logits: int | None, values: int | None, tokens: int | None) -> None:
@@ -151,22 +157,25 @@ def compiled(decoder: Decoder) -> CompiledDecoder | None:
         return None
     if decoder.shape.head_size % 2 or decoder.shape.head_size > _MOST_HEAD_SIZE:
         return None
-    target = chosen_target()
-    if target is None:
-        return None
-    known: dict[str, CompiledDecoder] = decoder.__dict__.setdefault("compiled", {})
-    if target.name not in known:
-        library = load_library(target)
-        if library is None:
-            return None
-        known[target.name] = CompiledDecoder(decoder, _declared(library), target)
-    return known[target.name]
+    known: dict[str, CompiledDecoder | None] = decoder.__dict__.setdefault("compiled", {})  # None: it was tried and cannot be
+    targets = usable_targets()
+    for target in targets:
+        if target.name not in known:
+            library = load_library(target)
+            known[target.name] = CompiledDecoder(decoder, _declared(library), target) if library is not None else None
+        if (found := known[target.name]) is not None:
+            return found
+    if targets:
+        reason = "none of the libraries for this processor could be used" if compiler_path() else "no C++ compiler (g++, clang++ or c++) was found"
+        _log.warning("%s: the engine runs on plain torch, which is several times slower", reason)
+    return None
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for name in ("atoll_model", "atoll_adapter"):
         getattr(library, name).restype = ctypes.c_void_p
-    library.atoll_page_size.restype = ctypes.c_long
+    for name in ("atoll_page_size", "atoll_adapter_size"):
+        getattr(library, name).restype = ctypes.c_long
     return library
 
 
@@ -181,9 +190,11 @@ def _packed_model(library: Any, decoder: Decoder) -> int:
         ctypes.c_void_p(decoder.head.data_ptr()),
         ctypes.c_void_p(decoder.final_norm.data_ptr()),
     )
+    if not model:
+        raise EngineError("no memory to pack the base for the compiled forward", hint='free some, or set kernel "plain"')
     for index, layer in enumerate(decoder.layers):
         biases = [bias.float().contiguous() if bias is not None else None for bias in layer.biases]
-        library.atoll_layer(
+        failed = library.atoll_layer(
             ctypes.c_void_p(model),
             index,
             _pointers(layer.weights),
@@ -191,6 +202,9 @@ def _packed_model(library: Any, decoder: Decoder) -> int:
             *(ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)),
             shape.windows[index] or 0,
         )
+        if failed:
+            library.atoll_model_free(ctypes.c_void_p(model))
+            raise EngineError("no memory to pack the base for the compiled forward", hint='free some, or set kernel "plain"')
     return int(model)
 
 
@@ -210,6 +224,6 @@ def _handles(batch: PackedBatch, adapters: AdapterBatch) -> ctypes.Array[ctypes.
         while batch.row_starts[row] < start:
             row += 1
         while row < batch.num_rows and batch.row_starts[row] < stop:
-            handles[row] = weights.handle
+            handles[row] = weights.packed.handle
             row += 1
     return handles

@@ -9,7 +9,7 @@
 #include <limits>
 #include <vector>
 
-#include "simd.h"
+#include "shape.h"
 
 namespace kernels {
 
@@ -23,6 +23,8 @@ struct Draw {
 
 class Drawer {
   public:
+    explicit Drawer(int vocabulary) : bins_(NUM_BINS), p_(up_to(vocabulary, BLOCK)) { ranked_.reserve(vocabulary); sums_.reserve(p_.size() / BLOCK); }
+
     // logits [count]; returns the token. At least one logit is finite, none is NaN.
     int32_t draw(const float* logits, int count, const Draw& want) {
         count_ = count;
@@ -37,7 +39,6 @@ class Drawer {
 
     // p = exp((logit - largest) / temperature), padded with zeros to whole vectors.
     void weigh(const float* logits, float temperature) {
-        p_.assign((count_ + BLOCK - 1) / BLOCK * BLOCK, 0.0f);
         Vec most = all(-std::numeric_limits<float>::infinity());
         int i = 0;
         for (; i + LANES <= count_; i += LANES) most = max(load(logits + i), most);

@@ -28,6 +28,7 @@ inline Vec load(const float* p) { Vec v; memcpy(&v, p, 64); return v; }
 inline void store(float* p, Vec v) { memcpy(p, &v, 64); }
 inline Pairs load_pairs(const bf16* p) { Pairs v; memcpy(&v, p, 64); return v; }
 inline Vec all(float x) { return Vec{} + x; }
+// Where a lane of b is not a number, so is the result.
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
@@ -51,6 +52,10 @@ inline Halves narrow(Vec v) {
     Pairs is_nan = (Pairs)(v != v);
     return __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), Halves);
 #endif
+}
+inline bf16 narrow(float f) {
+    uint32_t bits; memcpy(&bits, &f, 4);
+    return f != f ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 inline void store_narrow(bf16* p, Vec v) { Halves h = narrow(v); memcpy(p, &h, 32); }
 
@@ -78,11 +83,12 @@ inline float max_lanes(Vec v) {
     return f[0];
 }
 
-// e^x: 2^n times a polynomial in the rest (relative error below 2e-7 for |x| < 87; smaller x give 0, larger are held at e^87).
+// e^x: 2^n times a polynomial in the rest (relative error below 2e-7 for |x| < 87; smaller x give 0, larger are held at e^87; NaN stays NaN).
 inline Vec exp(Vec x) {
     Ints tiny = x < all(-87.0f);
-    x = min(max(x, all(-87.0f)), all(87.0f));
-    Vec scaled = x * 1.44269504088896f;
+    Ints strange = x != x;
+    Vec held = min(all(87.0f), max(all(-87.0f), x));
+    Vec scaled = held * 1.44269504088896f;
     const Vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
     Vec whole = (scaled + magic) - magic;
     Vec rest = scaled - whole;
@@ -95,7 +101,7 @@ inline Vec exp(Vec x) {
     p = p * rest + 1.0f;
     Ints exponent = (__builtin_convertvector(whole, Ints) + 127) << 23;
     Vec result = p * (Vec)exponent;
-    return (Vec)((Ints)result & ~tiny);
+    return strange ? x : (Vec)((Ints)result & ~tiny);
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }

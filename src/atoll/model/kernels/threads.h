@@ -4,6 +4,8 @@
 // depends on who computes it. Between phases the threads meet at a barrier.
 #pragma once
 
+#include <unistd.h>
+
 #include <atomic>
 #include <thread>
 #include <vector>
@@ -80,7 +82,13 @@ class Threads {
     explicit Threads(int size) : size_(size) {
         for (int index = 1; index < size; index++) threads_.emplace_back([this, index] { live(index); });
     }
+    // In a child of fork there are none of the parent's threads, only their handles.
+    bool alive() const { return process_ == getpid(); }
     ~Threads() {
+        if (!alive()) {
+            for (std::thread& thread : threads_) thread.detach();
+            return;
+        }
         stop_.store(true);
         wake();
         for (std::thread& thread : threads_) thread.join();
@@ -118,6 +126,7 @@ class Threads {
     }
 
     const int size_;
+    const pid_t process_ = getpid();
     std::vector<std::thread> threads_;
     std::atomic<int> round_{0};
     std::atomic<int> busy_{0};

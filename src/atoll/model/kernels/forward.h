@@ -1,110 +1,23 @@
-// The forward of a Llama-like decoder over a packed batch, as one call: prefill, chunks of a prompt, decode, or all at once.
+// The forward of a Llama-like decoder over a packed batch: prefill, chunks of a prompt, decode, or all at once.
 //
-// It computes what model/decoder.py computes: residual stream and sums in float32, inputs of products rounded to bfloat16. The caller gives tokens, page
-// tables, angles and each row's adapter; the threads go through the layers together, phase by phase (threads.h). A row's numbers never depend on the
-// other rows, on the number of threads, or on how its prompt was cut: they are bitwise the same.
+// It computes what model/decoder.py computes: residual stream and sums in float32, inputs of products rounded to bfloat16. The threads go through the
+// layers together, phase by phase (threads.h). A row's numbers never depend on the other rows, on the number of threads, or on how its prompt was cut:
+// they are bitwise the same.
 //
 // Keys and values live in pages of 32 tokens, packed as panels: keys [K / 2][32 tokens][2], values [K / 32][16 token pairs][32][2], for each page, layer
-// and key head. C ABI, called through ctypes by decoder.py of this folder.
+// and key head.
+#pragma once
 
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <mutex>
 
 #include "adapter.h"
-#include "product.h"
-#include "sampling.h"
-#include "threads.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "model.h"
 
 namespace kernels {
 
-enum Group { QKV, OUT, GATE_UP, DOWN, GROUPS };
-constexpr int PAGE = 32;       // tokens; a page's keys are one panel
-constexpr int ROW_BLOCK = 48;  // rows whose sums stand in a thread's scratch at a time
 constexpr int CHUNK_BYTES = 256 << 10;  // of weights that a task keeps in its cache while rows pass by
-constexpr int QUERIES = 12;    // of one key head that go through its pages together
-
-struct Shape {
-    int hidden, mlp, layers, heads, kv_heads, head_size, vocabulary;
-    float norm_eps;
-    int members() const { return heads + 2 * kv_heads; }
-    int q_width() const { return heads * head_size; }
-    int kv_width() const { return kv_heads * head_size; }
-    int input(int group) const { return group == OUT ? q_width() : group == DOWN ? mlp : hidden; }
-    int columns(int group) const {
-        if (group == QKV) return up_to(q_width() + 2 * kv_width(), PANEL);
-        if (group == GATE_UP) return up_to(mlp, LANES) * 2;  // 16 gates, 16 ups, 16 gates, ...
-        return up_to(hidden, PANEL);
-    }
-    int num_members(int group) const { return group == QKV ? 3 : group == GATE_UP ? 2 : 1; }
-    int member_width(int group, int member) const {
-        if (group == QKV) return member == 0 ? q_width() : kv_width();
-        return group == GATE_UP ? mlp : hidden;
-    }
-    Column column(int group, int packed) const {
-        if (group == GATE_UP) {
-            int index = packed / PANEL * LANES + packed % LANES;
-            return index < mlp ? Column{packed % PANEL / LANES, index} : Column{};
-        }
-        for (int member = 0; member < num_members(group); member++) {
-            int width = member_width(group, member);
-            if (packed < width) return {member, packed};
-            packed -= width;
-        }
-        return {};
-    }
-    // Page layout, in bfloat16 numbers.
-    long keys_size() const { return (long)head_size * PAGE; }
-    long head_stride() const { return keys_size() + (long)up_to(head_size, PANEL) * PAGE; }
-    long layer_stride() const { return head_stride() * kv_heads; }
-    long page_stride() const { return layer_stride() * layers; }
-};
-
-void* aligned(size_t bytes) {
-    const size_t huge = 2 << 20;
-    void* memory = nullptr;
-    bytes = (bytes + huge - 1) & ~(huge - 1);
-    if (posix_memalign(&memory, huge, bytes)) return nullptr;
-#if defined(__linux__)
-    madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
-    return memory;
-}
-
-struct Linear {
-    std::unique_ptr<bf16, decltype(&free)> weights{nullptr, free};
-    std::vector<float> bias;  // packed order; empty: none
-    int panels = 0, pairs = 0;
-
-    // weight [rows][k] row major, row i of it becoming the packed column whose source it is.
-    template <class RowOf> void pack(const bf16* weight, int k, int columns, RowOf row_of) {
-        panels = columns / PANEL;
-        pairs = up_to(k, PANEL) / 2;
-        weights.reset((bf16*)aligned((size_t)columns * pairs * 4));
-        memset(weights.get(), 0, (size_t)columns * pairs * 4);
-        for (int c = 0; c < columns; c++) {
-            long row = row_of(c);
-            if (row < 0) continue;
-            bf16* to = weights.get() + (long)(c / PANEL) * pairs * PAIR_STRIDE + c % PANEL * 2;
-            for (int i = 0; i < k; i++) to[(long)(i / 2) * PAIR_STRIDE + i % 2] = weight[row * k + i];
-        }
-    }
-    const bf16* panel(int p) const { return weights.get() + (long)p * pairs * PAIR_STRIDE; }
-    // The panel after p, while its first rows are at work.
-    const bf16* ahead(int p, int first_row) const { return first_row == 0 && p + 1 < panels ? panel(p + 1) : nullptr; }
-    long panel_bytes() const { return (long)pairs * PAIR_STRIDE * 2; }
-};
-
-struct Layer {
-    Linear linears[GROUPS];
-    std::vector<float> input_norm, post_norm, q_norm, k_norm;
-    int window = 0;  // 0: full attention
-};
+constexpr int QUERIES = 12;             // of one key head that go through its pages together
 
 // What one call works on. Lengths in comments; D hidden size, K head size.
 struct Batch {
@@ -121,46 +34,7 @@ struct Batch {
     bf16* hidden;                // [num_outputs][D], written
 };
 
-struct Model {
-    Shape shape;
-    std::vector<Layer> layers;
-    Linear head;
-    std::vector<float> final_norm;
-    const bf16* embedding = nullptr;  // [V][D], the caller's
-    std::unique_ptr<Threads> threads;
-    std::vector<Drawer> drawers;
-    std::mutex busy;
-    char* scratch = nullptr;
-    size_t scratch_size = 0;
-    ~Model() { free(scratch); }
-
-    Threads& team_of(int size) {
-        if (!threads || threads->size() != size) threads = std::make_unique<Threads>(size);
-        return *threads;
-    }
-    char* reserve(size_t bytes) {
-        if (bytes > scratch_size) {
-            free(scratch);
-            scratch = (char*)aligned(bytes);
-            scratch_size = scratch ? bytes : 0;
-            if (scratch) memset(scratch, 0, bytes);
-        }
-        return scratch;
-    }
-};
-
-// Hands out parts of the scratch memory; the first pass only counts.
-struct Arena {
-    char* base;
-    size_t used = 0;
-    template <class T> T* take(size_t count) {
-        T* place = base ? (T*)(base + used) : nullptr;
-        used += (count * sizeof(T) + 127) / 128 * 128;
-        return place;
-    }
-};
-
-void rms_norm(const float* x, const float* weight, int width, float eps, bf16* out, int padded) {
+inline void rms_norm(const float* x, const float* weight, int width, float eps, bf16* out, int padded) {
     Vec squares{};
     int i = 0;
     for (; i + LANES <= width; i += LANES) { Vec v = load(x + i); squares += v * v; }
@@ -168,7 +42,7 @@ void rms_norm(const float* x, const float* weight, int width, float eps, bf16* o
     for (int j = i; j < width; j++) total += x[j] * x[j];
     float scale = 1.0f / std::sqrt(total / width + eps);
     for (i = 0; i + LANES <= width; i += LANES) store_narrow(out + i, load(x + i) * scale * load(weight + i));
-    for (; i < width; i++) { Halves h = narrow(all(x[i] * scale * weight[i])); out[i] = h[0]; }
+    for (; i < width; i++) out[i] = narrow(x[i] * scale * weight[i]);
     for (; i < padded; i++) out[i] = 0;
 }
 
@@ -366,7 +240,7 @@ struct Forward {
     static void narrow_all(const float* from, bf16* to, int count) {
         int i = 0;
         for (; i + LANES <= count; i += LANES) store_narrow(to + i, load(from + i));
-        for (; i < count; i++) { Halves h = narrow(all(from[i])); to[i] = h[0]; }
+        for (; i < count; i++) to[i] = narrow(from[i]);
     }
 
     void store_key(bf16* keys, int place, const float* head) {
@@ -498,240 +372,4 @@ struct Forward {
     }
 };
 
-// hidden [rows][D] through the head: all logits, or the best token of each row.
-struct Head {
-    Model& model;
-    int num_rows, stride;
-    const bf16* x;
-    float* logits;  // [rows][V], or null
-    float* best;    // [rows], or null; NaN where a logit is not a number
-    int32_t* token;
-    std::vector<char*> own;
-    std::vector<std::vector<float>> values;
-    std::vector<std::vector<int32_t>> tokens;
-
-    void operator()(Team& team) {
-#if defined(ATOLL_AMX)
-        amx_begin();
-#endif
-        const Linear& w = model.head;
-        int me = Team::thread_index(), vocabulary = model.shape.vocabulary, chunk = 4, chunks = (w.panels + chunk - 1) / chunk;
-        values[me].assign(num_rows, -std::numeric_limits<float>::infinity());
-        tokens[me].assign(num_rows, std::numeric_limits<int32_t>::max());
-        team.share(chunks, [&](int task) {
-            int from = task * chunk, to = std::min(w.panels, from + chunk), columns = std::min(vocabulary, to * PANEL) - from * PANEL;
-            float* sums = (float*)own[me];
-            for (int first = 0; first < num_rows; first += ROW_BLOCK) {
-                int count = std::min(ROW_BLOCK, num_rows - first);
-                for (int p = from; p < to; p++)
-                    long_product(count, sums + (p - from) * PANEL, chunk * PANEL, x + (long)first * stride, stride, w.panel(p), w.pairs, w.ahead(p, first));
-                for (int m = first; m < first + count; m++) {
-                    const float* row = sums + (long)(m - first) * chunk * PANEL;
-                    if (logits) memcpy(logits + (long)m * vocabulary + from * PANEL, row, columns * 4);
-                    else keep_best(me, m, row, from * PANEL, columns);
-                }
-            }
-        });
-#if defined(ATOLL_AMX)
-        amx_end();
-#endif
-    }
-
-    // The largest value, the first token of equal ones; a NaN wins over everything.
-    void keep_best(int me, int m, const float* row, int column, int count) {
-        Vec top = all(-std::numeric_limits<float>::infinity());
-        Ints strange{};
-        int i = 0;
-        for (; i + LANES <= count; i += LANES) { Vec v = load(row + i); top = max(v, top); strange |= v != v; }
-        float most = max_lanes(top);
-        for (int j = i; j < count; j++) { most = row[j] > most ? row[j] : most; strange[0] |= row[j] != row[j] ? -1 : 0; }
-        for (int lane = 0; lane < LANES; lane++)
-            if (strange[lane]) values[me][m] = std::numeric_limits<float>::quiet_NaN();
-        if (!(most >= values[me][m])) return;
-        int place = 0;
-        while (place < count && row[place] != most) place++;
-        if (place == count || (most == values[me][m] && column + place > tokens[me][m])) return;
-        values[me][m] = most;
-        tokens[me][m] = column + place;
-    }
-
-    void merge() {
-        for (int m = 0; m < num_rows; m++) {
-            float value = values[0][m];
-            int32_t at = tokens[0][m];
-            for (size_t i = 1; i < values.size(); i++) {
-                float other = values[i][m];
-                if (other != other || other > value || (other == value && tokens[i][m] < at)) { value = other; at = tokens[i][m]; }
-                if (value != value) break;
-            }
-            best[m] = value;
-            token[m] = at == std::numeric_limits<int32_t>::max() ? 0 : at;
-        }
-    }
-};
-
 }  // namespace kernels
-
-using namespace kernels;
-
-extern "C" {
-
-// What this library was built for, so that a stale file is never used: changes with the functions below.
-int atoll_interface() { return 2; }
-
-int atoll_usable() {
-#if defined(ATOLL_AMX)
-    return amx_allowed();
-#else
-    return 1;
-#endif
-}
-
-// shape: hidden, mlp, layers, heads, kv_heads, head_size, vocabulary. embedding and head [V][D] bfloat16; the embedding must outlive the model.
-Model* atoll_model(const int32_t* shape, float norm_eps, const bf16* embedding, const bf16* head, const float* final_norm) {
-    Model* model = new Model();
-    model->shape = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], norm_eps};
-    model->layers.resize(shape[2]);
-    model->embedding = embedding;
-    int vocabulary = shape[6];
-    model->head.pack(head, shape[0], up_to(vocabulary, PANEL), [&](int c) { return c < vocabulary ? c : -1; });
-    model->final_norm.assign(final_norm, final_norm + shape[0]);
-    return model;
-}
-
-void atoll_model_free(Model* model) { delete model; }
-
-// weights and biases: of the four fused linears, [d_out][d_in] bfloat16 and [d_out] float32 (null: none). q_norm, k_norm [K] or null.
-void atoll_layer(Model* model, int index, const bf16* const* weights, const float* const* biases, const float* input_norm, const float* post_norm,
-                 const float* q_norm, const float* k_norm, int window) {
-    const Shape& s = model->shape;
-    Layer& layer = model->layers[index];
-    for (int group = 0; group < GROUPS; group++) {
-        auto row_of = [&](int c) -> long {
-            Column column = s.column(group, c);
-            if (column.member < 0) return -1;
-            long before = 0;
-            for (int member = 0; member < column.member; member++) before += s.member_width(group, member);
-            return before + column.index;
-        };
-        Linear& linear = layer.linears[group];
-        linear.pack(weights[group], s.input(group), s.columns(group), row_of);
-        if (biases[group]) {
-            linear.bias.assign(s.columns(group), 0.0f);
-            for (int c = 0; c < s.columns(group); c++)
-                if (row_of(c) >= 0) linear.bias[c] = biases[group][row_of(c)];
-        }
-    }
-    layer.input_norm.assign(input_norm, input_norm + s.hidden);
-    layer.post_norm.assign(post_norm, post_norm + s.hidden);
-    if (q_norm) layer.q_norm.assign(q_norm, q_norm + s.head_size);
-    if (k_norm) layer.k_norm.assign(k_norm, k_norm + s.head_size);
-    layer.window = window;
-}
-
-long atoll_page_size(Model* model) { return model->shape.page_stride() * 2; }
-
-// ranks [layers][7] in the order q k v o gate up down, 0 where the adapter changes nothing. Null when there is no memory.
-Adapter* atoll_adapter(Model* model, const int32_t* ranks) {
-    const Shape& s = model->shape;
-    auto adapter = std::make_unique<Adapter>();
-    adapter->sites.resize((size_t)s.layers * GROUPS);
-    for (int layer = 0; layer < s.layers; layer++)
-        for (int group = 0, first = 0; group < GROUPS; first += s.num_members(group), group++) {
-            Site& site = adapter->sites[layer * GROUPS + group];
-            int members = s.num_members(group), total = 0;
-            const int32_t* rank = ranks + layer * 7 + first;
-            for (int member = 0; member < members; member++) { site.z_start.push_back(total); total += up_to(rank[member], 2); }
-            if (!total) continue;
-            site.rank = up_to(total, LANES);
-            adapter->widest = std::max(adapter->widest, site.rank);
-            site.a = adapter->size;
-            adapter->size += (long)up_to(s.input(group), PANEL) * site.rank;
-            for (int c = 0; c < s.columns(group); c += LANES) {
-                int low = total, high = 0;
-                for (int i = 0; i < LANES; i++) {
-                    int member = s.column(group, c + i).member;
-                    if (member < 0 || !rank[member]) continue;
-                    low = std::min(low, site.z_start[member]);
-                    high = std::max(high, site.z_start[member] + up_to(rank[member], 2));
-                }
-                Block block{low / 2, std::max(0, high - low) / 2, adapter->size};
-                site.blocks.push_back(block);
-                adapter->size += (long)block.count * 2 * LANES;
-            }
-        }
-    adapter->memory = (bf16*)aligned((size_t)adapter->size * 2 + 4096);
-    if (!adapter->memory) return nullptr;
-    memset(adapter->memory, 0, (size_t)adapter->size * 2 + 4096);
-    return adapter.release();
-}
-
-long atoll_adapter_bytes(Adapter* adapter) { return adapter->size * 2; }
-void atoll_adapter_free(Adapter* adapter) { delete adapter; }
-
-// One linear's factors: a [rank][d_in], b [d_out][rank], float32; member counts within its group.
-void atoll_adapter_set(Model* model, Adapter* adapter, int layer, int group, int member, const float* a, const float* b, int rank, float scaling) {
-    const Shape& s = model->shape;
-    Site& site = adapter->sites[layer * GROUPS + group];
-    int k = s.input(group), start = site.z_start[member];
-    auto rounded = [](float v) { Halves h = narrow(all(v)); return (bf16)h[0]; };
-    bf16* to = adapter->memory + site.a;
-    for (int r = 0; r < rank; r++)
-        for (int i = 0; i < k; i++) to[((long)(i / 2) * site.rank + start + r) * 2 + i % 2] = rounded(a[(long)r * k + i]);
-    for (int c = 0; c < s.columns(group); c++) {
-        Column column = s.column(group, c);
-        if (column.member != member) continue;
-        const Block& block = site.blocks[c / LANES];
-        bf16* into = adapter->memory + block.offset;
-        for (int r = 0; r < rank; r++) {
-            int place = start + r - 2 * block.first;
-            into[(long)(place / 2) * 2 * LANES + c % LANES * 2 + place % 2] = rounded(b[(long)column.index * rank + r] * scaling);
-        }
-    }
-}
-
-// 0, or 1 when there is no memory for the batch.
-int atoll_forward(Model* model, const Batch* batch, int num_threads) {
-    std::lock_guard<std::mutex> lock(model->busy);
-    Forward forward(*model, *batch);
-    char* scratch = model->reserve(forward.lay_out(nullptr, num_threads));
-    if (!scratch) return 1;
-    forward.lay_out(scratch, num_threads);
-    model->team_of(num_threads).run(forward);
-    return 0;
-}
-
-// hidden [rows][D] bfloat16 to logits [rows][V] float32, or (logits null) to the best value and token of each row.
-int atoll_head(Model* model, const bf16* hidden, int num_rows, float* logits, float* best, int32_t* token, int num_threads) {
-    std::lock_guard<std::mutex> lock(model->busy);
-    int width = model->shape.hidden, stride = up_to(width, PANEL);
-    size_t own_size = (size_t)ROW_BLOCK * 4 * PANEL * 4, rows = up_to(num_rows, 16) + 16;
-    char* scratch = model->reserve(rows * stride * 2 + num_threads * own_size + 4096);
-    if (!scratch) return 1;
-    Arena arena{scratch};
-    bf16* x = arena.take<bf16>(rows * stride);
-    for (int m = 0; m < num_rows; m++) {
-        memcpy(x + (long)m * stride, hidden + (long)m * width, width * 2);
-        memset(x + (long)m * stride + width, 0, (stride - width) * 2);
-    }
-    Head head{*model, num_rows, stride, x, logits, best, token, {}, {}, {}};
-    for (int i = 0; i < num_threads; i++) head.own.push_back(arena.take<char>(own_size));
-    head.values.resize(num_threads);
-    head.tokens.resize(num_threads);
-    model->team_of(num_threads).run(head);
-    if (!logits) head.merge();
-    return 0;
-}
-
-// One token for each row of logits [rows][V].
-void atoll_draw(Model* model, const float* logits, const Draw* draws, int num_rows, int32_t* tokens, int num_threads) {
-    std::lock_guard<std::mutex> lock(model->busy);
-    model->drawers.resize(std::max((size_t)num_threads, model->drawers.size()));
-    int vocabulary = model->shape.vocabulary;
-    auto body = [&](Team& team) {
-        Drawer& drawer = model->drawers[Team::thread_index()];
-        team.share(num_rows, [&](int m) { tokens[m] = drawer.draw(logits + (long)m * vocabulary, vocabulary, draws[m]); });
-    };
-    model->team_of(num_threads).run(body);
-}
-}
