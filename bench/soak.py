@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import json
 import random
-import statistics
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from typing import Any
 from soaking.cases import Case, make_cases
 from soaking.client import Client, Tally
 from soaking.ending import drain
+from soaking.leaks import growth, left_at_end, left_behind, log_problems
 from soaking.operators import History, Operators
 from soaking.process import Server, ServerFailed
 from soaking.reference import Reference
@@ -37,8 +37,6 @@ from soaking.world import World, make_world
 USERS, BURST, BURST_EVERY_S = 14, 90, 6.0
 DRAIN_S = 30.0
 LOOK_EVERY_S, MEASURE_EVERY_S = 2.0, 1.0
-MAX_GROWTH = 32 << 20  # anonymous bytes, between the middle and the end, beside a few adapters more or less
-MAX_NEW_FILES = 24  # open files: pools of connections to the hub's index
 MAX_TIES = 0.005  # of all answers, where the forward is plain
 MAX_SHOWN = 12
 
@@ -81,8 +79,8 @@ class Soak:
         say(f"{self._world.base.name}: {self._seconds:g} s of {USERS} users, {len(self._cases)} questions, seed {self._seed}")
         try:
             asyncio.run(self._drive())
-        except ServerFailed as error:
-            self._problems.append(str(error))
+        except* ServerFailed as failures:
+            self._problems += [str(error) for error in failures.exceptions]
         finally:
             if self._server is not None:
                 self._server.kill()
@@ -99,11 +97,13 @@ class Soak:
         async with Client(server.url, self._world.keys, self._tally) as client:
             await self._traffic(server, client)
         after = await self._quiet(server)
-        self._check_left(before, after)
+        self._problems += left_behind(before, after)
         async with Client(server.url, self._world.keys, self._tally) as client:
             user = User(client, self._world, self._cases, self._history, self._seed)
             self._drained = await drain(server, client, user, self._cases, DRAIN_S)
-        self._check_ended(await server.last_look(), server)
+        last = await server.last_look()
+        self._keep(last, "after the end")
+        self._problems += left_at_end(last, server.leftovers())
 
     def _settings(self) -> list[str]:
         """Little of everything, so that all of it runs out."""
@@ -144,7 +144,7 @@ class Soak:
         found: dict[str, Any] = {}
         for _ in range(100):
             found = await server.look()
-            if not (found.get("places") or found.get("loading") or found.get("looking") or found.get("stats", {}).get("running")):
+            if not (found["places"] or found["loading"] or found["looking"] or found["stats"]["running"]):
                 break
             await asyncio.sleep(0.1)
         self._keep(found, "at rest")
@@ -155,49 +155,6 @@ class Soak:
         self._looks.append(look)
         if problem := look["integrity"]:
             self._problems.append(f"integrity, {when}: {problem}")
-
-    # ---- what is left ----
-
-    def _check_left(self, before: dict[str, Any], after: dict[str, Any]) -> None:
-        """Nobody is inside any more: nothing may be held."""
-        stats = after.get("stats", {})
-        left = {name: after.get(name) for name in ("tickets", "places", "keys_with_places", "holds", "users", "loading", "looking", "given_up")}
-        left |= {name: stats.get(name) for name in ("running", "waiting", "adapters_in_use")}
-        left["pages"] = stats.get("pages_total", 0) - stats.get("pages_free", 0)
-        self._problems += [f"left behind: {value} {name}" for name, value in left.items() if value != 0]
-        new = Counter(after.get("task_names", ())) - Counter(before.get("task_names", ()))
-        self._problems += [f"left behind: {count} tasks {name}" for name, count in new.items()]
-
-    def _check_ended(self, look: dict[str, Any], server: Server) -> None:
-        """What the process said with its last breath, its log, and its temporary folder."""
-        self._keep(look, "after the end")
-        stats = look.get("stats", {})
-        held = {"tickets": look.get("tickets"), "places": look.get("places"), "running": stats.get("running"), "waiting": stats.get("waiting")}
-        self._problems += [f"after the end: {value} {name}" for name, value in held.items() if value != 0]
-        if files := server.leftovers():
-            self._problems.append(f"temporary files are left: {', '.join(files[:8])}")
-
-    def _log_problems(self) -> list[str]:
-        lines = self._server.text().splitlines() if self._server is not None else []
-        return [line for line in lines if "Traceback" in line or any(f" {level} " in line[:24] for level in ("error", "critical"))]
-
-    def _growth(self) -> dict[str, Any]:
-        """Anonymous bytes of the middle and of the end (medians of an eighth of the samples each), and open files."""
-        samples = self._server.usage if self._server is not None else []
-        if len(samples) < 8:
-            return {}
-        eighth, middle = len(samples) // 8, len(samples) // 2
-        anonymous = [usage.anonymous_bytes for _, usage in samples]
-        at_middle, at_end = statistics.median(anonymous[middle : middle + eighth]), statistics.median(anonymous[-eighth:])
-        files = [usage.num_files for _, usage in samples]
-        return {
-            "middle_mb": round(at_middle / 1e6, 1),
-            "end_mb": round(at_end / 1e6, 1),
-            "growth_mb": round((at_end - at_middle) / 1e6, 1),
-            "resident_mb": round(samples[-1][1].resident_bytes / 1e6, 1),
-            "files": [files[0], files[-1]],
-            "bounded": at_end - at_middle <= MAX_GROWTH + 4 * self._world.largest_bytes and files[-1] - files[0] <= MAX_NEW_FILES,
-        }
 
     # ---- afterwards ----
 
@@ -210,16 +167,18 @@ class Soak:
             counts[verdict] += number
             if verdict == "wrong" and len(wrong) < MAX_SHOWN:
                 right = reference.answer(seen.case, (seen.contents or (None,))[-1], seen.seed)[0]
-                wrong.append(f"{self._cases[seen.case]}\n    came      {seen}\n    reference {right}")
+                wrong.append(f"{self._cases[seen.case]}\n    came      {seen!s:.1500}\n    reference {right!s:.1500}")
         return counts, wrong, reference.exact
 
     def _result(self, verdicts: Counter[str], wrong: list[str], exact: bool) -> dict[str, Any]:
         """The JSON object; the table goes to stderr."""
-        answers, growth, log = verdicts.total(), self._growth(), self._log_problems()
+        answers, server = verdicts.total(), self._server
+        memory = growth(server.usage, self._world.largest_bytes) if server is not None else {}
+        log = log_problems(server.text()) if server is not None else []
         few_ties = verdicts["tie"] <= MAX_TIES * answers
         covered = self._covered()
         ok = not (wrong or verdicts["wrong"] or self._problems or self._tally.num_surprises or log or covered["missing"])
-        ok = ok and answers > 0 and few_ties and growth.get("bounded", True)
+        ok = ok and answers > 0 and few_ties and memory.get("bounded", True)
         self._report(wrong, log)
         replies = {f"{kind} {status}": count for (kind, status), count in sorted(self._tally.replies.items())}
         return {
@@ -236,7 +195,7 @@ class Soak:
             "problems": self._problems,
             "log_problems": len(log),
             "integrity_checks": len(self._looks),
-            "memory": growth,
+            "memory": memory,
             "drain": self._drained,
             "covered": covered,
             "replies": replies,

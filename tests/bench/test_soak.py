@@ -75,6 +75,74 @@ def test_a_reply_that_contradicts_itself_is_a_finding(soaking: None) -> None:
         read_reply("chat", {"choices": []})
 
 
+def _look(**changes: Any) -> dict[str, Any]:
+    """What a server at rest says of itself."""
+    zero = dict.fromkeys(("tickets", "places", "keys_with_places", "holds", "users", "loading", "looking", "given_up"), 0)
+    stats = {"running": 0, "waiting": 0, "adapters_in_use": 0, "pages_total": 9, "pages_free": 9}
+    return {**zero, "task_names": ["Server.serve"], "stats": stats} | changes
+
+
+def test_whatever_is_left_is_a_finding(soaking: None) -> None:
+    """One page, hold, place, task or file a request would be thousands by the evening."""
+    from soaking.leaks import growth, left_at_end, left_behind, log_problems
+    from soaking.process import Usage
+
+    rest = _look()
+    assert left_behind(rest, rest) == []
+    assert left_behind(rest, _look(stats={**rest["stats"], "pages_free": 8})) == ["left behind: 1 pages"]
+    assert left_behind(rest, _look(holds=2, task_names=["Server.serve", "stream"])) == ["left behind: 2 holds", "left behind: 1 tasks stream"]
+    assert left_at_end(rest, []) == []
+    assert left_at_end(_look(places=1), ["atoll-upload-x"]) == ["after the end: 1 places", "temporary files are left: atoll-upload-x"]
+    clean = "05:17:56 warning atoll.engine.engine: request s41 failed: an error of its adapter\nstopped"
+    assert log_problems(clean) == []
+    assert len(log_problems(clean + "\n05:18:07 error uvicorn.error: Exception in ASGI application\nTraceback (most recent call last):")) == 2
+    samples = [(float(number), Usage(100 << 20, 200 << 20, 20)) for number in range(16)]
+    leaking = [(at, Usage(usage.anonymous_bytes + number * (20 << 20), 0, 20)) for number, (at, usage) in enumerate(samples)]
+    assert growth(samples, 0)["bounded"] and growth(samples, 0)["growth_mb"] == 0
+    assert not growth(leaking, 0)["bounded"]
+    assert growth(samples[:3], 0) == {}
+
+
+@pytest.mark.slow
+def test_an_answer_that_differs_in_anything_is_wrong(soaking: None, tmp_path: Path) -> None:
+    """The comparison itself: a soak that calls everything right proves nothing."""
+    from dataclasses import replace
+
+    from soaking.cases import MOVING, make_cases
+    from soaking.reference import Reference, Seen
+    from soaking.world import make_world
+
+    world = make_world("tiny", tmp_path)
+    cases = make_cases(world.good, seed=0)
+    reference = Reference(world, cases)
+    moving = next(case for case in cases if case.adapter == MOVING and case.kind == "text" and case.sampling["max_new_tokens"] >= 8)
+    text = next(case for case in cases if case.adapter == "a03" and case.kind == "text" and case.sampling["max_new_tokens"] >= 8)
+    right, _ = reference.answer(text.number, None)
+    assert right.token_ids is not None and right.logprobs is not None
+    assert reference.verdict(Seen(text.number, right)) == "right"
+    assert reference.verdict(Seen(text.number, replace(right, token_ids=None, logprobs=None, num_tokens=None))) == "right"
+    assert reference.verdict(Seen(text.number, replace(right, text=right.text[:3], token_ids=None, logprobs=None, whole=False))) == "right"
+    for changes in (
+        {"text": right.text + "x"},
+        {"finish": "stop" if right.finish == "length" else "length"},
+        {"token_ids": (*right.token_ids[:-1], right.token_ids[-1] ^ 1)},
+        {"logprobs": (right.logprobs[0] + 0.01, *right.logprobs[1:])},
+        {"num_tokens": len(right.token_ids) + 1},
+        {"text": "x" + right.text, "whole": False},
+    ):
+        assert reference.verdict(Seen(text.number, replace(right, **changes))) == "wrong", changes
+    answers = [reference.answer(moving.number, content)[0] for content in range(len(world.contents))]
+    assert len(set(answers)) == len(answers), "contents that answer alike would hide a stale one"
+    assert reference.verdict(Seen(moving.number, answers[1], contents=(0, 1))) == "right"
+    assert reference.verdict(Seen(moving.number, answers[1], contents=(0, 2))) == "wrong"
+    for kind in ("embed", "classify"):
+        case = next(case for case in cases if case.kind == kind and case.adapter != MOVING)
+        found, _ = reference.answer(case.number, None)
+        other, _ = reference.answer(next(each.number for each in cases if each.kind == kind and each != case and each.adapter != MOVING), None)
+        assert reference.verdict(Seen(case.number, found)) == "right"
+        assert reference.verdict(Seen(case.number, other)) == "wrong"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_half_a_minute_of_everything_leaves_the_server_right_and_clean(tmp_path: Path) -> None:
