@@ -184,3 +184,22 @@ def test_the_check_finds_a_leak(pool: AdapterPool) -> None:
     assert pool.hold("a")
     with pytest.raises(AssertionError, match="leak"):
         pool.check({})
+
+
+def test_adapters_registered_by_the_hundred_are_not_all_kept_packed(
+    make_pool: Callable[[int], AdapterPool], make_adapter: Callable[..., Adapter]
+) -> None:
+    """A thousand packed forms that nobody uses yet would be gigabytes beyond the budget."""
+
+    class Form:
+        """Stands for packed factors."""
+
+    pool, adapter = make_pool(2 * RANK_8_BYTES), make_adapter(8)
+    forms = []
+    for index in range(30):
+        form = Form()
+        forms.append(weakref.ref(form))
+        pool.register(f"key {index}", adapter, form)
+        del form
+    assert sum(form() is not None for form in forms) <= 8
+    assert forms[-1]() is not None

@@ -12,6 +12,7 @@ Used by engine.py, the scheduler and jobs.py; the tensors are the bank's.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ from torch import Tensor
 from atoll.errors import EngineError, PoolFull, RequestRefused
 from atoll.model.adapter import Adapter
 from atoll.model.apply import AdapterWeights, BankRows
+
+_MOST_PACKED = 8  # packed forms that may wait for their first load: adapters registered by the hundred are packed when they are used
 
 
 class Place(AdapterWeights, Protocol):
@@ -58,7 +61,7 @@ class Bank(Protocol):
 class _Entry:
     """One registered adapter. slot is None while it is not resident. holds: running sequences that use it; uses: unfinished requests that name it.
 
-    packed: the bank's own form, until its first load takes it.
+    packed: the bank's own form, until its first load takes it or later ones push it out: it lies outside the budget.
 
     serial: the number of its registration, so that a key registered again is known to be another; loads: how often it came in; leaving: it goes when
     nobody uses it.
@@ -90,6 +93,7 @@ class AdapterPool:
         self._bank, self._budget_bytes = bank, budget_bytes
         self._entries: dict[str, _Entry] = {}
         self._serials = itertools.count(1)
+        self._packed: deque[str] = deque()  # keys whose packed form may still wait for its first load
         self._resident: dict[str, _Entry] = {}  # least recently used first
         self.resident_bytes = 0
         self._busy_bytes = 0  # of adapters that are held or pinned
@@ -142,6 +146,11 @@ class AdapterPool:
                 hint=f"set adapter_bytes to at least {num_bytes}",
             )
         self._entries[key] = _Entry(adapter, num_bytes, next(self._serials), packed=packed)
+        self._packed.append(key)
+        while len(self._packed) > _MOST_PACKED:
+            left_over = self._entries.get(self._packed.popleft())
+            if left_over is not None:
+                left_over.packed = None
 
     def unregister(self, key: str, *, wait: bool = False) -> bool:
         """Forget an adapter and free its place; True when that is done. wait: while requests use it, take no new ones, and forget it with the last.

@@ -9,8 +9,8 @@ Used by registry.py (in its workers).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter that fits the base. parents: (digest, name, weight) of what it was composed of."""
+    """An adapter that fits the base. parents: (digest, name, weight) of what it was composed of.
+
+    packed: its factors in the engine's layout, made ahead; whoever registers it takes them out, so that they go when the engine gives them up.
+    """
 
     digest: str
     adapter: Adapter
@@ -39,6 +42,7 @@ class Loaded:
     labels: tuple[str, ...] | None = None
     stop_token_ids: tuple[int, ...] = ()
     parents: tuple[Mapping[str, Any], ...] = ()
+    packed: list[Any] = field(default_factory=list)
 
 
 class Loader:
@@ -48,6 +52,7 @@ class Loader:
         from atoll.model.fingerprint import tensor_shapes
 
         self._base, self._shapes = base, tensor_shapes(base.path)
+        self.pack: Callable[[Adapter], Any] | None = None  # the engine's, once there is one
 
     def load(self, folder: Path, digest: str, name: str) -> Loaded:
         """The adapter of a folder that nobody changes. Raises AdapterFormatError, UnsupportedAdapter or BaseMismatch, naming it `name`."""
@@ -99,6 +104,7 @@ class Loader:
             labels=labels_of(manifest, name),
             stop_token_ids=_token_ids(manifest.get("stop_token_ids"), shape.vocabulary),
             parents=_parents(manifest.get("parents"), name),
+            packed=[self.pack(adapter)] if self.pack is not None else [],
         )
 
 

@@ -320,8 +320,8 @@ class AdapterRegistry:
 
 
 def _register(loaded: Loaded, engine: Engine) -> None:
-    if not engine.is_registered(loaded.digest):
-        engine.register(loaded.digest, loaded.adapter)
+    """Registering what is there already keeps it if it was about to leave."""
+    engine.register(loaded.digest, loaded.adapter, loaded.packed.pop() if loaded.packed else None)
 
 
 def _unregister(key: str, engine: Engine) -> None:

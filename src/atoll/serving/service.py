@@ -85,7 +85,9 @@ class Service:
         self._thread = EngineThread(lambda: Engine(self.base, self.config.engine), self._deliver, self._crashed)
         try:
             await self._thread.start()
-            self.limits, self.kernel, compiler = await self.run(lambda engine: (engine.limits, engine.kernel, engine.grammars))
+            self.limits, self.kernel, compiler, self.registry.loader.pack = await self.run(
+                lambda engine: (engine.limits, engine.kernel, engine.grammars, engine.pack)
+            )
             self._grammars = Grammars(compiler)
             await self.operator.preload()
         except BaseException:
