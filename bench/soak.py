@@ -109,7 +109,7 @@ class Soak:
         """Little of everything, so that all of it runs out."""
         adapters = 5 * self._world.largest_bytes  # about ten of more than twenty, two of them pinned and one of any version
         engine = {"max_rows": 12, "max_row_tokens": 320, "max_step_tokens": 96, "max_overtakes": 8, "adapter_bytes": adapters}
-        engine["num_pages"] = 44 if self._world.base_ref.endswith(TINY) else 24  # the tiny base has a token for each letter
+        engine["num_pages"] = 44 if self._world.base_ref.endswith(TINY) else 14  # the tiny base has a token for each letter
         own = {"max_concurrent_requests": 56, "per_key_requests": 44, "max_registered": 14, "negative_cache_s": 0.5, "drain_s": DRAIN_S}
         return [f"{key}={value}" for key, value in {**own, **{f"engine.{name}": value for name, value in engine.items()}}.items()]
 

@@ -14,7 +14,7 @@ from soaking.process import Usage
 
 MAX_GROWTH = 32 << 20  # anonymous bytes between the middle and the end: allocators and caches are never quite done
 MAX_NEW_FILES = 24  # open files: the pool of connections to the hub's index
-ADAPTERS_APART = 4  # that may be in memory at the end and not in the middle
+ADAPTERS_APART = 12  # that may be in memory at the end and not in the middle: the soak registers 14 of many sizes, which come and go
 MIN_SAMPLES = 8
 
 OWN = ("tickets", "places", "keys_with_places", "holds", "users", "loading", "looking", "given_up")
