@@ -70,6 +70,7 @@ class Soak:
         self._cases: list[Case] = make_cases(self._world.good, self._seed)
         self._tally, self._history = Tally(), History()
         self._looks: list[dict[str, Any]] = []
+        self._adapters: list[tuple[float, int]] = []  # seconds, and the bytes of the adapters that the server held then
         self._drained: dict[str, int] = {}
         self._problems: list[str] = []
         self._server: Server | None = None
@@ -136,7 +137,9 @@ class Soak:
             server.measure(now - began)
             if now - looked > LOOK_EVERY_S:
                 looked = now
-                self._keep(await server.look(), "under load")
+                look = await server.look()
+                self._keep(look, "under load")
+                self._adapters.append((now - began, look["registered_bytes"] + look["stats"]["adapter_bytes"]))
             await asyncio.sleep(MEASURE_EVERY_S)
 
     async def _quiet(self, server: Server) -> dict[str, Any]:
@@ -173,7 +176,7 @@ class Soak:
     def _result(self, verdicts: Counter[str], wrong: list[str], exact: bool) -> dict[str, Any]:
         """The JSON object; the table goes to stderr."""
         answers, server = verdicts.total(), self._server
-        memory = growth(server.usage, self._world.largest_bytes) if server is not None else {}
+        memory = growth(server.usage, self._adapters, self._world.largest_bytes) if server is not None else {}
         log = log_problems(server.text()) if server is not None else []
         few_ties = verdicts["tie"] <= MAX_TIES * answers
         covered = self._covered()

@@ -83,6 +83,7 @@ class Ear:
             "loading": registry.num_loading,
             "looking": len(registry.lookups._looking),
             "entries": len(registry.entries),
+            "registered_bytes": sum(entry.loaded.num_bytes for entry in registry.entries.values() if entry.loaded is not None),
             "failures": len(registry.failures),
             "lookups": len(registry.lookups._kept),
             "given_up": registry._near.num_given_up + registry._far.num_given_up,

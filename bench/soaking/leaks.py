@@ -14,7 +14,7 @@ from soaking.process import Usage
 
 MAX_GROWTH = 32 << 20  # anonymous bytes between the middle and the end: allocators and caches are never quite done
 MAX_NEW_FILES = 24  # open files: the pool of connections to the hub's index
-ADAPTERS_APART = 12  # that may be in memory at the end and not in the middle: the soak registers 14 of many sizes, which come and go
+ADAPTERS_APART = 4  # being read, packed or merged at that moment: in memory, and not yet or no longer counted
 MIN_SAMPLES = 8
 
 OWN = ("tickets", "places", "keys_with_places", "holds", "users", "loading", "looking", "given_up")
@@ -41,19 +41,31 @@ def log_problems(text: str) -> list[str]:
     return [line for line in text.splitlines() if "Traceback" in line or any(f" {level} " in line[:24] for level in ("error", "critical"))]
 
 
-def growth(samples: Sequence[tuple[float, Usage]], adapter_bytes: int) -> dict[str, Any]:
-    """Anonymous bytes of the middle and of the end (medians of an eighth of the samples each), and open files; {} for too few samples."""
+def growth(samples: Sequence[tuple[float, Usage]], adapters: Sequence[tuple[float, int]], adapter_bytes: int) -> dict[str, Any]:
+    """Anonymous bytes of the middle and of the end (medians of an eighth of the samples each), and open files; {} for too few samples.
+
+    adapters: (seconds, bytes of the adapters that the server says it holds); what they grew by is no leak. adapter_bytes: the largest one's.
+    """
     if len(samples) < MIN_SAMPLES:
         return {}
     eighth, middle = len(samples) // 8, len(samples) // 2
     anonymous = [usage.anonymous_bytes for _, usage in samples]
     at_middle, at_end = statistics.median(anonymous[middle : middle + eighth]), statistics.median(anonymous[-eighth:])
+    times = [at for at, _ in samples]
+    held = _held_at(adapters, times[-1]) - _held_at(adapters, times[middle])
+    unexplained = at_end - at_middle - max(0, held)
     files = [usage.num_files for _, usage in samples]
     return {
         "middle_mb": round(at_middle / 1e6, 1),
         "end_mb": round(at_end / 1e6, 1),
         "growth_mb": round((at_end - at_middle) / 1e6, 1),
+        "adapters_grew_mb": round(held / 1e6, 1),
         "resident_mb": round(samples[-1][1].resident_bytes / 1e6, 1),
         "files": [files[0], files[-1]],
-        "bounded": at_end - at_middle <= MAX_GROWTH + ADAPTERS_APART * adapter_bytes and files[-1] - files[0] <= MAX_NEW_FILES,
+        "bounded": unexplained <= MAX_GROWTH + ADAPTERS_APART * adapter_bytes and files[-1] - files[0] <= MAX_NEW_FILES,
     }
+
+
+def _held_at(adapters: Sequence[tuple[float, int]], at: float) -> int:
+    """The last count that is not later."""
+    return next((held for when, held in reversed(adapters) if when <= at), 0)

@@ -98,9 +98,11 @@ def test_whatever_is_left_is_a_finding(soaking: None) -> None:
     assert len(log_problems(clean + "\n05:18:07 error uvicorn.error: Exception in ASGI application\nTraceback (most recent call last):")) == 2
     samples = [(float(number), Usage(100 << 20, 200 << 20, 20)) for number in range(16)]
     leaking = [(at, Usage(usage.anonymous_bytes + number * (20 << 20), 0, 20)) for number, (at, usage) in enumerate(samples)]
-    assert growth(samples, 0)["bounded"] and growth(samples, 0)["growth_mb"] == 0
-    assert not growth(leaking, 0)["bounded"]
-    assert growth(samples[:3], 0) == {}
+    assert growth(samples, [], 0)["bounded"] and growth(samples, [], 0)["growth_mb"] == 0
+    assert not growth(leaking, [], 0)["bounded"]
+    assert growth(leaking, [(0.0, 0), (12.0, 200 << 20)], 0)["bounded"], "what adapters take is no leak"
+    assert not growth(leaking, [(0.0, 200 << 20), (12.0, 0)], 0)["bounded"], "and what they give back hides none"
+    assert growth(samples[:3], [], 0) == {}
 
 
 @pytest.mark.slow

@@ -40,6 +40,8 @@ def test_a_port_in_use_is_one_sentence_before_anything_is_loaded(atoll, tiny_bas
         (("--host", "203.0.113.7", "--keys", "{keys}"), "is not an address of this machine"),
         (("--host", "no such host", "--keys", "{keys}"), "cannot be listened on"),
         (("--keys", "{nowhere}"), "keys file"),
+        (("--keys", "{broken}"), "broken.json:2: not valid YAML"),
+        (("--local-root", "{nowhere}"), "which is no folder"),
         (("--set", "max_rows=3"), "max_rows"),
         (("--set", "engine.max_rowz=3"), "max_rowz"),
         (("--set", "other.thing=3"), "no section 'other'"),
@@ -51,7 +53,9 @@ def test_a_port_in_use_is_one_sentence_before_anything_is_loaded(atoll, tiny_bas
 def test_a_wrong_option_is_one_sentence(atoll, tiny_base_dir, tmp_path, arguments, said):
     """Nothing is loaded, and no traceback."""
     (tmp_path / "keys.json").write_text('{"keys": []}')
-    words = [word.format(keys=tmp_path / "keys.json", nowhere=tmp_path / "nowhere.json") for word in arguments]
+    (tmp_path / "broken.json").write_text('{"keys": 5\n')
+    files = {name: tmp_path / f"{name}.json" for name in ("keys", "broken", "nowhere")}
+    words = [word.format(**files) for word in arguments]
     base = () if "--adapter" in words else (tiny_base_dir,)
     result = atoll("serve", *base, "--port", "0", *words) if "--port" not in words else atoll("serve", *base, *words)
     assert result.code in (1, 2)

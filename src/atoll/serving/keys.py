@@ -147,14 +147,12 @@ class Keys:
 
 def read_keys(path: Path) -> KeyFile:
     """The keys of a JSON or YAML file. Raises ConfigError."""
-    import yaml
+    from atoll.yaml_file import read_yaml
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"the keys file {path} cannot be read: {error}", hint="make one with `atoll keys add NAME`") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"the keys file {path} holds a {type(found).__name__}, expected an object with `keys`", hint="atoll keys add NAME")
+        found = read_yaml(path).data  # JSON is YAML
+    except ConfigError as error:
+        raise ConfigError(f"the keys file cannot be read: {error.message}", hint="make one with `atoll keys add NAME`") from None
     try:
         return KeyFile(**found)
     except ConfigError as error:

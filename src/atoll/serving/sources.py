@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from atoll.errors import AdapterFormatError, AdapterNotFound, AtollError, EngineError, HubError, IntegrityError
+from atoll.errors import AdapterFormatError, AdapterNotFound, AtollError, ConfigError, EngineError, HubError, IntegrityError
 from atoll.model.adapter_files import CONFIG_FILE, MANIFEST_FILE, PICKLE_SUFFIXES, WEIGHTS_FILE
 from atoll.serving.entries import SourceRefused
 
@@ -132,6 +132,8 @@ class LocalSource:
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().resolve()
+        if not self.root.is_dir():
+            raise ConfigError(f"local_root is {str(root)!r}, which is no folder", hint="give a folder that is there, or leave it out")
 
     def stamp(self, reference: Reference) -> object:
         return None
