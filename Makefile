@@ -26,6 +26,7 @@ demo: setup ## train and measure a land of small adapters, then say what to try 
 	@echo "  $(BIN)/atoll generate --adapter support_intents \"hi, the parcel came but one cup is broken, what now?\""
 	@echo "  $(BIN)/atoll hub show support_intents"
 	@echo "  $(BIN)/atoll train examples/train.yaml"
+	@echo "  $(BIN)/atoll serve"
 
 test: setup ## everything: unit, integration and, where the base can be had, the real model
 	-@$(BIN)/atoll pull $(BASE)
