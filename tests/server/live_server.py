@@ -10,7 +10,10 @@ conftest.py makes fixtures of it.
 from __future__ import annotations
 
 import asyncio
+import io
+import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,6 +30,7 @@ from atoll.engine.request import Completion, Request, SamplingParams
 from atoll.hub import Hub
 from atoll.model.adapter_files import write_adapter
 from atoll.model.base import Base
+from atoll.server.run import CLOSE_S
 from atoll.serving.config import ServeConfig
 from atoll.serving.service import Service
 
@@ -107,7 +111,8 @@ def serving(base: Base, hub: Hub | None, **settings: Any) -> Iterator[Live]:
 
     config = ServeConfig(**{"base": str(base.path), "port": 0, "engine": EngineConfig(**ENGINE), "drain_s": 1.0, **settings})
     service = Service(base, config, hub)
-    server = uvicorn.Server(uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_level="warning", ws="none"))
+    http = uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_level="warning", ws="none", timeout_graceful_shutdown=CLOSE_S)
+    server = uvicorn.Server(http)
     loops: list[asyncio.AbstractEventLoop] = []
 
     def run() -> None:
@@ -115,7 +120,7 @@ def serving(base: Base, hub: Hub | None, **settings: Any) -> Iterator[Live]:
             loops.append(runner.get_loop())
             runner.run(server.serve())
 
-    thread = threading.Thread(target=run, name="server")
+    thread = threading.Thread(target=run, name="server", daemon=True)  # else one that hangs keeps the whole test run from ending
     thread.start()
     while not server.started and thread.is_alive():
         thread.join(0.01)
@@ -125,4 +130,15 @@ def serving(base: Base, hub: Hub | None, **settings: Any) -> Iterator[Live]:
     finally:
         server.should_exit = True
         thread.join(60)
-        assert not thread.is_alive(), "the server did not stop"
+        assert not thread.is_alive(), f"the server did not stop\n{_what_runs(loops[0])}"
+
+
+def _what_runs(loop: asyncio.AbstractEventLoop) -> str:
+    """Where every task of a loop and every thread stands."""
+    text = io.StringIO()
+    for task in asyncio.all_tasks(loop):
+        task.print_stack(file=text)
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        print(f"Thread {names.get(ident, ident)}:", *traceback.format_stack(frame), sep="\n", file=text)
+    return text.getvalue()

@@ -1,4 +1,4 @@
-"""What an adapter is: its frozen description (AdapterSpec) and its tensors by site (Adapter).
+"""What an adapter is: its frozen description (AdapterSpec) and its tensors by site (Adapter): LoRA factors, ReFT edits (reft.py), or both.
 
 Everything that trains, composes, serves or stores adapters passes these two. Scaling is computed once, when an adapter is made or loaded, and kept
 with its module, so alpha, rank patterns and rsLoRA mean the same everywhere. Files are in adapter_files.py.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from atoll.errors import AdapterFormatError, BaseMismatch
+from atoll.model.reft import EditSite, Intervention, ReftSpec, new_intervention, tensor_shapes
 from atoll.model.sites import TARGETS, Site, module_path
 
 if TYPE_CHECKING:
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """An adapter's description, as far as PEFT's adapter_config.json can say it.
+    """An adapter's description: what PEFT's adapter_config.json says of LoRA, and its ReFT parts.
 
     rank and alpha hold for every target module unless rank_pattern or alpha_pattern names the module. layers_to_transform of None means all layers.
-    target_modules holds names of linears ("q_proj") or dotted ends of their paths ("layers.3.self_attn.q_proj").
+    target_modules holds names of linears ("q_proj") or dotted ends of their paths ("layers.3.self_attn.q_proj"); none of them: no LoRA, and rank is
+    the largest of the ReFT parts.
     """
 
     base: str
@@ -36,7 +38,16 @@ class AdapterSpec:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
-    kind: str = "lora"
+    reft: tuple[ReftSpec, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """ "lora", "reft", or "lora+reft"."""
+        return "+".join(kind for kind, there in (("lora", bool(self.target_modules) or not self.reft), ("reft", bool(self.reft))) if there)
+
+    def edit_sites(self, num_layers: int) -> list[EditSite]:
+        """Every place that the ReFT parts edit in a base of `num_layers` blocks, in file order."""
+        return [site for part, spec in enumerate(self.reft) for site in spec.sites(part, num_layers)]
 
     def sites(self, num_layers: int) -> list[Site]:
         """Every (layer, target) that this adapter changes in a base of `num_layers` blocks, in file order."""
@@ -88,19 +99,25 @@ class LoraModule:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A spec and the factors of every site it changes. `manifest` is what PEFT's config has no field for (prompt, base fingerprint, training)."""
+    """A spec, the factors of every linear it changes and the tensors of every place it edits.
+
+    `manifest` is what PEFT's config has no field for (prompt, base fingerprint, training).
+    """
 
     spec: AdapterSpec
     modules: Mapping[Site, LoraModule]
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    edits: Mapping[EditSite, Intervention] = field(default_factory=dict)
 
     @property
     def max_rank(self) -> int:
+        """The largest rank of its LoRA modules; 0 without any."""
         return max((module.rank for module in self.modules.values()), default=0)
 
     @property
     def num_parameters(self) -> int:
-        return sum(module.a.numel() + module.b.numel() for module in self.modules.values())
+        lora = sum(module.a.numel() + module.b.numel() for module in self.modules.values())
+        return lora + sum(tensor.numel() for found in self.edits.values() for tensor in found.tensors.values())
 
     def check_fits(self, shapes: Mapping[str, tuple[int, int]], num_layers: int) -> None:
         """Raise BaseMismatch at the first site that does not fit a base with linears `shapes` {target:
@@ -124,12 +141,25 @@ class Adapter:
                     f"the base has {d_out} x {d_in}",
                     hint=hint,
                 )
+        self._check_edits_fit(shapes["q_proj"][1], num_layers, hint)
+
+    def _check_edits_fit(self, hidden: int, num_layers: int, hint: str) -> None:
+        expected = self.spec.edit_sites(num_layers)
+        if set(expected) != set(self.edits):
+            site = min(set(expected) ^ set(self.edits))
+            what = "has no tensors for" if site in expected else "has tensors, which its config does not cover, for"
+            raise BaseMismatch(f"the adapter {what} the edit of layer {site.layer}'s {site.component} (the base has {num_layers} layers)", hint=hint)
+        for site, found in self.edits.items():
+            shapes = {name: tuple(tensor.shape) for name, tensor in found.tensors.items()}
+            wanted = tensor_shapes(self.spec.reft[site.part], site.layer, hidden)
+            if shapes != wanted:
+                raise BaseMismatch(f"layer {site.layer} {site.component}: the edit has tensors {shapes}, but the base needs {wanted}", hint=hint)
 
 
 def new_adapter(spec: AdapterSpec, shapes: Mapping[str, tuple[int, int]], num_layers: int, generator: torch.Generator) -> Adapter:
-    """A fresh LoRA in float32: A uniform in ±sqrt(1 / d_in) (Kaiming with a = sqrt(5), as PEFT does), B zero, so the update starts at zero.
+    """A fresh adapter in float32. LoRA: A uniform in ±sqrt(1 / d_in) (Kaiming with a = sqrt(5), as PEFT does), B zero, so the update starts at zero.
 
-    shapes maps a target to its linear's (d_out, d_in). Raises AdapterFormatError when the spec reaches no site.
+    ReFT: see reft.new_intervention. shapes maps a target to its linear's (d_out, d_in). Raises AdapterFormatError when the spec reaches no site.
     """
     import torch
 
@@ -139,6 +169,8 @@ def new_adapter(spec: AdapterSpec, shapes: Mapping[str, tuple[int, int]], num_la
         rank, bound = spec.rank_at(site), 1 / math.sqrt(d_in)
         a = torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)
         modules[site] = LoraModule(a, torch.zeros(d_out, rank), spec.scaling_at(site))
-    if not modules:
+    hidden = shapes["q_proj"][1]
+    edits = {site: new_intervention(spec.reft[site.part], site.layer, hidden, generator) for site in spec.edit_sites(num_layers)}
+    if not modules and not edits:
         raise AdapterFormatError("the adapter changes no module", hint=f"name at least one target module of {', '.join(TARGETS)} and one layer")
-    return Adapter(spec, modules)
+    return Adapter(spec, modules, edits=edits)

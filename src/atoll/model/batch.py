@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from atoll.model.apply import AdapterWeights, BankRows
+    from atoll.model.reft import Edit
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,32 @@ class Segment(NamedTuple):
     weights: AdapterWeights
 
 
+class EditWeights(Protocol):
+    """Anything that can say how a hidden state is edited: one side of a resident adapter's ReFT part, or the tensors of a training job."""
+
+    def edit(self, layer: int, component: int) -> Edit | None:
+        """The edit at (layer, index into reft.COMPONENTS); None where nothing is edited."""
+        ...
+
+
+class EditRows(NamedTuple):
+    """Tokens [n] int64 of a packed batch, each once, whose hidden states are edited by the same tensors. Made by apply_edits.edit_rows."""
+
+    tokens: Tensor
+    weights: EditWeights
+
+
 @dataclass(frozen=True)
 class AdapterBatch:
     """Which adapter each token uses; tokens in no segment and in no bank row use the base alone.
 
     segments do not overlap. bank_rows, if given, covers single-token rows (decode) whose adapters stand in a bank: one product a site for all of
-    them.
+    them. edits: tokens with ReFT, independent of the two; none in a step that only decodes.
     """
 
     segments: tuple[Segment, ...] = ()
     bank_rows: BankRows | None = None
+    edits: tuple[EditRows, ...] = ()
 
     @classmethod
     def single(cls, weights: AdapterWeights, num_tokens: int) -> AdapterBatch:

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from atoll.errors import BaseFormatError
 from atoll.model.apply import linear
+from atoll.model.apply_edits import apply_edits
 from atoll.model.attention import Attention
 from atoll.model.bank import LoraBank
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
 from atoll.model.kv_cache import KvCache
+from atoll.model.reft import ATTENTION_INPUT, ATTENTION_OUTPUT, BLOCK_INPUT, BLOCK_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from atoll.model.rope import RotaryTable, rotate
 from atoll.model.sites import DOWN, FAMILIES, GATE_UP, GROUPS, OUT, QKV, Site, module_path
 
@@ -149,24 +151,53 @@ class Decoder:
         """An empty bank for adapters of this base, in its dtype."""
         return LoraBank(self.shape.linears, self.shape.num_layers, self.dtype, self.device)
 
-    def forward(self, batch: PackedBatch, adapters: AdapterBatch = BASE_ONLY, cache: KvCache | None = None) -> Tensor:
+    def forward(
+        self, batch: PackedBatch, adapters: AdapterBatch = BASE_ONLY, cache: KvCache | None = None, *, entering: tuple[int, Tensor] | None = None
+    ) -> Tensor:
         """The final normed hidden states [N, D] of the tokens in batch.output_index (all T tokens if None), in the compute dtype.
 
         cache is needed exactly when the batch names pages. Differentiable in the adapters' tensors when gradients are enabled and there is no
-        cache.
+        cache. entering: (layer, what `residual_before` gave for this batch and layer), to start there.
         """
-        cos, sin = self.rotary.cos_sin(batch)
-        attention = Attention(batch, cache)
-        residual = F.embedding(batch.token_ids, self.embedding).float()
-        for index, layer in enumerate(self.layers):
-            hidden = rms_norm(residual, layer.input_norm, self.shape.norm_eps, self.dtype)
-            residual = residual + self._attend(index, layer, hidden, cos, sin, attention, adapters)
-            hidden = rms_norm(residual, layer.post_norm, self.shape.norm_eps, self.dtype)
-            gate_up = linear(hidden, layer.weights[GATE_UP], layer.biases[GATE_UP], index, GATE_UP, adapters)
-            residual = residual + linear(_gated(gate_up), layer.weights[DOWN], layer.biases[DOWN], index, DOWN, adapters)
+        first, residual = entering if entering is not None else (0, F.embedding(batch.token_ids, self.embedding).float())
+        if entering is not None and adapters.edits:
+            residual = residual.clone()  # edits write into it
+        residual = self._blocks(range(first, self.shape.num_layers), residual, batch, adapters, cache)
         if batch.output_index is not None:
             residual = residual.index_select(0, batch.output_index)
         return rms_norm(residual, self.final_norm, self.shape.norm_eps, self.dtype)
+
+    def residual_before(self, layer: int, batch: PackedBatch) -> Tensor:
+        """The base's residual stream [T, D] float32 as it enters block `layer`: the same for every adapter that changes no block below."""
+        with torch.no_grad():
+            return self._blocks(range(layer), F.embedding(batch.token_ids, self.embedding).float(), batch, BASE_ONLY, None)
+
+    def _blocks(self, layers: range, residual: Tensor, batch: PackedBatch, adapters: AdapterBatch, cache: KvCache | None) -> Tensor:
+        cos, sin = self.rotary.cos_sin(batch)
+        attention = Attention(batch, cache)
+        edits = adapters.edits
+        for index in layers:
+            layer = self.layers[index]
+            if edits:
+                residual = apply_edits(residual, index, BLOCK_INPUT, edits)
+            hidden = rms_norm(residual, layer.input_norm, self.shape.norm_eps, self.dtype)
+            if edits:
+                hidden = apply_edits(hidden, index, ATTENTION_INPUT, edits)
+            attended = self._attend(index, layer, hidden, cos, sin, attention, adapters)
+            if edits:
+                attended = apply_edits(attended, index, ATTENTION_OUTPUT, edits)
+            residual = residual + attended
+            hidden = rms_norm(residual, layer.post_norm, self.shape.norm_eps, self.dtype)
+            if edits:
+                hidden = apply_edits(hidden, index, MLP_INPUT, edits)
+            gate_up = linear(hidden, layer.weights[GATE_UP], layer.biases[GATE_UP], index, GATE_UP, adapters)
+            out = linear(_gated(gate_up), layer.weights[DOWN], layer.biases[DOWN], index, DOWN, adapters)
+            if edits:
+                out = apply_edits(out, index, MLP_OUTPUT, edits)
+            residual = residual + out
+            if edits:
+                residual = apply_edits(residual, index, BLOCK_OUTPUT, edits)
+        return residual
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] hidden states to [N, V] float32 logits."""
