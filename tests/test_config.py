@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
 from atoll import config as settings
+from atoll import config_adapter as adapters
 from atoll.config import (
-    AdapterConfig,
     DataConfig,
     LandConfig,
     TrainConfig,
@@ -19,6 +19,7 @@ from atoll.config import (
     is_valid_name,
     template_columns,
 )
+from atoll.config_adapter import LoraAdapterConfig, ReftAdapterConfig
 from atoll.errors import ConfigError
 
 
@@ -40,7 +41,7 @@ def problem(**values: Any) -> ConfigError:
         ({"adapter": {"r": "many"}}, "adapter.r is 'many': must be a whole number"),
         ({"adapter": {"alpha": 0}}, "adapter.alpha is 0: must be above 0"),
         ({"adapter": {"dropout": 1}}, "adapter.dropout is 1: must be below 1"),
-        ({"adapter": {"type": "lorra"}}, "adapter.type is 'lorra': must be 'lora'"),
+        ({"adapter": {"type": "lorra"}}, "must be one of lora, loreft, noreft, direft, orthogonal_direft, consreft, lobireft; did you mean lora?"),
         ({"adapter": {"target_modules": []}}, "must not be empty; valid names are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"),
         ({"adapter": {"target_modules": ["q_prj"]}}, "'q_prj' is not a linear layer of a block; did you mean q_proj?"),
         ({"adapter": {"target_modules": "all_linear"}}, "write all-linear"),
@@ -52,6 +53,29 @@ def problem(**values: Any) -> ConfigError:
         ({"adapter": {"rank_pattern": {"v_proj": True}}}, "must be a number, not true or false"),
         ({"adapter": {"layers_to_transform": [0, -1]}}, "must be block numbers from 0, each once"),
         ({"adapter": {"layers_to_transform": []}}, "must not be empty"),
+        ({"adapter": {"type": "loreft", "r": 8}}, "adapter: r is a key of LoRA, but the type is loreft; ReFT's rank is called rank"),
+        ({"adapter": {"type": "lora", "positions": "l1"}}, "adapter: positions is a key of ReFT, but the type is lora; set type to one of loreft,"),
+        ({"adapter": {"rank": 8}}, "adapter: rank is a key of ReFT, but the type is lora; set type to one of loreft, noreft,"),
+        ({"adapter": {"rank": 8, "r": 8}}, "adapter: rank is a key of ReFT, but the type is lora"),
+        ({"adapter": {"reft": {"r": 8}}}, "adapter.reft: r is a key of LoRA, but the type is loreft"),
+        ({"adapter": {"reft": {"type": "lora"}}}, "adapter.reft.type is 'lora': must be 'loreft', 'noreft'"),
+        ({"adapter": {"reft": {"rank": 0}}}, "adapter.reft.rank is 0: must be at least 1"),
+        ({"adapter": {"type": "loreft", "rank": 2000}}, "adapter.rank is 2000: must be at most 1024"),
+        ({"adapter": {"type": "LoReFT"}}, "did you mean loreft?"),
+        ({"adapter": {"type": "loreft", "layers": "some"}}, 'must be all, last, a list of block numbers such as [0, 5, -1], or "2;10;18"'),
+        ({"adapter": {"type": "loreft", "layers": []}}, "adapter.layers is []: must be all, last,"),
+        ({"adapter": {"type": "loreft", "layers": 5}}, "adapter.layers is 5: must be all, last,"),
+        ({"adapter": {"type": "loreft", "layers": [True]}}, "adapter.layers is [True]: must be"),
+        ({"adapter": {"type": "loreft", "layers": "2;2"}}, "names a block twice"),
+        ({"adapter": {"type": "loreft", "positions": "f7+f7"}}, "positions 'f7+f7' cannot be read; write f<n> for the first n prompt tokens"),
+        ({"adapter": {"type": "loreft", "positions": []}}, "is not a list of whole numbers"),
+        ({"adapter": {"type": "loreft", "positions": [1, 1]}}, "names a place twice"),
+        ({"adapter": {"type": "loreft", "positions": 7}}, "must be text such as f7+l7, or a list of places"),
+        ({"adapter": {"type": "loreft", "component": "block"}}, "adapter.component is 'block': must be 'block_input', 'attention_input',"),
+        ({"adapter": {"type": "consreft", "activation": "relu"}}, "activation is relu, but consreft has no projection of the state"),
+        ({"adapter": {"type": "loreft", "bias": True}}, "bias is true, but loreft has no second bias; only noreft has"),
+        ({"adapter": {"type": "loreft", "rank_pattern": {3: 0}}}, "rank_pattern gives block 3 the rank 0; must be from 1 to 1024"),
+        ({"adapter": {"type": "loreft", "rank_pattern": {"q_proj": 2}}}, "'q_proj': must be a whole number"),
         ({"trainer": {"learning_rate": -0.1}}, "trainer.learning_rate is -0.1: must be above 0"),
         ({"trainer": {"learning_rate": float("nan")}}, "trainer.learning_rate is nan: must be"),
         ({"trainer": {"warmup_fraction": 1.5}}, "trainer.warmup_fraction is 1.5: must be below 1"),
@@ -95,6 +119,10 @@ def test_a_wrong_value_is_one_sentence_with_its_key(values: dict[str, Any], said
 def test_an_unknown_key_gets_the_nearest_valid_one() -> None:
     """A misspelt key that is silently dropped trains with the default instead."""
     assert problem(adaptor={"r": 4}).hint == "did you mean adapter?"
+    assert problem(adapter={"type": "loreft", "layer": 4}).hint == "did you mean adapter.layers?"
+    assert problem(adapter={"reft": {"position": "l1"}}).hint == "did you mean adapter.reft.positions?"
+    assert problem(adapter={"zebra": 4}).hint.startswith("keys of adapter: type, r, alpha")
+    assert problem(positions="l1").hint == "did you mean adapter.reft.positions?"
     assert problem(trainer={"epoch": 1}).hint == "did you mean trainer.epochs?"
     assert problem(learning_rate=1e-3).hint == "did you mean trainer.learning_rate?"
     assert problem(trainer={"rank": 4}).message.endswith("trainer.rank is not a key that Atoll knows")
@@ -104,6 +132,7 @@ def test_an_unknown_key_gets_the_nearest_valid_one() -> None:
 def test_the_first_problem_is_told_in_full_and_the_others_are_counted() -> None:
     """A wall of text hides the problem; one at a time without a count feels endless."""
     assert problem(data={"label_set": [1, "b"]}).message.endswith("put it in quotes")  # one wrong entry is one problem
+    assert problem(adapter={"type": "loreft", "rank": 0, "dropout": 1}).message.endswith("(and 1 more problem: adapter.dropout)")
     message = problem(adapter={"r": 0}, trainer={"epochs": 0, "seed": -1}).message
     assert "adapter.r is 0" in message
     assert message.endswith("(and 2 more problems: trainer.epochs, trainer.seed)")
@@ -111,7 +140,7 @@ def test_the_first_problem_is_told_in_full_and_the_others_are_counted() -> None:
 
 def test_the_hint_is_the_fields_own_description() -> None:
     """The text in the schema, in --help and in errors is the same one."""
-    assert problem(adapter={"r": 0}).hint == f"adapter.r: {AdapterConfig.model_fields['r'].description}"
+    assert problem(adapter={"r": 0}).hint == f"adapter.r: {LoraAdapterConfig.model_fields['r'].description}"
 
 
 def test_every_field_of_every_section_has_a_description() -> None:
@@ -133,12 +162,40 @@ def test_a_config_cannot_be_changed_and_survives_a_round_trip() -> None:
 
 def test_derived_values_follow_from_the_fields() -> None:
     """alpha is 2r unless given, all-linear means the seven linears, and targets come in one order whatever the file's."""
-    assert AdapterConfig(r=8).scaling_alpha == 16 and AdapterConfig(r=8, alpha=4).scaling_alpha == 4
-    assert AdapterConfig().targets == settings.TARGET_MODULES
-    assert AdapterConfig(target_modules=("v_proj", "q_proj")).targets == ("q_proj", "v_proj")
+    assert LoraAdapterConfig(r=8).scaling_alpha == 16 and LoraAdapterConfig(r=8, alpha=4).scaling_alpha == 4
+    assert LoraAdapterConfig().targets == adapters.TARGET_MODULES
+    assert LoraAdapterConfig(target_modules=("v_proj", "q_proj")).targets == ("q_proj", "v_proj")
     assert DataConfig(template="{a} {{x}} {b c} {a}").columns == ("a", "b c")
     assert template_columns("no columns") == ()
     assert TrainerConfig(max_length="512").max_length == 512  # type: ignore[arg-type]
+
+
+def test_reft_settings_have_one_form_however_they_are_written() -> None:
+    """PyReFT's "2;10;18", lists and names; a round trip through the run's record gives an equal config."""
+    short = TrainConfig(base="tiny", adapter={"type": "direft"})  # type: ignore[arg-type]
+    assert short.adapter == ReftAdapterConfig(type="direft", rank=4, layers="all", positions="f7+l7", component="block_output", tied=True)
+    for written, layers in (("2;10;-1", (2, 10, -1)), ([5], (5,)), ("7", (7,)), ("last", "last")):
+        assert ReftAdapterConfig(layers=written).layers == layers
+    long = TrainConfig(base="tiny", adapter={"type": "noreft", "positions": [0, -1], "bias": True, "rank_pattern": {"-1": 8}})  # type: ignore[arg-type]
+    assert isinstance(long.adapter, ReftAdapterConfig)
+    assert (long.adapter.positions, long.adapter.rank_pattern) == ((0, -1), {-1: 8})
+    both = TrainConfig(base="tiny", adapter={"r": 8, "reft": {"rank": 2}})  # type: ignore[arg-type]
+    assert isinstance(both.adapter, LoraAdapterConfig)
+    assert both.adapter.reft == ReftAdapterConfig(type="loreft", rank=2)
+    for config in (short, long, both):
+        assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_the_learning_rate_follows_the_kind_of_adapter_unless_it_is_given() -> None:
+    """LoRA's rate hardly moves an edit of a few thousand numbers, and the user need not know."""
+
+    def rate(**values: Any) -> float:
+        return TrainConfig(**{"base": "tiny", **values}).trainer.learning_rate
+
+    assert rate() == rate(adapter={"reft": {"rank": 2}}) == rate(adapter=LoraAdapterConfig()) == 5e-4
+    assert rate(adapter={"type": "loreft"}) == rate(adapter=ReftAdapterConfig(), trainer={"epochs": 1}) == settings.REFT_LEARNING_RATE
+    assert rate(adapter={"type": "loreft"}, trainer={"learning_rate": 5e-4}) == 5e-4
+    assert TrainerConfig().reft_learning_rate == settings.REFT_LEARNING_RATE
 
 
 def test_names_are_file_names_that_stay_in_their_folder() -> None:
@@ -153,11 +210,16 @@ def test_lists_that_stand_twice_agree() -> None:
     """config may not import the later layers, so names that they define are listed here too."""
     from atoll.eval.metrics import metrics
     from atoll.eval.row_metrics import MATCHES
+    from atoll.model import reft
     from atoll.model.sites import TARGETS
 
+    assert adapters.REFT_TYPES == reft.METHODS
+    assert get_args(adapters.Component) == reft.COMPONENTS
+    assert get_args(adapters.Activation) == ("none", *reft.ACTIVATIONS)
+    assert set(adapters.WITHOUT_ACTIVATION) == set(reft.METHODS) - set(reft.LEARNED)
     assert set(settings.METRICS) == set(metrics())
     assert set(settings.MATCHES) == set(MATCHES)
-    assert settings.TARGET_MODULES == TARGETS
+    assert adapters.TARGET_MODULES == TARGETS
 
 
 def test_data_that_nobody_named_is_asked_for() -> None:
@@ -193,6 +255,23 @@ def test_a_key_that_a_task_sets_to_the_general_default_still_beats_the_lands_def
     """Merging by value instead of by what was written would lose `r: 16` here."""
     (job,) = land(defaults={"adapter": {"r": 4}}, tasks=[{"data": "builtin:dates", "adapter": {"r": 16}}]).jobs()
     assert job.adapter.r == 16
+
+
+def test_a_task_with_another_kind_of_adapter_takes_no_adapter_defaults() -> None:
+    """A land of LoRAs may have one ReFT task, whose file says nothing about `r`; keys without a type belong to the land's kind."""
+    config = land(defaults={"adapter": {"r": 8}}, tasks=[{"data": "builtin:a", "adapter": {"type": "loreft", "rank": 2}}, "builtin:b"])
+    reft, lora = config.jobs()
+    assert (reft.adapter, reft.trainer.learning_rate) == (ReftAdapterConfig(type="loreft", rank=2), settings.REFT_LEARNING_RATE)
+    assert (lora.adapter, lora.trainer.learning_rate) == (LoraAdapterConfig(r=8), 5e-4)
+    tasks = [{"dropout": 0.1}, {"positions": "l1"}, {"type": "lora"}, {"type": "direft"}]
+    config = land(
+        defaults={"adapter": {"type": "loreft", "rank": 8}}, tasks=[{"data": f"builtin:{n}", "adapter": adapter} for n, adapter in enumerate(tasks)]
+    )
+    found = [job.adapter for job in config.jobs()]
+    assert found[:2] == [ReftAdapterConfig(type="loreft", rank=8, dropout=0.1), ReftAdapterConfig(type="loreft", rank=8, positions="l1")]
+    assert found[2:] == [LoraAdapterConfig(), ReftAdapterConfig(type="direft", rank=8)]
+    with pytest.raises(ConfigError, match=r"tasks\[0\] \(a\), with the defaults: adapter: rank is a key of ReFT, but the type is lora"):
+        land(defaults={"adapter": {"r": 8}}, tasks=[{"data": "builtin:a", "adapter": {"rank": 2}}]).jobs()
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,27 @@ def test_what_is_valid_but_surprising_is_a_warning(tmp_path: Path) -> None:
     assert loaded.warnings == ("v1.5: data.template has no {column}, so every prompt is the same text: 'Answer'",)
 
 
+def test_settings_that_an_adapter_has_no_use_for_are_named(tmp_path: Path) -> None:
+    """A weight decay that is not applied must not look as if it were."""
+
+    def warned(adapter: str, trainer: str) -> str:
+        return "\n".join(load_config(write(tmp_path, f"base: tiny\nadapter: {adapter}\ntrainer: {trainer}\n")).warnings)
+
+    assert "trainer.weight_decay has no effect" in warned("{type: loreft}", "{weight_decay: 0.1}")
+    assert "trainer.reft_learning_rate has no effect" in warned("{type: loreft}", "{reft_learning_rate: 1e-3}")
+    assert "trainer.reft_weight_decay has no effect" in warned("{r: 4}", "{reft_weight_decay: 0.1}")
+    assert "tied: false has no effect: positions l1" in warned("{type: loreft, tied: false, positions: l1}", "{}")
+    assert warned("{r: 4, reft: {tied: false}}", "{weight_decay: 0.1, reft_learning_rate: 1e-3, reft_weight_decay: 0.1}") == ""
+
+
+def test_a_rank_pattern_of_blocks_has_numbers_as_keys(tmp_path: Path) -> None:
+    """`{3: 8}` is what one writes, and what is written back loads again."""
+    config = load_config(write(tmp_path, "base: tiny\nadapter: {type: loreft, rank_pattern: {3: 8, -1: 2}}\n")).config
+    assert isinstance(config, TrainConfig)
+    assert config.adapter.rank_pattern == {3: 8, -1: 2}
+    assert load_config(write(tmp_path, to_yaml(config))).config == config
+
+
 @pytest.mark.parametrize("text", [TRAIN, TRAIN + "name: '007'\ngeneration: {stop: ['5e-4', \"a\\n\"]}\n", LAND])
 def test_a_config_written_as_yaml_loads_to_an_equal_one(tmp_path: Path, text: str) -> None:
     """--dry-run prints it, and the user saves it."""
@@ -150,11 +171,12 @@ def test_a_config_written_as_yaml_loads_to_an_equal_one(tmp_path: Path, text: st
         assert again.jobs() == config.jobs()
 
 
-@pytest.mark.parametrize("example", ["train.yaml", "land.yaml", "lora_land_article.yaml"])
+@pytest.mark.parametrize("example", ["train.yaml", "train_reft.yaml", "land.yaml", "lora_land_article.yaml"])
 def test_the_examples_load(example: str) -> None:
     """They are the first files that a user runs."""
     loaded = load_config(ROOT / "examples" / example)
-    if isinstance(loaded.config, TrainConfig) and loaded.config.data.path is not None:
+    assert loaded.warnings == () or loaded.source != "atoll"
+    if isinstance(loaded.config, TrainConfig) and loaded.config.data.path is not None and not loaded.config.data.path.startswith("builtin:"):
         assert (loaded.root / loaded.config.data.path).exists()
 
 
@@ -166,7 +188,7 @@ def test_the_example_tickets_are_varied_and_use_every_label() -> None:
     assert {row["completion"] for row in rows} == set(config.data.label_set or ())
 
 
-@pytest.mark.parametrize(("kind", "example"), [("train", "train.yaml"), ("land", "land.yaml")])
+@pytest.mark.parametrize(("kind", "example"), [("train", "train.yaml"), ("train", "train_reft.yaml"), ("land", "land.yaml")])
 def test_the_examples_satisfy_the_json_schema(kind: str, example: str) -> None:
     """Editors check files against the schema; it must not redden what the loader accepts, nor accept a misspelt key."""
     from jsonschema import Draft202012Validator
@@ -179,6 +201,23 @@ def test_the_examples_satisfy_the_json_schema(kind: str, example: str) -> None:
     assert list(validator.iter_errors({**data, "bases": 1}))
     section = "data" if kind == "train" else "defaults"
     assert list(validator.iter_errors({**data, section: {"adaptr": 1}}))
+
+
+def test_the_schema_knows_both_kinds_of_adapter() -> None:
+    """An editor completes `positions` under loreft, and accepts every form that the loader does."""
+    from jsonschema import Draft202012Validator
+
+    validator = Draft202012Validator(json_schemas()["train"])
+
+    def is_valid(**adapter: Any) -> bool:
+        return bool(validator.is_valid({"base": "tiny", "adapter": adapter}))
+
+    for layers in ("all", "last", "2;10;18", [0, -1]):
+        assert is_valid(type="loreft", layers=layers, positions=[0, -1], rank_pattern={"3": 8})
+    assert is_valid(r=8, reft={"type": "direft", "positions": "l1"})
+    assert not is_valid(type="loreft", layers="some")
+    assert not is_valid(type="loreft", r=8)
+    assert not is_valid(type="lora", positions="l1")
 
 
 def test_the_committed_schemas_are_current(tmp_path: Path) -> None:

@@ -78,6 +78,38 @@ def test_a_land_run_again_redoes_nothing_and_a_changed_task_redoes_only_itself(l
     assert [version.number for version in Hub().list("unit_conversion")] in ([1, 2], [2, 1])
 
 
+EDITS = {"type": "loreft", "rank": 2, "layers": [0, 2], "positions": "f2+l2"}
+
+
+def test_a_land_of_lora_and_reft_trains_measures_and_tells_them_apart(land_config: LandConfig, tmp_path: Path) -> None:
+    """One base, one LoRA, one LoReFT and one of both: the board says which is which and what each weighs, and a second run finds all of it done."""
+    asked = land_config.model_dump(mode="json", exclude_unset=True)
+    data = {"data": {"path": "builtin:unit_conversion"}}
+    asked["tasks"] = ["builtin:support_intents", {**data, "name": "edits", "adapter": EDITS}, {**data, "name": "both", "adapter": {"reft": EDITS}}]
+    config = LandConfig.model_validate(asked)
+    outcome = land(config, tmp_path / "out")
+    assert not outcome.failures
+    hub = Hub()
+    versions = {name: hub.resolve(name) for name in ("support_intents", "edits", "both")}
+    kinds = {name: version.kind for name, version in versions.items()}
+    assert kinds == {"support_intents": "lora", "edits": "reft", "both": "lora+reft"}
+    entries = {entry.model: entry for row in outcome.leaderboard.rows for entry in row.entries if entry.kind != "base"}
+    assert {model: entry.kind for model, entry in entries.items()} == {f"{name}@1": kind for name, kind in kinds.items()}
+    lora, reft, both = (versions[name].num_parameters or 0 for name in ("support_intents", "edits", "both"))
+    assert reft == 2 * (2 * 64 + 2 * 64 + 2) and both == lora + reft
+    assert f"| edits@1 | reft | {reft:,} | {versions['edits'].size_bytes:,} |" in outcome.markdown_path.read_text()
+    assert [run.status for run in hub.runs(name="edits")] == ["finished"]
+    assert "| loreft | 0, 2 | 2 | f2" in hub.show("edits").markdown()
+    calls: list[str] = []
+    again = land(config, tmp_path / "out", progress=lambda stage, done, total: calls.append(stage))
+    assert again.leaderboard == outcome.leaderboard
+    assert stages(calls, "loss") == 0 and stages(calls, "evaluate") == 0
+    rows = DataConfig.model_validate({"path": "builtin:unit_conversion", **ROWS})
+    one_batch = evaluate(config.base, ["edits", "both"], rows, dtype="float32", generation=config.defaults.generation, out=tmp_path / "eval")
+    measured = {entry.model: entry for entry in one_batch.leaderboard.rows[0].entries if entry.kind != "base"}
+    assert measured == {model: entries[model] for model in ("edits@1", "both@1")}
+
+
 def test_an_interrupted_land_goes_on_where_it_was(land_config: LandConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the second task keeps the first task's adapter and says how to go on."""
     from atoll.train import loop

@@ -54,7 +54,7 @@ def test_a_plain_value_means_what_people_expect(tmp_path: Path, text: str, value
         ("a: x: y\n", ":1", "not valid YAML"),
         ("---\na: 1\n---\nb: 1\n", ":3", "not valid YAML"),
         ("ok: 1\nbad: \x07\n", ":2", "control character U+0007"),
-        ("a: 1\n1: b\n", ":2", "the key '1' is not text"),
+        ("a: 1\n1.5: b\n", ":2", "the key '1.5' is not text"),
         ("? [x]\n: b\n", ":1", "is not text"),
         ("a: &x [*x]\n", ":1", "a[0] contains itself"),
         ("a: !!python/object:os.system b\n", ":1", "python/object"),

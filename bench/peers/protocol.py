@@ -73,6 +73,16 @@ def timed_batch(call: Callable[[], list[list[int]]], new_tokens: int) -> dict[st
     return {"seconds": seconds, "tokens": new_tokens * len(answers), "token_ids": answers}
 
 
+def step_times(moments: Sequence[float], rows_a_step: int, losses: Sequence[float]) -> dict[str, Any]:
+    """A training run's figures: seconds and rows of all steps but the first, which warms up. moments: the start's, and one after each step."""
+    return {
+        "seconds": moments[-1] - moments[1],
+        "rows": rows_a_step * (len(moments) - 2),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
+
+
 def stream_times(started: float, moments: Sequence[float]) -> dict[str, Any]:
     """One streamed answer's figures: seconds of all of it, milliseconds to the first token, median milliseconds between tokens."""
     gaps = [after - before for before, after in itertools.pairwise(moments)]

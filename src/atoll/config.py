@@ -1,7 +1,8 @@
 """Every setting of a training or a land file: its name, default, limits and help text.
 
-The one idea: these models are the only place where a setting is described. The YAML loader (config_file.py), the JSON Schema for editors, the command
-line's help and the error messages all read the fields here. Configs are frozen; what follows from them is a property.
+The one idea: these models are the only place where a setting is described (the adapter's stand in config_adapter.py). The YAML loader
+(config_file.py), the JSON Schema for editors, the command line's help and the error messages all read the fields here. Configs are frozen; what
+follows from them is a property.
 
 Used by every stage. A wrong value raises ConfigError with one sentence, whether it came from a file or from Python.
 """
@@ -11,17 +12,19 @@ from __future__ import annotations
 import os
 import re
 import string
-from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from atoll.config_adapter import AdapterSection, LoraAdapterConfig, ReftAdapterConfig, family_of, require_type
+from atoll.config_section import Section as Section
+from atoll.config_section import empty_as_mapping, given
 from atoll.errors import ConfigError
 from atoll.model_errors import config_error
-from atoll.yaml_file import kind_of, nearest
+from atoll.yaml_file import nearest
 
-TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+REFT_LEARNING_RATE = 4e-3  # of ReFT's tensors where the user gives none; docs/notebook.md has the runs behind it
 METRICS = (
     "accuracy",
     "exact_match",
@@ -41,7 +44,6 @@ MATCHES = ("plain", "number", "number_after_####", "sql", "json")
 BUILTIN = "builtin:"  # data paths that name a generated task
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 NAME_RULE = "must start with a letter or digit, hold only letters, digits, '.', '_' and '-' (96 at most), and have no '..'"
-MAX_RANK = 1024
 
 
 def atoll_home() -> Path:
@@ -60,46 +62,14 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _empty_as_mapping(value: Any) -> Any:
-    """A section heading with nothing under it means all defaults."""
-    return {} if value is None else value
-
-
 def _text_as_data(value: Any) -> Any:
     """`data: rows.csv` is short for `data: {path: rows.csv}`."""
-    return {"path": value} if isinstance(value, str) else _empty_as_mapping(value)
+    return {"path": value} if isinstance(value, str) else empty_as_mapping(value)
 
 
 def _text_as_task(value: Any) -> Any:
     """A task given as text is its data path."""
     return {"data": {"path": value}} if isinstance(value, str) else value
-
-
-class Section(BaseModel):
-    """What every part of a configuration shares: frozen, no unknown keys, no NaN, errors as one sentence."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    if not TYPE_CHECKING:  # type checkers see the fields as arguments
-
-        def __init__(self, /, **values: Any) -> None:
-            try:
-                super().__init__(**values)
-            except ValidationError as problem:
-                name = type(self).__name__
-                raise config_error(problem, type(self), lambda key: name) from None
-
-        # tells pydantic that this is a plain __init__: nested sections are then checked in one go, and places in errors stay complete
-        __init__.__pydantic_base_init__ = True
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python counts True as 1, so `r: true` would pass for a rank of 1."""
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-        if _holds_number(cls.model_fields[str(info.field_name)].annotation) and any(isinstance(item, bool) for item in inner):
-            raise ValueError("must be a number, not true or false")
-        return value
 
 
 class DataConfig(Section):
@@ -206,72 +176,6 @@ class DataConfig(Section):
         return self.path is not None or self.train is not None
 
 
-class AdapterConfig(Section):
-    """What is trained: LoRA's rank, scaling and places."""
-
-    type: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
-    r: int = Field(default=16, ge=1, le=MAX_RANK, description="Rank: the inner width of the adapter.")
-    alpha: float | None = Field(default=None, gt=0, description="LoRA's numerator: the update is scaled by alpha / r. Without it, twice the rank.")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the adapter's inputs set to zero while training.")
-    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
-        default="all-linear",
-        description=f"Linear layers that get an adapter: all-linear, or a list from {', '.join(TARGET_MODULES)}.",
-        json_schema_extra={"examples": ["all-linear", list(TARGET_MODULES)]},
-    )
-    use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
-    rank_pattern: dict[str, int] = Field(
-        default_factory=dict, description="Other ranks for some modules, by name (q_proj) or by end of path (layers.3.self_attn.q_proj)."
-    )
-    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="Other alphas for some modules, named as in rank_pattern.")
-    layers_to_transform: tuple[int, ...] | None = Field(default=None, min_length=1, description="Only these blocks, counted from 0; without it, all.")
-
-    @field_validator("target_modules", mode="before")
-    @classmethod
-    def _check_targets(cls, value: Any) -> Any:
-        valid = f"valid names are {', '.join(TARGET_MODULES)}, or all-linear for all of them"
-        if value == "all-linear":
-            return value
-        if not isinstance(value, (list, tuple)):
-            hint = "; write all-linear" if isinstance(value, str) and nearest(value, ("all-linear",)) else ""
-            raise ValueError(f"must be all-linear or a list such as [q_proj, v_proj], but this is {kind_of(value)}{hint}")
-        if not value:
-            raise ValueError(f"must not be empty; {valid}")
-        for name in value:
-            if name not in TARGET_MODULES:
-                guess = nearest(name, TARGET_MODULES) if isinstance(name, str) else None
-                raise ValueError(f"{name!r} is not a linear layer of a block; {f'did you mean {guess}? ' if guess else ''}{valid}")
-        if len(set(value)) < len(value):
-            raise ValueError("names a layer twice")
-        return tuple(value)
-
-    @field_validator("layers_to_transform")
-    @classmethod
-    def _check_layers(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if layers is not None and (min(layers) < 0 or len(set(layers)) < len(layers)):
-            raise ValueError("must be block numbers from 0, each once")
-        return layers
-
-    @model_validator(mode="after")
-    def _check_patterns(self) -> AdapterConfig:
-        for field, pattern, most in (("rank_pattern", self.rank_pattern, MAX_RANK), ("alpha_pattern", self.alpha_pattern, None)):
-            for name, value in pattern.items():
-                if not name.endswith(self.targets):
-                    raise ValueError(f"{field} names {name!r}, which is none of the target modules {', '.join(self.targets)}")
-                if value <= 0 or (most is not None and value > most):
-                    raise ValueError(f"{field} gives {name!r} the value {value:g}; must be {'above 0' if most is None else f'from 1 to {most}'}")
-        return self
-
-    @property
-    def scaling_alpha(self) -> float:
-        """alpha, or 2r where it is not given."""
-        return 2.0 * self.r if self.alpha is None else self.alpha
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The target modules by name, `all-linear` written out, in the order of a block."""
-        return TARGET_MODULES if self.target_modules == "all-linear" else tuple(t for t in TARGET_MODULES if t in self.target_modules)
-
-
 class TrainerConfig(Section):
     """How it is trained."""
 
@@ -281,10 +185,21 @@ class TrainerConfig(Section):
     micro_batch_tokens: int = Field(
         default=2048, ge=1, description="Most tokens of one forward pass (a longer row goes alone); for memory and speed."
     )
-    learning_rate: float = Field(default=5e-4, gt=0, le=1, description="Highest learning rate, after the warmup.")
+    learning_rate: float = Field(
+        default=5e-4,
+        gt=0,
+        le=1,
+        description=f"Highest learning rate, after the warmup. Where it is not given, an adapter of a ReFT type gets {REFT_LEARNING_RATE:g}.",
+    )
+    reft_learning_rate: float = Field(
+        default=REFT_LEARNING_RATE, gt=0, le=1, description="The same for a ReFT part trained together with a LoRA; learning_rate is the LoRA's then."
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Learning rate after the warmup; the first two end at 0.")
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1, description="Share of all steps in which the learning rate rises from 0.")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay of LoRA's factors.")
+    reft_weight_decay: float = Field(
+        default=0.0, ge=0, description="AdamW's weight decay of ReFT's W; its projection R and its biases are never decayed."
+    )
     max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are scaled down to this norm; 0 turns it off.")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's averaging factors.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
@@ -292,6 +207,12 @@ class TrainerConfig(Section):
     early_stop_patience: int | None = Field(default=3, ge=1, description="Stop after so many measurements without a better one; null turns it off.")
     checkpoint_every: int | None = Field(
         default=50, ge=1, description="Steps between checkpoints that a killed job resumes from; null turns them off."
+    )
+    reuse_mib: int = Field(
+        default=1024,
+        ge=0,
+        description="Most memory in MiB for what the blocks below the first changed one make of each row, which is the same in every epoch. "
+        "Rows beyond it are computed again, to the same numbers.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the adapter's start, the order of rows, and dropout.")
     device: str = Field(default="cpu", min_length=1, description="Where to compute: cpu, or cuda (cuda:1, …) on a machine that has it.")
@@ -362,10 +283,9 @@ class EvalConfig(Section):
 
 Name: TypeAlias = Annotated[str, AfterValidator(_checked_name)]
 DataSection: TypeAlias = Annotated[DataConfig, BeforeValidator(_text_as_data, json_schema_input_type=str | DataConfig | None)]
-AdapterSection: TypeAlias = Annotated[AdapterConfig, BeforeValidator(_empty_as_mapping, json_schema_input_type=AdapterConfig | None)]
-TrainerSection: TypeAlias = Annotated[TrainerConfig, BeforeValidator(_empty_as_mapping, json_schema_input_type=TrainerConfig | None)]
-GenerationSection: TypeAlias = Annotated[GenerationConfig, BeforeValidator(_empty_as_mapping, json_schema_input_type=GenerationConfig | None)]
-EvalSection: TypeAlias = Annotated[EvalConfig, BeforeValidator(_empty_as_mapping, json_schema_input_type=EvalConfig | None)]
+TrainerSection: TypeAlias = Annotated[TrainerConfig, BeforeValidator(empty_as_mapping, json_schema_input_type=TrainerConfig | None)]
+GenerationSection: TypeAlias = Annotated[GenerationConfig, BeforeValidator(empty_as_mapping, json_schema_input_type=GenerationConfig | None)]
+EvalSection: TypeAlias = Annotated[EvalConfig, BeforeValidator(empty_as_mapping, json_schema_input_type=EvalConfig | None)]
 
 _BASE = "The base model: an alias (smollm2-135m-instruct), a Hugging Face id, or a folder (./mine, relative to this file)."
 _NAME = "Name of the adapter in the hub: letters, digits, '.', '_' and '-'. Without it, the task's name."
@@ -377,10 +297,24 @@ class TrainConfig(Section):
     base: str = Field(min_length=1, description=_BASE)
     name: Name | None = Field(default=None, description=_NAME)
     data: DataSection = Field(default_factory=DataConfig, description="Where the rows come from and how a row becomes a prompt. Text means the path.")
-    adapter: AdapterSection = Field(default_factory=AdapterConfig, description="What is trained.")
-    trainer: TrainerSection = Field(default_factory=TrainerConfig, description="How it is trained.")
+    adapter: AdapterSection = Field(default_factory=LoraAdapterConfig, description="What is trained.")
+    trainer: TrainerSection = Field(default_factory=TrainerConfig, validate_default=True, description="How it is trained.")
     generation: GenerationSection = Field(default_factory=GenerationConfig, description="How answers are written.")
     quantization: QuantizationConfig | None = Field(default=None, description="Form of the base's weights; recorded, not applied yet.")
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _check_type_given(cls, value: Any) -> Any:
+        require_type(value)
+        return value
+
+    @field_validator("trainer")
+    @classmethod
+    def _rate_of_reft(cls, trainer: TrainerConfig, info: ValidationInfo) -> TrainerConfig:
+        """Edits of a few thousand numbers want larger steps than LoRA's factors."""
+        if isinstance(info.data.get("adapter"), ReftAdapterConfig) and "learning_rate" not in trainer.model_fields_set:
+            return trainer.model_copy(update={"learning_rate": REFT_LEARNING_RATE})
+        return trainer
 
     def require_data(self) -> DataConfig:
         """The data section, when it names rows. Raises ConfigError when neither the file nor the command line did."""
@@ -393,7 +327,7 @@ class TaskDefaults(Section):
     """Settings of all tasks of a land, where a task does not say otherwise."""
 
     data: DataSection = Field(default_factory=DataConfig, description="For every task's data.")
-    adapter: AdapterSection = Field(default_factory=AdapterConfig, description="For every task's adapter.")
+    adapter: AdapterSection = Field(default_factory=LoraAdapterConfig, description="For every task's adapter.")
     trainer: TrainerSection = Field(default_factory=TrainerConfig, description="For every task's training.")
     generation: GenerationSection = Field(default_factory=GenerationConfig, description="For every task's answers.")
 
@@ -425,7 +359,7 @@ class LandConfig(Section):
     """A land file: one base, many tasks; each task becomes an adapter, and all are measured against the base."""
 
     base: str = Field(min_length=1, description=_BASE)
-    defaults: Annotated[TaskDefaults, BeforeValidator(_empty_as_mapping, json_schema_input_type=TaskDefaults | None)] = Field(
+    defaults: Annotated[TaskDefaults, BeforeValidator(empty_as_mapping, json_schema_input_type=TaskDefaults | None)] = Field(
         default_factory=TaskDefaults, description="Settings of all tasks, where a task does not say otherwise."
     )
     tasks: tuple[Annotated[TaskEntry, BeforeValidator(_text_as_task, json_schema_input_type=str | TaskEntry)], ...] = Field(
@@ -446,7 +380,9 @@ class LandConfig(Section):
         return tuple(self._job(index, task) for index, task in enumerate(self.tasks))
 
     def _job(self, index: int, task: TaskEntry) -> TrainConfig:
-        sections = {name: {**_given(getattr(self.defaults, name)), **_given(getattr(task, name))} for name in TaskDefaults.model_fields}
+        sections = {name: {**given(getattr(self.defaults, name)), **given(getattr(task, name))} for name in TaskDefaults.model_fields}
+        if "type" in task.adapter.model_fields_set and family_of(task.adapter) != family_of(self.defaults.adapter):
+            sections["adapter"] = dict(given(task.adapter))  # LoRA's defaults say nothing about ReFT, nor the other way round
         try:
             return TrainConfig.model_validate({"base": self.base, "name": task.key, **sections})
         except ValidationError as problem:
@@ -469,12 +405,3 @@ def template_columns(template: str) -> tuple[str, ...]:
             raise ValueError(f"{{{field}}} has a format behind the column's name; write {{column}} alone, and {{{{ and }}}} for braces that are text")
         columns[field] = None
     return tuple(columns)
-
-
-def _holds_number(annotation: Any) -> bool:
-    return annotation in (int, float) or any(_holds_number(part) for part in get_args(annotation))
-
-
-def _given(section: Section) -> Mapping[str, Any]:
-    """The keys that were set, not those that kept their default."""
-    return section.model_dump(exclude_unset=True)

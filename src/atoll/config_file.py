@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
 
 from pydantic import ValidationError
 
-from atoll.config import BUILTIN, LandConfig, QuantizationConfig, TaskEntry, TrainConfig
+from atoll.config import BUILTIN, REFT_LEARNING_RATE, LandConfig, QuantizationConfig, TaskEntry, TrainConfig
+from atoll.config_adapter import ReftAdapterConfig
 from atoll.errors import ConfigError
 from atoll.files import write_file
 from atoll.ludwig import is_ludwig, translate
+from atoll.model.positions import Positions
 from atoll.model_errors import config_error
 from atoll.yaml_file import Key, YamlFile, dump_yaml, key_text, kind_of, nearest, parse_value, read_yaml
 
@@ -218,10 +220,26 @@ def _notes(configs: tuple[TrainConfig, ...]) -> tuple[str, ...]:
     for config in configs:
         if config.quantization is not None:
             notes[_quantization_note(config.quantization)] = None
+        owner = f"{config.name}: " if len(configs) > 1 else ""
+        for note in _reft_notes(config):
+            notes[f"{owner}{note}"] = None
         if config.data.template is not None and not config.data.columns:
-            owner = f"{config.name}: " if len(configs) > 1 else ""
             notes[f"{owner}data.template has no {{column}}, so every prompt is the same text: {config.data.template[:60]!r}"] = None
     return tuple(notes)
+
+
+def _reft_notes(config: TrainConfig) -> Iterator[str]:
+    """Settings that have no effect for the kind of adapter."""
+    trainer, adapter = config.trainer, config.adapter
+    reft = adapter if isinstance(adapter, ReftAdapterConfig) else adapter.reft
+    if reft is None and trainer.reft_weight_decay:
+        yield "trainer.reft_weight_decay has no effect: the adapter has no ReFT part"
+    if reft is adapter and trainer.weight_decay:
+        yield "trainer.weight_decay has no effect: it is LoRA's; trainer.reft_weight_decay decays ReFT's W"
+    if (reft is None or reft is adapter) and trainer.reft_learning_rate != REFT_LEARNING_RATE:
+        yield "trainer.reft_learning_rate has no effect: it is for a ReFT part beside a LoRA; trainer.learning_rate counts"
+    if reft is not None and not reft.tied and not Positions.parse(reft.positions).has_sides:
+        yield f"tied: false has no effect: positions {reft.positions} have no second side"
 
 
 def _quantization_note(quantization: QuantizationConfig) -> str:

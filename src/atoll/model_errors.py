@@ -1,9 +1,10 @@
 """Turn what pydantic found wrong into one sentence for people.
 
 The one idea: pydantic reports a place (`("trainer", "r")`) and a kind of mistake; the place leads back through the models to the field, whose
-description is the hint and whose neighbours are the keys that might have been meant. The first problem is told in full, the others are counted.
+description is the hint and whose neighbours are the keys that might have been meant. Where one of several models stands at a place, pydantic names
+its tag there, which is no key of the file. The first problem is told in full, the others are counted.
 
-Used by config.
+Used by config and config_section.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from atoll.errors import ConfigError
@@ -30,14 +31,15 @@ def config_error(
 
     where: the file and line (or other origin) of a key. renamed: what the file itself calls a key, when it was translated from another form.
     """
-    first, *others = problem.errors(include_url=False)
-    key: Key = first["loc"]
+    first, *rest = problem.errors(include_url=False)
+    key, owner, field = _place(model, first["loc"])
     path = renamed(key_text(key)) or key_text(key)
-    sentence, hint = _sentence(first, key, path, model)
+    sentence, hint = _sentence(first, key, path, model, owner, field)
     origin = where(key)
-    others = [other for other in others if key[: len(other["loc"])] != other["loc"]]  # a list with a wrong entry is no second problem
+    others = [_place(model, error["loc"])[0] for error in rest]
+    others = [other for other in others if key[: len(other)] != other]  # a list with a wrong entry is no second problem
     if others:
-        names = list(dict.fromkeys(key_text(other["loc"]) for other in others))
+        names = list(dict.fromkeys(key_text(other) for other in others))
         listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         sentence += f" (and {len(others)} more problem{'s' if len(others) > 1 else ''}: {listed})"
     return ConfigError(f"{origin}: {sentence}" if origin else sentence, hint=hint)
@@ -47,15 +49,16 @@ def key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted key of a model, sections before their contents; keys inside lists are left out."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        inner = _model_in(field.annotation)
-        if inner is not None and not _is_list(field.annotation):
-            yield from key_paths(inner, f"{prefix}{name}.")
+        if not _is_list(field.annotation):
+            paths = (path for inner in _models_in(field.annotation) for path in key_paths(inner, f"{prefix}{name}."))
+            yield from dict.fromkeys(paths)
 
 
-def _sentence(error: Mapping[str, Any], key: Key, path: str, model: type[BaseModel]) -> tuple[str, str]:
+def _sentence(
+    error: Mapping[str, Any], key: Key, path: str, model: type[BaseModel], owner: type[BaseModel], field: FieldInfo | None
+) -> tuple[str, str]:
     """The sentence about one error and its hint."""
     kind, value, context = error["type"], error.get("input"), error.get("ctx", {})
-    owner, field = _field_at(model, key)
     description = field.description if field is not None and field.description else ""
     if kind == "extra_forbidden":
         parent = key_text(key[:-1])
@@ -110,23 +113,41 @@ def _rule(kind: str, value: Any, context: Mapping[str, Any], message: str) -> st
     return message[:1].lower() + message[1:]
 
 
-def _field_at(model: type[BaseModel], key: Key) -> tuple[type[BaseModel], FieldInfo | None]:
-    """The model that holds the last named field on the way of `key`, and that field; None when the last name is unknown."""
-    owner, field = model, None
+def _place(model: type[BaseModel], location: Key) -> tuple[Key, type[BaseModel], FieldInfo | None]:
+    """The key of the file that a location of pydantic means, the model that holds its last name, and that field; None when the name is unknown."""
+    owner, field, key = model, None, list[str | int]()
     inner: type[BaseModel] | None = model
-    for part in key:
+    tagged: dict[str | int, type[BaseModel]] = {}
+    for part in location:
+        if part in tagged:
+            inner, tagged = tagged[part], {}
+            continue
+        key.append(part)
         if isinstance(part, int) or inner is None:
             continue
         owner, field = inner, inner.model_fields.get(part)
-        inner = _model_in(field.annotation) if field is not None else None
-    return owner, field
+        inner = next(_models_in(field.annotation), None) if field is not None else None
+        tagged = _tags(field.annotation) if field is not None else {}
+    return tuple(key), owner, field
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model inside an annotation such as `Model`, `Model | None` or `tuple[Model, ...]`."""
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models inside an annotation such as `Model`, `Model | None`, `Model | Other` or `tuple[Model, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)
+        yield annotation
+        return
+    for part in get_args(annotation):
+        yield from _models_in(part)
+
+
+def _tags(annotation: Any) -> dict[str | int, type[BaseModel]]:
+    """The models of a tagged union by tag; {} for any other annotation."""
+    return {
+        metadata.tag: next(_models_in(part))
+        for part in get_args(annotation)
+        for metadata in getattr(part, "__metadata__", ())
+        if isinstance(metadata, Tag)
+    }
 
 
 def _is_list(annotation: Any) -> bool:

@@ -208,7 +208,7 @@ def evaluate(
     with locked(out):
         arena = Arena(base, hub, settings, out / "scores")
         scores = arena.measure(task, versions, generation, progress)
-        note = {task.task.name: note_of(task, scores, settings)}
+        note = {task.task.name: note_of(task, scores, settings, versions)}
         return _write_board(base, scores, note, out, {}, arena.warnings)
 
 
@@ -252,7 +252,7 @@ def land(config: LandConfig, out: Path, *, root: Path | None = None, hub: Hub | 
                 continue
             try:
                 measured = arenas[id(plan.base)].measure(plan.data, [versions[name]], plan.config.generation, stage)
-                notes[plan.data.task.name] = note_of(plan.data, measured, config.eval)
+                notes[plan.data.task.name] = note_of(plan.data, measured, config.eval, [versions[name]])
                 scores += measured
             except KeyboardInterrupt:
                 raise Interrupted(f"stopped while task {name!r} was measured", hint="run the same command again to go on from there") from None

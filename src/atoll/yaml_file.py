@@ -30,6 +30,7 @@ _PLAIN_SCALARS = (
     (f"{_TAG}null", "~|null|Null|NULL|"),
 )
 _TYPES = ("str", "int", "float", "bool", "null", "map", "seq")
+_KEY_TAGS = (f"{_TAG}str", f"{_TAG}merge", f"{_TAG}int")  # a whole number as a key (`rank_pattern: {3: 8}`) is its text
 
 
 def _resolvers() -> dict[str | None, list[tuple[str, re.Pattern[str]]]]:
@@ -209,7 +210,7 @@ class _Builder:
         seen: dict[Hashable, int] = {}
         for name, _ in node.value:  # before merging: a key of the file's own may replace one that `<<` brought
             text, line = str(name.value), name.start_mark.line + 1
-            if name.tag != f"{_TAG}str" and name.tag != f"{_TAG}merge":
+            if name.tag not in _KEY_TAGS:
                 raise ConfigError(f"{self.path}:{line}: the key {text!r} is not text", hint="put it in quotes")
             if text in seen:
                 raise ConfigError(

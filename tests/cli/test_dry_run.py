@@ -65,3 +65,22 @@ def test_a_long_prompt_is_shown_without_its_middle(tiny_base_dir):
     assert "characters…]" in masked
     assert len(masked) < 1600
     assert (learned, is_learned) == ("</s>", True)
+
+
+def test_a_reft_job_shows_which_tokens_are_edited(atoll, job):
+    """Positions are the setting that goes wrong unseen: off by one, or on tokens that every prompt shares."""
+    config = json.loads(job.read_text())
+    job.write_text(json.dumps({**config, "adapter": {"type": "loreft", "positions": "f2+l3", "tied": False, "layers": [0, -1]}}))
+    shown = atoll("train", job, "--dry-run").out
+    assert "edited: tokens 0 to 1 'a ', 13 to 15 ' is'\na red thing 0 is⟦ red</s>⟧\n" in shown
+    assert "loreft of rank 4 at block_output of 2 of 3 blocks, positions f2+l3, each side with its own tensors\n" in shown
+    assert "trainable parameters  2,064\n" in shown
+    plan = atoll("train", job, "--dry-run", "--json").json()
+    assert plan["kind"] == "reft"
+    assert plan["prompts"][0]["edited"] == [{"first": 0, "last": 1, "text": "a "}, {"first": 13, "last": 15, "text": " is"}]
+    job.write_text(json.dumps({**config, "adapter": {"r": 2, "reft": {"positions": [200]}}}))
+    shown = atoll("train", job, "--dry-run").out
+    assert "edited: no token\n" in shown
+    assert "LoRA of rank 2 on 21 linears and loreft of rank 4 at block_output of 3 of 3 blocks, positions [200]\n" in shown
+    job.write_text(json.dumps({**config, "adapter": {"type": "loreft", "positions": [200]}}))
+    assert "32 of 32 training rows have no token at positions [200]" in atoll("train", job, "--dry-run").err

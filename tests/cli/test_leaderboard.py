@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from adapters import publish, random_reft
+from atoll.cli.output import size
 from atoll.eval.baseline import Baseline
 from atoll.eval.leaderboard import Leaderboard, LeaderboardEntry, LeaderboardRow, RowNote, write_leaderboard
+from atoll.hub import Hub
+from atoll.model.base import load_base
 
 
 def entry(model, kind, value, **changes):
@@ -47,6 +51,20 @@ def test_boards_of_two_bases_are_two_tables_and_not_one_json(atoll, runs):
     refused = atoll("leaderboard", "--json")
     assert (refused.code, refused.out) == (1, "")
     assert "different bases" in refused.err
+
+
+def test_kinds_and_sizes_are_shown_where_adapters_differ_in_kind(atoll, runs, tiny_base_dir, tmp_path):
+    """LoRA against ReFT is a question of parameters as much as of scores; a board of LoRAs alone stays narrow."""
+    assert "kind" not in atoll("leaderboard").out and "parameters" not in atoll("leaderboard").out
+    base = load_base(str(tiny_base_dir), dtype="float32")
+    version = publish(Hub(), random_reft(base.decoder), "edits", tmp_path)
+    write_leaderboard(runs / "runs/c", board("dates", entry("edits", "reft", 0.7, digest=version.digest)))
+    shown = [[cell.strip() for cell in line.split("|")] for line in atoll("leaderboard").out.splitlines()]
+    head = next(cells for cells in shown if "kind" in cells)
+    by_kind = {cells[head.index("kind")]: cells for cells in shown[shown.index(head) + 2 :] if len(cells) > 1}
+    assert by_kind["reft"][head.index("parameters")] == f"{version.num_parameters:,}"
+    assert by_kind["reft"][head.index("size")] == size(version.size_bytes)
+    assert by_kind["lora"][head.index("parameters")] == "-"  # the hub here does not have it
 
 
 def test_missing_and_broken_boards_are_named(atoll, runs):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests import adapters as toys
 from tests.engine.forwards import DTYPES
 
 from atoll.engine.config import EngineConfig
@@ -20,8 +22,10 @@ from atoll.engine.request import Request, SamplingParams
 from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
 from atoll.model.bank import LoraBank
 from atoll.model.base import Base, load_base
-from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
+from atoll.model.batch import BASE_ONLY, AdapterBatch, EditRows, PackedBatch
 from atoll.model.kernels.decoder import compiled
+from atoll.model.positions import Positions
+from atoll.model.reft import ReftSpec
 from atoll.model.sites import TARGETS, Site
 
 MakeAdapter = Callable[..., Adapter]
@@ -101,6 +105,49 @@ def adapters(make_adapter: MakeAdapter) -> dict[str, Adapter]:
     }
 
 
+@pytest.fixture(scope="session")
+def make_reft(bases: Callable[[str], Base]) -> Callable[..., Adapter]:
+    """A ReFT adapter over the tiny base, one part a spec, strong enough to change what the base says; with targets, LoRA modules of that rank too."""
+    decoder = bases("plain").decoder
+
+    def make(*parts: ReftSpec, targets: Sequence[str] = (), rank: int = 4, seed: int = 0) -> Adapter:
+        rank = rank if targets else max(part.rank for part in parts)
+        return toys.random_adapter(decoder, rank, seed, alpha=float(rank), target_modules=tuple(targets), reft=parts)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reft_adapters(make_reft: Callable[..., Adapter]) -> dict[str, Adapter]:
+    """Every kind of positions; ranks, methods, layers and components that differ; LoRA beside edits; several parts."""
+    return {
+        "ends": make_reft(ReftSpec(rank=4), seed=11),
+        "untied": make_reft(ReftSpec("noreft", 8, positions=Positions.parse("f3+l5"), tied=False, bias=True, rank_pattern={1: 2}), seed=12),
+        "suffix": make_reft(ReftSpec("direft", 2, layers=(0, 2), positions=Positions.parse("l4")), seed=13),
+        "all": make_reft(ReftSpec("direft", 4, positions=Positions.parse("all_prompt"), component="mlp_output", activation="silu"), seed=14),
+        "listed": make_reft(ReftSpec("orthogonal_direft", 4, positions=Positions.parse([0, 7, 33, -1, -36]), component="block_input"), seed=15),
+        "lora+reft": make_reft(ReftSpec(rank=4, positions=Positions.parse("f2+l9")), targets=("q_proj", "v_proj", "down_proj"), rank=8, seed=16),
+        "parts": make_reft(
+            ReftSpec(rank=4, positions=Positions.parse("l3")),
+            ReftSpec("lobireft", 2, layers=(1,), positions=Positions.parse([1, -2]), component="attention_output"),
+            seed=17,
+        ),
+    }
+
+
+@pytest.fixture
+def make_reft_engine(make_engine: Callable[..., Engine], reft_adapters: dict[str, Adapter]) -> Callable[..., Engine]:
+    """make_engine with those adapters registered too."""
+
+    def make(**settings: Any) -> Engine:
+        engine = make_engine(**settings)
+        for key, adapter in reft_adapters.items():
+            engine.register(key, adapter)
+        return engine
+
+    return make
+
+
 @pytest.fixture
 def make_engine(base: Base, forward: str, adapters: dict[str, Adapter]) -> Callable[..., Engine]:
     """An engine over the tiny base with the four adapters registered; keywords are EngineConfig's."""
@@ -116,18 +163,29 @@ def make_engine(base: Base, forward: str, adapters: dict[str, Adapter]) -> Calla
 
 @pytest.fixture(scope="module")
 def reference_logits(base: Base) -> Callable[..., torch.Tensor]:
-    """Logits [T, V] of one token list with one adapter: one row, no cache, no engine."""
+    """Logits [T, V] of one token list with one adapter: one row, no cache, no engine. Of its tokens num_prompt are the prompt (None: all)."""
 
-    def logits(tokens: Sequence[int], adapter: Adapter | None = None) -> torch.Tensor:
+    def logits(tokens: Sequence[int], adapter: Adapter | None = None, num_prompt: int | None = None) -> torch.Tensor:
         decoder = base.decoder
-        use = BASE_ONLY
         with torch.inference_mode():
-            if adapter is not None:
-                bank = LoraBank(decoder.shape.linears, decoder.shape.num_layers, decoder.dtype)
-                use = AdapterBatch.single(bank.load(adapter), len(tokens))
+            use = used_by(base, adapter, len(tokens), num_prompt if num_prompt is not None else len(tokens))
             return decoder.logits(decoder.forward(PackedBatch.of([tokens]), use))
 
     return logits
+
+
+def used_by(base: Base, adapter: Adapter | None, num_tokens: int, num_prompt: int) -> AdapterBatch:
+    """The adapter of a batch of one row without a cache."""
+    if adapter is None:
+        return BASE_ONLY
+    slot = LoraBank(base.decoder.shape.linears, base.decoder.shape.num_layers, base.decoder.dtype).load(adapter)
+    edits = [
+        EditRows(torch.tensor(list(places)), weights)
+        for part in slot.parts
+        for places, weights in zip(part.positions.resolve(num_prompt), part.sides, strict=True)
+        if places
+    ]
+    return replace(AdapterBatch.single(slot, num_tokens), edits=tuple(edits))
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +203,7 @@ def reference_greedy(base: Base, forward: str, reference_logits: Callable[..., t
     def greedy(prompt: Sequence[int], num_tokens: int, adapter: Adapter | None = None) -> list[int]:
         tokens = list(prompt)
         for _ in range(num_tokens):
-            tokens.append(int(reference_logits(tokens, adapter)[-1].argmax()))
+            tokens.append(int(reference_logits(tokens, adapter, len(prompt))[-1].argmax()))
         return tokens[len(prompt) :]
 
     return greedy if forward == "plain" else alone

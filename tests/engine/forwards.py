@@ -37,9 +37,12 @@ def failing_forward(engine: Engine, key: str) -> Callable[..., Any]:
         buckets: Sequence[Any] = adapters.bank_rows.buckets if adapters.bank_rows is not None else ()
         return any(rows._stack.rank == slot.bucket and slot.index in rows._index.tolist() for rows in buckets)
 
+    def edits(adapters: AdapterBatch, slot: Any) -> bool:
+        return any(rows.weights is side for rows in adapters.edits for part in slot.parts for side in part.sides)
+
     def raising(batch: PackedBatch, adapters: AdapterBatch, cache: Any) -> Any:
         slot = engine._pool.slot(key) if key in engine._pool.resident() else None
-        if slot is not None and (any(segment.weights == slot for segment in adapters.segments) or gathered(adapters, slot)):
+        if slot is not None and (any(segment.weights == slot for segment in adapters.segments) or gathered(adapters, slot) or edits(adapters, slot)):
             raise RuntimeError("kernel refused")
         return forward(batch, adapters, cache)
 

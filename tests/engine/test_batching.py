@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,7 +28,7 @@ KINDS: tuple[dict[str, Any], ...] = (
 )
 
 
-def random_request(source: random.Random, number: int) -> Request:
+def random_request(source: random.Random, number: int, keys: Sequence[str | None] = KEYS) -> Request:
     kind = source.choice(KINDS)
     sampling = SamplingParams(
         max_new_tokens=source.randint(1, 14),
@@ -38,7 +38,7 @@ def random_request(source: random.Random, number: int) -> Request:
         **kind,
     )
     prompt = [source.randrange(5, 320) for _ in range(source.choice((1, 2, 5, 9, 30, 60)))]
-    return Request(prompt, source.choice(KEYS), sampling, f"r{number}")
+    return Request(prompt, source.choice(keys), sampling, f"r{number}")
 
 
 def same(one: Completion, other: Completion) -> bool:

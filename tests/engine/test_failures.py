@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
-from tests.engine.forwards import both_forwards, cache_memory, failing_forward
+from tests.conftest import write_tiny_base
+from tests.engine.forwards import DTYPES, both_forwards, cache_memory, failing_forward
 
+from atoll.engine.config import EngineConfig
 from atoll.engine.engine import Engine
-from atoll.engine.request import Request, SamplingParams, ScoreRequest
+from atoll.engine.request import EmbedRequest, Request, SamplingParams, ScoreRequest
 from atoll.errors import EngineError
 from atoll.model.adapter import Adapter, LoraModule
+from atoll.model.base import load_base
 from atoll.model.batch import PackedBatch
+from atoll.model.positions import Positions
+from atoll.model.reft import ReftSpec
 
 pytestmark = both_forwards
 MakeEngine = Callable[..., Engine]
 SAMPLING = SamplingParams(max_new_tokens=6, ignore_eos=True)
+PROMPT = [5 + (7 * i) % 300 for i in range(70)]
 
 
 def with_nan(adapter: Adapter) -> Adapter:
@@ -107,6 +116,107 @@ def test_a_forward_that_fails_between_continuations_leaves_nothing_behind(make_e
     monkeypatch.undo()
     engine.check()
     assert not cache_memory(engine).any()
+
+
+def broken(adapter: Adapter, value: float = math.nan) -> Adapter:
+    """The same edits with one such number in each bias."""
+    edits = {}
+    for site, found in adapter.edits.items():
+        assert found.b is not None
+        b = found.b.clone()
+        b[0] = value
+        edits[site] = replace(found, b=b)
+    return replace(adapter, edits=edits)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_edit_that_is_not_finite_fails_its_own_requests_only(
+    make_reft_engine: MakeEngine, reft_adapters: dict[str, Adapter], value: float
+) -> None:
+    """Rows beside it are untouched, those too that share the beginning of its prompt, and what it computed is gone."""
+    keys = [None, "suffix", "broken end", "r4", "broken all", "ends", "broken lora+reft"]
+    prompts = [[9 + i % 2, *PROMPT] for i in range(len(keys))]
+    sampling = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    engine = make_reft_engine()
+    for name in ("all", "lora+reft"):
+        engine.register(f"broken {name}", broken(reft_adapters[name], value))
+    engine.register("broken end", broken(reft_adapters["suffix"], value))
+    done = engine.generate([Request(prompt, key, sampling) for prompt, key in zip(prompts, keys, strict=True)])
+    for completion, prompt in zip(done, prompts, strict=True):
+        if str(completion.adapter).startswith("broken"):
+            assert (completion.finish_reason, completion.token_ids) == ("error", ())
+            assert f"adapter {completion.adapter!r} gave logits that are not finite" in completion.error
+        else:
+            [alone] = make_reft_engine().generate([Request(prompt, completion.adapter, sampling)])
+            assert completion.token_ids == alone.token_ids
+    assert torch.isfinite(cache_memory(engine).view(torch.bfloat16) if engine.kernel != "plain" else cache_memory(engine)).all()
+    cached = engine.stats()["pages_cached"]
+    [failed] = engine.generate([Request(PROMPT, "broken end", sampling)])
+    assert failed.finish_reason == "error" and engine.stats()["pages_cached"] == cached, "not even the base's part of it is known"
+    engine.check()
+
+
+def test_the_next_tenant_of_broken_edits_is_not_poisoned(make_reft_engine: MakeEngine, reft_adapters: dict[str, Adapter]) -> None:
+    """In the middle of a prompt, at its end, or in a score or vector: its pages are clean before somebody else has them."""
+    tenants = [ask(31, "r4"), Request([32] * 60, None, SAMPLING)]
+    expected = [c.token_ids for c in make_reft_engine().generate(tenants)]
+    failing = Request([30] * 50, "broken", SAMPLING)
+    for name in ("all", "ends", "listed"):
+        engine = make_reft_engine(max_rows=2, max_step_tokens=30)
+        engine.register("broken", broken(reft_adapters[name]))
+        engine.add(failing)
+        events = engine.step()
+        assert [event.completion.finish_reason for event in events if event.completion] == ["error"], "seen at once, not at the prompt's end"
+        assert not cache_memory(engine).any()
+        with pytest.raises(EngineError, match="adapter 'broken'"):
+            engine.score([ScoreRequest([30] * 40, [[8, 9]], "broken"), ScoreRequest([5, 6, 7], [[8, 9]], "r4")])
+        assert not cache_memory(engine).any()
+        with pytest.raises(EngineError, match="adapter 'broken'"):
+            engine.embed([EmbedRequest([30] * 40, "broken", "last")])
+        assert not cache_memory(engine).any()
+        assert [c.token_ids for c in engine.generate(tenants)] == expected
+        engine.check()
+
+
+@pytest.mark.usefixtures("built_kernels")
+def test_a_broken_edit_that_the_last_token_does_not_see_is_found_all_the_same(
+    forward: Literal["plain", "native"], make_reft: Callable[..., Adapter], tmp_path: Path
+) -> None:
+    """A window ends before it: the answer would be finite, and the page with the NaN would be kept for reuse and later given to somebody else."""
+    folder = write_tiny_base(tmp_path / "base", "mistral", sliding_window=8)
+    base = load_base(str(folder), dtype=DTYPES[forward], home=tmp_path / "home")
+    engine = Engine(base, EngineConfig(max_rows=4, kernel=forward))
+    for layer in (0, 2):  # behind the last block there is no key nor value that it could reach
+        spec = ReftSpec(rank=2, layers=(layer,), positions=Positions.parse([0]))
+        engine.register(f"broken {layer}", broken(make_reft(spec)))
+        [completion] = engine.generate([Request([30] * 100, f"broken {layer}", SAMPLING)])
+        assert completion.finish_reason == "error" and "not finite" in completion.error
+        assert not cache_memory(engine).any()
+    assert engine.stats()["pages_cached"] == 0
+    engine.check()
+
+
+def test_pages_of_the_base_that_a_failed_request_used_stay(make_reft_engine: MakeEngine, reft_adapters: dict[str, Adapter]) -> None:
+    """They were there before it, and others read them."""
+    engine = make_reft_engine()
+    engine.register("broken", broken(reft_adapters["suffix"]))
+    first, failed, again = (engine.generate([Request(PROMPT, key, SAMPLING)])[0] for key in (None, "broken", None))
+    assert (failed.finish_reason, failed.num_reused_tokens, again.num_reused_tokens) == ("error", 64, 64)
+    assert first.token_ids == again.token_ids
+
+
+def test_a_forward_that_raises_on_edits_is_tried_again_adapter_by_adapter(make_reft_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of other adapters, with edits and without, get what they would have got."""
+    keys = [None, "ends", "suffix", "r4", "lora+reft", "ends"]
+    requests = [Request([30 + i, *PROMPT], key, SAMPLING) for i, key in enumerate(keys)]
+    expected = make_reft_engine().generate(requests)
+    engine = make_reft_engine()
+    monkeypatch.setattr(engine._runner._decoder, "forward", failing_forward(engine, "ends"))
+    for completion, wanted in zip(engine.generate(requests), expected, strict=True):
+        if completion.adapter == "ends":
+            assert (completion.finish_reason, completion.error) == ("error", "kernel refused")
+        else:
+            assert completion.token_ids == wanted.token_ids
 
 
 def _step_with(engine: Engine, request: Request) -> str:

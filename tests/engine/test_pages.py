@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
-from atoll.engine.pages import Pages, Prefix
+from atoll.engine.pages import Edits, Pages, Prefix
 
 TOKENS = list(range(100, 120))  # five pages of four
 
@@ -79,6 +81,94 @@ def test_equal_tokens_of_another_adapter_or_scope_are_others() -> None:
         pages.release(known(pages, Prefix(owner, *root), TOKENS[:12]))  # type: ignore[arg-type]
     assert pages.num_cached == 24
     pages.check([])
+
+
+def reft(places: Sequence[int], adapter: str = "a", serial: int = 1, side: int = 0, scope: str = "x") -> Prefix:
+    """The prefix of a prompt of which an adapter edits these places and does nothing else."""
+    return Prefix(None, scope, edits=Edits(adapter, serial, [(0, side, places)]))
+
+
+def test_pages_before_the_first_edited_token_are_the_bases_own() -> None:
+    """An adapter that edits the end of a prompt shares all before with the base and with every other such adapter; with another scope nothing."""
+    pages = Pages(32, 4)
+    table = known(pages, Prefix(None, "x"), TOKENS)
+    for prefix, found in (
+        (reft(range(18, 20)), 4),
+        (reft(range(9, 20), "b"), 2),
+        (reft((8,)), 2),
+        (reft((7,)), 1),
+        (reft((0, 19)), 0),
+        (reft((1000,)), 4),
+        (reft(()), 4),
+        (reft(range(18, 20), scope="y"), 0),
+        (Prefix("a", "x", edits=Edits("a", 1, [(0, 0, (19,))])), 0),
+    ):
+        match = pages.match(prefix, TOKENS)
+        assert match == table[:found]
+        pages.release(match)
+    pages.check([table])
+
+
+def test_a_page_is_found_by_those_alone_whose_edits_of_it_and_before_are_the_same() -> None:
+    """Equal tokens edited elsewhere, by other tensors, by another adapter or by an older one of that name have other keys and values."""
+    pages = Pages(64, 4)
+    table = known(pages, reft((5, 6)), TOKENS)
+    for prefix, found in (
+        (reft((5, 6)), 4),
+        (reft((5, 6, 19)), 4),
+        (reft((5, 6, 15)), 3),
+        (reft((5,)), 1),
+        (reft((6, 7)), 1),
+        (reft((5, 6, 7)), 1),
+        (reft(()), 1),
+        (reft((5, 6), side=1), 1),
+        (reft((5, 6), "b"), 1),
+        (reft((5, 6), serial=2), 1),
+        (Prefix(None, "x", edits=Edits("a", 1, [(1, 0, (5, 6))])), 1),
+        (Prefix(None, "x", edits=Edits("a", 1, [(0, 0, (5,)), (0, 1, (6,))])), 1),
+        (Prefix(None, "x", edits=Edits("a", 1, [(0, 0, (5, 6)), (1, 0, (19,))])), 4),
+        (Prefix("a", "x", edits=Edits("a", 1, [(0, 0, (5, 6))])), 0),
+        (Prefix(None, "x"), 1),
+    ):
+        match = pages.match(prefix, TOKENS)
+        assert match == table[:found]
+        pages.release(match)
+    with_lora = known(pages, Prefix("l", 1, "x", edits=Edits("l", 1, [(0, 0, (6,))])), TOKENS)
+    assert pages.match(Prefix("l", 1, "x", edits=Edits("l", 1, [(0, 0, (7,))])), TOKENS) == with_lora[:1]
+    pages.check([table, with_lora, with_lora[:1]])
+
+
+def test_forgetting_an_adapter_leaves_the_bases_pages() -> None:
+    """What it computed before its first edit is the base's, and others use it."""
+    pages = Pages(16, 4)
+    pages.release(known(pages, reft((9, 19)), [*TOKENS, 7]))
+    assert pages.num_cached == 5
+    pages.forget("a")
+    assert pages.num_cached == 2
+    assert len(pages.match(Prefix(None, "x"), TOKENS)) == 2
+    pages.forget(None)
+    assert pages.match(reft((9, 19)), TOKENS) == []
+
+
+def test_keys_cost_little_for_prompts_edited_from_end_to_end() -> None:
+    """The work for a page must not grow with the prompt: ten thousand edited places are a page's few, page after page."""
+    asked: list[slice] = []
+
+    class Watched(Sequence[int]):
+        """Places that say which of them were looked at."""
+
+        def __len__(self) -> int:
+            return 40_000
+
+        def __getitem__(self, index: Any) -> Any:
+            if isinstance(index, slice):
+                asked.append(index)
+            return range(40_000)[index]
+
+    prefix = reft(Watched())
+    prefix.key(9_999, [0] * 40_000, 4)
+    assert len(asked) == 10_000
+    assert all(part.stop - part.start == 4 for part in asked)
 
 
 def test_a_page_keeps_its_contents_until_it_is_needed() -> None:
@@ -156,28 +246,36 @@ def test_the_check_finds_leaks_double_owners_and_lost_pages() -> None:
         pages.check([table])
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_traffic_keeps_the_accounts_and_never_finds_a_wrong_page(seed: int) -> None:
-    """Takes, matches, forks, releases and forgetting in any order: a found page holds exactly the tokens and root that were asked for."""
+    """Takes, matches, forks, releases and forgetting in any order: a found page holds exactly the tokens, edits and root that were asked for."""
     source = random.Random(seed)
     pages = Pages(20, 4)
-    contents: dict[int, tuple[object, tuple[int, ...]]] = {}  # what was written into a page last
+    contents: dict[int, tuple[object, ...]] = {}  # what was written into a page last
+
+    def content(owner: str | None, edited: Sequence[int], tokens: Sequence[int]) -> tuple[object, ...]:
+        edited = [place for place in edited if place < len(tokens)]
+        return (owner if owner in (None, "a", "b") or edited else None, tuple(edited), tuple(tokens))
+
     held: list[list[int]] = []
     for _ in range(600):
         action = source.random()
         if action < 0.5:
-            owner = source.choice((None, "a", "b"))
-            prefix, tokens = Prefix(owner, 0), [source.randrange(2) for _ in range(source.randrange(1, 30))]
+            owner = source.choice((None, "a", "b", "reft a", "reft b"))
+            tokens = [source.randrange(2) for _ in range(source.randrange(1, 30))]
+            places = sorted(source.sample(range(30), source.choice((0, 1, 2)))) if owner not in (None, "a") else []
+            edits = Edits(owner, 0, [(0, 0, places)]) if owner is not None and places else None
+            prefix = Prefix(owner if owner in ("a", "b") else None, 0, edits=edits)
             table = pages.match(prefix, tokens)
             for place, page in enumerate(table):
-                assert contents[page] == (owner, tuple(tokens[: 4 * place + 4]))
+                assert contents[page] == content(owner, places, tokens[: 4 * place + 4])
             if pages.pages_for(len(tokens)) - len(table) > pages.num_free:
                 pages.release(table)
                 continue
             first = len(table)
             table += pages.take(pages.pages_for(len(tokens)) - first)
             for place in range(first, len(table)):
-                contents[table[place]] = (owner, tuple(tokens[: 4 * place + 4]))
+                contents[table[place]] = content(owner, places, tokens[: 4 * place + 4])
             if source.random() < 0.8:
                 pages.index(prefix, tokens, table, first, len(tokens) // 4)
             held.append(table)
@@ -188,8 +286,8 @@ def test_random_traffic_keeps_the_accounts_and_never_finds_a_wrong_page(seed: in
             length = source.randrange(1, 4 * len(table) + 1)
             if len(table) * 4 + 2 <= 4 * pages.num_free:
                 fork, _ = pages.fork(table, length, length + 3)
-                contents.update({page: ("fork", ()) for page in fork if page not in table})
+                contents.update({page: ("fork",) for page in fork if page not in table})
                 held.append(fork)
         else:
-            pages.forget(source.choice((None, "a", "b")))
+            pages.forget(source.choice((None, "a", "b", "reft a", "reft b")))
         pages.check(held)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from atoll.errors import BaseMismatch, EngineError, PoolFull, RequestRefused
 from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
 from atoll.model.bank import LoraBank
 from atoll.model.base import Base
+from atoll.model.positions import Positions
+from atoll.model.reft import ReftSpec
 from atoll.model.sites import Site
 
 RANK_8_BYTES = 8 * (64 + 32 + 32 + 64 + 96 + 96 + 64 + 3 * 64 + 64 + 2 * 64 + 96) * 3 * 4  # rank x (outputs + fused inputs) x layers x float32
@@ -140,6 +143,59 @@ def test_what_was_packed_ahead_is_taken_by_the_first_load_only(
     pool.unregister("never asked for")
     assert alive() is None
     assert pool.pack(adapter) is None, "the plain bank has nothing to do ahead"
+
+
+def test_adapters_with_edits_are_the_same_only_if_they_edit_the_same(pool: AdapterPool, make_reft: Callable[..., Adapter]) -> None:
+    """A digest's file read again is; other tensors, places, formulas or weights under that key are not."""
+    spec = ReftSpec(rank=4, positions=Positions.parse("f2+l2"), dropout=0.1)
+    pool.register("reft", make_reft(spec))
+    pool.register("reft", make_reft(replace(spec, dropout=0.0)))
+    for other in (
+        make_reft(spec, seed=1),
+        make_reft(replace(spec, positions=Positions.parse("f2+l3"))),
+        make_reft(replace(spec, activation="relu")),
+        make_reft(replace(spec, weight=0.5)),
+        make_reft(replace(spec, layers=(0, 1))),
+        make_reft(replace(spec, tied=False)),
+        make_reft(spec, targets=("q_proj",)),
+        make_reft(spec, spec),
+    ):
+        with pytest.raises(RequestRefused, match="registered for another adapter"):
+            pool.register("reft", other)
+
+
+def test_adapters_with_edits_take_few_bytes_and_places_of_their_own(
+    make_pool: Callable[[int], AdapterPool], make_adapter: Callable[..., Adapter], make_reft: Callable[..., Adapter]
+) -> None:
+    """No factors of zeros for the linears that they do not change: a hundred of them stand beside two LoRA adapters."""
+    each = 3 * 4 * (4 * 64 + 4 * 64 + 4)  # layers x float32 x (A and U [4, 64], b [4])
+    pool = make_pool(2 * RANK_8_BYTES + 100 * each)
+    for key in "ab":
+        pool.register(key, make_adapter(8, seed=ord(key)))
+    for i in range(101):
+        pool.register(f"reft {i}", make_reft(ReftSpec(rank=4), seed=i))
+    held = ["a", "b", *(f"reft {i}" for i in range(100))]
+    assert all(pool.hold(key) for key in held)
+    assert pool.resident_bytes == 2 * RANK_8_BYTES + 100 * each
+    assert not pool.hold("reft 100")
+    pool.check(dict.fromkeys(held, 1))
+    assert len(pool.slot("reft 3").parts) == 1 and not pool.slot("a").parts
+    pool.release("reft 3")
+    assert pool.hold("reft 100")
+    assert "reft 3" not in pool.resident()
+    assert (pool.changes_linears("a"), pool.changes_linears("reft 4")) == (True, False)
+
+
+def test_edits_for_another_base_are_refused(pool: AdapterPool, make_reft: Callable[..., Adapter]) -> None:
+    """Before they edit a state of another width or in a layer that is not there."""
+    good = make_reft(ReftSpec(rank=4, layers=(0,)))
+    wide = {site: replace(found, r=torch.zeros(4, 65)) for site, found in good.edits.items()}
+    with pytest.raises(BaseMismatch, match="layer 0 block_output"):
+        pool.register("wider", replace(good, edits=wide))
+    with pytest.raises(BaseMismatch, match="edits layer 7"):
+        pool.register("deep", replace(good, spec=replace(good.spec, reft=(ReftSpec(rank=4, layers=(7,)),))))
+    with pytest.raises(BaseMismatch, match="edit of layer 0"):
+        pool.register("empty", replace(good, edits={}))
 
 
 class Ready:

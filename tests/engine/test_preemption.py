@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from atoll.model.base import load_base
 pytestmark = both_forwards
 MakeEngine = Callable[..., Engine]
 KEYS = (None, "r4", "r8", "r16")
+REFT = ("all", "lora+reft", "suffix", "untied")
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"temperature": 1.0, "top_p": 0.95, "seed": 5},
@@ -35,8 +36,8 @@ def prompt(number: int, length: int = 40) -> list[int]:
     return [5 + (number * 31 + 7 * i) % 300 for i in range(length)]
 
 
-def ask(number: int, **settings: Any) -> Request:
-    return Request(prompt(number), KEYS[number % 4], SamplingParams(**{"max_new_tokens": 40, "ignore_eos": True, **settings}), f"r{number}")
+def ask(number: int, keys: Sequence[str | None] = KEYS, **settings: Any) -> Request:
+    return Request(prompt(number), keys[number % 4], SamplingParams(**{"max_new_tokens": 40, "ignore_eos": True, **settings}), f"r{number}")
 
 
 def same(one: Completion, other: Completion) -> None:
@@ -53,10 +54,18 @@ def same(one: Completion, other: Completion) -> None:
                 assert (x.token_id, x.logprob) == (y.token_id, pytest.approx(y.logprob, abs=1e-3))
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_a_preempted_request_answers_as_if_it_had_not_been(make_engine: MakeEngine, kind: str) -> None:
-    """Tokens, text, stop, log-probabilities and grammar go on where they were; nothing is drawn, counted or collected twice."""
-    requests = [ask(i, **KINDS[kind]) for i in range(4)]
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [*((kind, KEYS) for kind in KINDS), ("greedy", REFT), ("sampled", REFT), ("prompt_logprobs", REFT)],
+    ids=lambda value: value if isinstance(value, str) else "reft" if value is REFT else "lora",
+)
+def test_a_preempted_request_answers_as_if_it_had_not_been(make_reft_engine: MakeEngine, kind: str, keys: Sequence[str | None]) -> None:
+    """Tokens, text, stop, log-probabilities and grammar go on where they were; nothing is drawn, counted or collected twice.
+
+    Of prompt and answer so far, computed again at once, the prompt's tokens are edited and the answer's are not.
+    """
+    make_engine = make_reft_engine
+    requests = [ask(i, keys, **KINDS[kind]) for i in range(4)]
     reuse = kind != "sampled"  # without it everything is computed again
     scarce = make_engine(num_pages=8, reuse_prefixes=reuse, max_step_tokens=90)
     done = scarce.generate(requests)

@@ -16,6 +16,8 @@ from atoll.engine.request import Completion, Request, SamplingParams, ScoreReque
 from atoll.model.adapter import Adapter
 from atoll.model.base import load_base
 from atoll.model.kv_cache import PAGE_TOKENS
+from atoll.model.positions import Positions
+from atoll.model.reft import ReftSpec
 
 pytestmark = both_forwards
 MakeEngine = Callable[..., Engine]
@@ -154,6 +156,130 @@ def test_scores_reuse_prompts_of_their_own_scope(make_engine: MakeEngine) -> Non
     assert engine.score([item])[0] == pytest.approx(first[0], abs=1e-4)
     assert one(engine, ask(adapter="r8", scope="alice")).num_reused_tokens == 96
     assert one(engine, ask(adapter="r8", scope="bob")).num_reused_tokens == 0
+
+
+def at_end(make_reft: Callable[..., Adapter], count: int, seed: int = 1) -> Adapter:
+    """An adapter that edits so many last tokens."""
+    return make_reft(ReftSpec(rank=4, positions=Positions(last=count)), seed=seed)
+
+
+def test_what_stands_before_the_first_edited_token_is_shared_with_the_base(make_reft_engine: MakeEngine, make_reft: Callable[..., Adapter]) -> None:
+    """A hundred adapters that edit the end of one long instruction compute it once, and so does the base; who edits its beginning shares nothing."""
+    reused = {None: 96, "suffix": 96, "other": 96, "wide": 64, "ends": 0, "untied": 0, "all": 0, "listed": 0, "lora+reft": 0}
+    expected = {}
+    for key in reused:
+        cold = make_reft_engine(reuse_prefixes=False)
+        for name, count, seed in (("other", 1, 2), ("wide", 7, 3)):
+            cold.register(name, at_end(make_reft, count, seed))
+        expected[key] = one(cold, ask(adapter=key)).token_ids
+    for first in (None, "suffix"):
+        engine = make_reft_engine()
+        engine.register("other", at_end(make_reft, 1, 2))
+        engine.register("wide", at_end(make_reft, 7, 3))
+        one(engine, ask(adapter=first, scope="alice"))
+        for key, count in reused.items():
+            warm = one(engine, ask(adapter=key, scope="alice"))
+            assert (warm.num_reused_tokens, warm.token_ids) == (count, expected[key])
+            again = one(engine, ask(adapter=key, scope="alice"))
+            assert (again.num_reused_tokens, again.token_ids) == (96, expected[key])
+        assert one(engine, ask(adapter="suffix", scope="bob")).num_reused_tokens == 0
+        engine.check()
+
+
+def test_adapters_that_share_a_beginning_compute_it_once_though_they_come_at_once(make_reft_engine: MakeEngine) -> None:
+    """A beginning that somebody is about to know is waited for, whoever edits what follows it."""
+    engine = make_reft_engine()
+    keys = ("suffix", None, "parts", "suffix")
+    done = engine.generate([ask(adapter=key) for key in keys])
+    assert [c.num_reused_tokens for c in done] == [0, 96, 0, 96], "one of them edits the first page"
+    assert engine.stats()["prefill_tokens"] == 100 + 4 + 100 + 4
+    assert [c.token_ids for c in done] == [one(make_reft_engine(), ask(adapter=key)).token_ids for key in keys]
+
+
+def test_a_prompt_that_begins_with_another_has_other_edited_places(make_reft_engine: MakeEngine, make_reft: Callable[..., Adapter]) -> None:
+    """The last tokens of the shorter one are in the middle of the longer one, where nothing is edited: no page that holds them is taken."""
+    adapter = at_end(make_reft, 40)
+    longer = [*PROMPT, *range(40, 60)]
+    for prompts in ((PROMPT, longer), (longer, PROMPT)):
+        engine = make_reft_engine()
+        engine.register("end", adapter)
+        reused = []
+        for prompt in prompts:
+            cold = make_reft_engine(reuse_prefixes=False)
+            cold.register("end", adapter)
+            warm = one(engine, ask(prompt, adapter="end"))
+            assert warm.token_ids == one(cold, ask(prompt, adapter="end")).token_ids
+            reused.append(warm.num_reused_tokens)
+        assert reused == [0, 32]  # tokens 60 to 99 of the shorter, 80 to 119 of the longer are edited
+        assert one(engine, ask(longer)).num_reused_tokens == 64
+        assert [one(engine, ask(prompt, adapter="end")).num_reused_tokens for prompt in (PROMPT, longer)] == [96, 96]
+        engine.check()
+
+
+def test_lora_beside_edits_has_pages_of_its_own_that_differ_where_edits_do(make_reft_engine: MakeEngine) -> None:
+    """f2+l9: page 2 of the shorter prompt holds five edited tokens that the longer one does not edit."""
+    engine = make_reft_engine()
+    longer = [*PROMPT, *range(40, 60)]
+    one(engine, ask(PROMPT))
+    reused = [one(engine, ask(prompt, adapter="lora+reft")).num_reused_tokens for prompt in (PROMPT, longer, PROMPT, longer)]
+    assert reused == [0, 64, 96, 96]
+    assert one(engine, ask(longer, adapter="lora+reft")).token_ids == one(make_reft_engine(), ask(longer, adapter="lora+reft")).token_ids
+
+
+@pytest.mark.parametrize("key", ["suffix", "ends", "all", "listed", "lora+reft", "parts"])
+def test_every_turn_of_a_conversation_is_answered_as_if_it_were_the_first(
+    make_reft_engine: MakeEngine, reft_adapters: dict[str, Adapter], reference_greedy: Callable[..., list[int]], key: str
+) -> None:
+    """With each turn the prompt is longer and its last tokens are others; an answer that is part of the prompt now was not edited when it came."""
+    engine = make_reft_engine()
+    talk, reused = PROMPT[:50], []
+    for turn in range(4):
+        answer = one(engine, ask(talk, adapter=key, max_new_tokens=25))
+        assert list(answer.token_ids) == reference_greedy(talk, 25, reft_adapters[key])
+        reused.append(answer.num_reused_tokens)
+        talk = [*talk, *answer.token_ids, 40 + turn, 41]
+    if key in ("suffix", "all", "lora+reft"):  # the last edits token 95 of the third prompt
+        assert reused == [0, 32, 64, 64 if key == "lora+reft" else 96]
+    engine.check()
+
+
+def test_an_adapter_with_edits_registered_again_finds_the_bases_pages_only(make_reft_engine: MakeEngine, make_reft: Callable[..., Adapter]) -> None:
+    """Its own are gone with it, even if somebody still held them when it went."""
+    old, new = at_end(make_reft, 40, seed=21), at_end(make_reft, 40, seed=22)
+    engine = make_reft_engine()
+    engine.register("name", old)
+    before = one(engine, ask(adapter="name"))
+    assert engine.stats()["pages_cached"] == 3
+    request_id = engine.add(ask(adapter="name"))
+    engine.step()
+    assert not engine.unregister("name", wait=True)
+    while engine.has_work:
+        engine.step()
+    assert request_id not in engine._scheduler and not engine.is_registered("name")
+    assert engine.stats()["pages_cached"] == 1
+    engine.register("name", new)
+    after = one(engine, ask(adapter="name"))
+    fresh = make_reft_engine()
+    fresh.register("name", new)
+    assert after.num_reused_tokens == 32
+    assert after.token_ids == one(fresh, ask(adapter="name")).token_ids != before.token_ids
+    engine.check()
+
+
+def test_scores_share_the_instruction_with_the_base_too(make_reft_engine: MakeEngine) -> None:
+    """A prompt's options under an adapter that edits its end: the instruction is there already, and what scoring computes others find."""
+    engine = make_reft_engine()
+    items = {key: ScoreRequest(PROMPT, [[8, 9], [10]], key, scope="alice") for key in ("suffix", "ends")}
+    cold = {key: make_reft_engine(reuse_prefixes=False).score([item])[0] for key, item in items.items()}
+    widths: list[int] = []
+    forward = engine._runner.forward
+    engine._runner.forward = lambda rows: widths.append(sum(len(row.token_ids) for row in rows)) or forward(rows)  # type: ignore[method-assign, func-returns-value]
+    one(engine, ask(scope="alice", max_new_tokens=1))
+    for key, width in (("suffix", 4), ("ends", 100), ("ends", 4)):
+        widths.clear()
+        assert engine.score([items[key]])[0] == pytest.approx(cold[key], abs=1e-4)
+        assert widths == [width, 1]
+    engine.check()
 
 
 ROPES: dict[str, dict[str, Any]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import pytest
@@ -21,7 +21,10 @@ MakeEngine = Callable[..., Engine]
 BEGINNINGS = [[5 + (seed * 13 + 7 * i) % 300 for i in range(96)] for seed in range(2)]  # prompts share these
 
 
-def random_request(source: random.Random, number: int) -> Request:
+REFT = (None, "r8", "ends", "untied", "suffix", "all", "listed", "lora+reft", "parts")
+
+
+def random_request(source: random.Random, number: int, keys: Sequence[str | None]) -> Request:
     kind = source.choice(KINDS)
     sampling = SamplingParams(
         max_new_tokens=source.choice((1, 5, 20, 50)),
@@ -33,22 +36,28 @@ def random_request(source: random.Random, number: int) -> Request:
     )
     tokens = [*source.choice(BEGINNINGS)[: source.choice((0, 20, 40, 70, 96))], *(source.randrange(5, 320) for _ in range(source.choice((1, 4, 30))))]
     deadline = source.choice((None, None, None, 50.0))
-    return Request(tokens, source.choice(KEYS), sampling, f"r{number}", scope=source.choice(("", "alice", "bob")), deadline_s=deadline)
+    return Request(tokens, source.choice(keys), sampling, f"r{number}", scope=source.choice(("", "alice", "bob")), deadline_s=deadline)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("seed", "keys"), [(1, KEYS), (2, KEYS), (5, REFT), (6, REFT)], ids=["1", "2", "reft 5", "reft 6"])
 def test_random_traffic_ends_with_every_answer_right_and_nothing_leaked(
-    make_engine: MakeEngine, adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch, seed: int
+    make_reft_engine: MakeEngine,
+    adapters: dict[str, Adapter],
+    reft_adapters: dict[str, Adapter],
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    keys: Sequence[str | None],
 ) -> None:
     """Adds, cancels, deadlines, scores, preemption, reuse and adapters that change places: none of it may reach an answer or a page."""
-    source = random.Random(seed)
-    requests = [random_request(source, i) for i in range(50)]
+    make_engine, source = make_reft_engine, random.Random(seed)
+    requests = [random_request(source, i, keys) for i in range(50)]
     single = make_engine()
     alone = {request.request_id: single.generate([Request(request.prompt_ids, request.adapter, request.sampling)])[0] for request in requests}
-    item = ScoreRequest(BEGINNINGS[0][:50], [[8, 9, 10], [11], [12, 13]], "r8", scope="alice")
+    item = ScoreRequest(BEGINNINGS[0][:50], [[8, 9, 10], [11], [12, 13]], keys[2], scope="alice")
     [scores] = single.score([item])
 
-    sizes = [single._pool._bank.slot_bytes(adapter) for adapter in adapters.values()]
+    used = [adapter for key, adapter in {**adapters, **reft_adapters}.items() if key in (*keys, "r16")]
+    sizes = [single._pool._bank.slot_bytes(adapter) for adapter in used]
     crowd = make_engine(max_rows=6, max_step_tokens=61, num_pages=14, adapter_bytes=sum(sizes) - min(sizes), max_overtakes=3)
     now = 0.0
     monkeypatch.setattr(crowd._intake, "clock", lambda: now)

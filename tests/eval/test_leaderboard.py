@@ -14,6 +14,7 @@ from atoll.eval.leaderboard import (
     Leaderboard,
     LeaderboardEntry,
     RowNote,
+    Size,
     beats,
     build_leaderboard,
     merge_leaderboards,
@@ -21,7 +22,8 @@ from atoll.eval.leaderboard import (
     render_markdown,
     write_leaderboard,
 )
-from atoll.eval.score import Score
+from atoll.eval.score import KINDS, Score
+from atoll.hub.intake import KINDS as HUB_KINDS
 
 N = 40
 
@@ -135,19 +137,27 @@ def test_a_number_that_is_not_finite_is_never_written(board, tmp_path):
 
 
 def test_the_page_says_it_in_words(board):
-    """Readable without colour: majority class, base with its style, gain, p and a verdict."""
-    notes = {"sst2": RowNote(Baseline("positive", 0.5, 0.512, 0.08, N), "chat")}
+    """Readable without colour: majority class, base with its style, what the adapter is and weighs, gain, p and a verdict."""
+    notes = {"sst2": RowNote(Baseline("positive", 0.5, 0.512, 0.08, N), "chat", {"sst2-lora-digest": Size(12_345, 67_890)})}
     page = render_markdown(board, notes)
     line = next(line for line in page.splitlines() if "sst2-lora" in line)
     cells = [cell.strip() for cell in line.strip("|").split(" | ")]
     assert cells == [
-        "sst2", "accuracy", "40", "0.512", "0.500 ± 0.070 (chat)", "sst2-lora", "lora", "0.950 ± 0.070", "+0.450", "<0.001", "2 (base 2)",
-        "0.600 (0.600)", "better",
+        "sst2", "accuracy", "40", "0.512", "0.500 ± 0.070 (chat)", "sst2-lora", "lora", "12,345", "67,890", "0.950 ± 0.070", "+0.450", "<0.001",
+        "2 (base 2)", "0.600 (0.600)", "better",
     ]  # fmt: skip
+    assert "| mix | composed | - | - | 0.475" in page
     assert "no difference" in next(line for line in page.splitlines() if "| mix |" in line)
     widths = {line.replace("\\|", "").count("|") for line in page.splitlines() if line.startswith("|")}
     assert len(widths) == 1
     assert "How to read it" in page
+
+
+def test_every_kind_of_the_hub_can_stand_on_a_board():
+    """An adapter that was published and measured must not be refused when its board is read again."""
+    assert set(KINDS) == {"base", "endpoint", *HUB_KINDS}
+    board = build_leaderboard("tiny", "f", [score(), *(score(f"a-{kind}", kind, 30) for kind in HUB_KINDS)])
+    assert Leaderboard.from_json(json.loads(json.dumps(board.to_json()))) == board
 
 
 def test_a_name_with_a_bar_does_not_break_the_table():

@@ -59,6 +59,33 @@ def test_the_first_tensor_that_does_not_fit_is_named(adapter: dict[str, tuple[in
     assert found.kind == "refused" and found.tensor == tensor and words in found.reason and not found.usable
 
 
+EDIT = "reft.0.layers.{layer}.block_output.both.{tensor}"
+
+
+def test_an_edit_fits_a_base_with_its_layer_and_width():
+    """A ReFT adapter has no linears to compare: the layers it edits and the width of their states are what must be there."""
+    edit = {EDIT.format(layer=0, tensor="r"): (2, D), EDIT.format(layer=0, tensor="w"): (2, D), EDIT.format(layer=0, tensor="b"): (2,)}
+    assert verdict(BASE, edit, FINGERPRINT, SHAPES).kind == "exact"
+    assert verdict(BASE, {**ADAPTER, **edit}, FINGERPRINT, SHAPES).kind == "exact"
+
+
+@pytest.mark.parametrize(
+    "layer, tensor, shape, words",
+    [
+        (1, "r", (2, D), "no layer 1"),
+        (0, "r", (2, D + 1), f"width {D}"),
+        (0, "w", (D,), f"width {D}"),
+        (0, "b", (2, D), "one axis"),
+        (10**7, "b", (2,), "no parameter"),
+    ],
+)
+def test_an_edit_that_does_not_fit_names_its_tensor(layer: int, tensor: str, shape: tuple[int, ...], words: str):
+    """An edit of a state of another width crashes in the middle of a batch."""
+    key = EDIT.format(layer=layer, tensor=tensor)
+    found = verdict(BASE, {**ADAPTER, key: shape}, FINGERPRINT, SHAPES)
+    assert found.kind == "refused" and found.tensor == key and words in found.reason
+
+
 def test_another_number_of_tokens_is_refused():
     """Ids would mean other words."""
     assert "101 tokens" in verdict({**BASE, "vocab_size": 101}, ADAPTER, FINGERPRINT, SHAPES).reason

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tests.adapters import decoder_of, random_adapter
 from tests.conftest import tiny_model
+from tests.damaged import change_config, change_header, change_tensors, refused
 
-from atoll.errors import AdapterFormatError, AtollError, UnsupportedAdapter
+from atoll.errors import AdapterFormatError, UnsupportedAdapter
 from atoll.model.adapter import Adapter
-from atoll.model.adapter_files import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, check_adapter_files, read_adapter, write_adapter
+from atoll.model.adapter_files import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, check_adapter_files, write_adapter
 from atoll.model.sites import Site, peft_key
 
 Q0A, Q0B = peft_key(Site(0, "q_proj"), "A"), peft_key(Site(0, "q_proj"), "B")
@@ -37,41 +37,6 @@ def folder(adapter: Adapter, tmp_path: Path) -> Path:
     """The adapter on disk, to damage."""
     write_adapter(tmp_path / "adapter", adapter)
     return tmp_path / "adapter"
-
-
-def refused(folder: Path, error: type[AtollError], *words: str) -> AtollError:
-    """Reading fails with exactly this class, naming the file or folder and every one of `words`; checking fails in the same way."""
-    messages = []
-    for read in (read_adapter, check_adapter_files):
-        with pytest.raises(AtollError) as found:
-            read(folder)
-        assert type(found.value) is error, found.value
-        messages.append(found.value.message)
-        for word in (str(folder), *words):
-            assert word in found.value.message
-    assert messages[0] == messages[1]
-    return found.value
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / CONFIG_FILE).write_text(json.dumps({**config, **changes}))
-
-
-def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-
-
-def change_header(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Rewrite the safetensors header, data untouched. change edits it in place, or returns the header's bytes."""
-    raw = (folder / WEIGHTS_FILE).read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + length])
-    given = change(header)
-    new = given if isinstance(given, bytes) else json.dumps(header).encode()
-    (folder / WEIGHTS_FILE).write_bytes(struct.pack("<Q", len(new)) + new + raw[8 + length :])
 
 
 # ---- Pickles and missing files
@@ -130,7 +95,7 @@ def header_length(claim: int) -> Callable[[Path], None]:
         (cut(0), "too short"),
         (pad, "padded"),
         (header_length(2**63), f"claims {2**63} bytes"),
-        (header_length(2**20 + 1), "more than the limit"),
+        (header_length(2**21 + 1), "more than the limit"),
         (header_length(3), "header is not JSON"),
     ],
     ids=["last byte", "some bytes", "in the header", "in the length", "empty", "padded", "huge header", "header over the limit", "header cut"],

@@ -22,7 +22,7 @@ from atoll.model.decoder import Decoder, _Gated, _RmsNorm, _rotate_both
 from atoll.model.loss import label_loss
 from atoll.model.rope import rotate
 from atoll.model.sites import QKV, TARGETS, module_path
-from atoll.train.weights import TrainableLora
+from atoll.train.weights import TrainableAdapter
 
 SPECS: dict[str, dict[str, Any]] = {
     "all linears": {},
@@ -40,7 +40,7 @@ SPECS: dict[str, dict[str, Any]] = {
 }
 
 
-def label_loss_of(decoder: Decoder, rows: Sequence[Sequence[int]], weights: Sequence[TrainableLora | None]) -> Tensor:
+def label_loss_of(decoder: Decoder, rows: Sequence[Sequence[int]], weights: Sequence[TrainableAdapter | None]) -> Tensor:
     """Σ over all rows of the loss of every token but the first."""
     starts = PackedBatch.of(rows).row_starts
     outputs = [place for start, stop in pairwise(starts) for place in range(start, stop - 1)]
@@ -67,7 +67,7 @@ def test_logits_and_gradients_are_pefts(spec: str, family: str, tmp_path: Path) 
     decoder = decoder_of(model)
     adapter = random_adapter(decoder, **SPECS[spec])
     theirs = peft_model(model, adapter, tmp_path)
-    weights = TrainableLora(adapter, decoder.shape.linears)
+    weights = TrainableAdapter(adapter, decoder.shape.linears)
     total = torch.zeros(())
     for row, logits in zip(ROWS[:3], packed_logits(decoder, ROWS[:3], [weights] * 3), strict=True):
         truth = reference(theirs, row)
@@ -174,10 +174,10 @@ def test_a_base_row_of_a_decode_step_does_not_move_a_bit(decoder: Decoder, slots
 
 def test_gradients_of_several_adapters_in_one_batch_are_each_its_own(decoder: Decoder, adapters: list[Adapter]) -> None:
     """Many jobs can train in one pass; a gradient that leaked over a segment's bound would mix two customers' data."""
-    together = [TrainableLora(adapter, decoder.shape.linears) for adapter in adapters]
+    together = [TrainableAdapter(adapter, decoder.shape.linears) for adapter in adapters]
     label_loss_of(decoder, MIXED_ROWS, [None, *together]).backward()
     for adapter, row, weights in zip(adapters, MIXED_ROWS[1:], together, strict=True):
-        alone = TrainableLora(adapter, decoder.shape.linears)
+        alone = TrainableAdapter(adapter, decoder.shape.linears)
         label_loss_of(decoder, [row], [alone]).backward()
         truth = alone.adapter(alone.grads).modules
         assert_same_gradients(weights.adapter(weights.grads), lambda site, f, truth=truth: truth[site].a if f == "A" else truth[site].b)
@@ -185,7 +185,7 @@ def test_gradients_of_several_adapters_in_one_batch_are_each_its_own(decoder: De
 
 def test_one_adapter_on_two_segments_adds_its_gradients(decoder: Decoder, adapters: list[Adapter]) -> None:
     """A batch may hold an adapter's rows apart from one another; the second segment must add to the first, not replace it."""
-    apart, whole = (TrainableLora(adapters[1], decoder.shape.linears) for _ in range(2))
+    apart, whole = (TrainableAdapter(adapters[1], decoder.shape.linears) for _ in range(2))
     label_loss_of(decoder, [MIXED_ROWS[0], MIXED_ROWS[1], MIXED_ROWS[2]], [apart, None, apart]).backward()
     label_loss_of(decoder, [MIXED_ROWS[0], MIXED_ROWS[2]], [whole, whole]).backward()
     torch.testing.assert_close(apart.grads, whole.grads, rtol=0, atol=1e-5 * float(whole.grads.abs().max()))
@@ -282,9 +282,9 @@ def test_a_dropout_mask_follows_from_its_seed() -> None:
 def test_a_trained_adapter_sees_dropout_only_with_a_seed(decoder: Decoder) -> None:
     """Validation runs without a seed; a score measured under dropout would be worse than what users get."""
     adapter = random_adapter(decoder, dropout=0.5)
-    weights = TrainableLora(adapter, decoder.shape.linears)
+    weights = TrainableAdapter(adapter, decoder.shape.linears)
     plain = packed_logits(decoder, ROWS[:1], [weights])[0]
-    bare = TrainableLora(random_adapter(decoder), decoder.shape.linears)
+    bare = TrainableAdapter(random_adapter(decoder), decoder.shape.linears)
     assert torch.equal(plain, packed_logits(decoder, ROWS[:1], [bare])[0])
     weights.dropout_seed = 3
     assert not torch.equal(plain, packed_logits(decoder, ROWS[:1], [weights])[0])
@@ -300,7 +300,7 @@ def test_bfloat16_masters_stay_float32(decoder: Decoder) -> None:
     """The optimizer's small steps vanish in bfloat16; factors are rounded on the way in, and their gradients leave in the masters' dtype."""
     half = decoder_of(tiny_model("llama"), torch.bfloat16)
     adapter = random_adapter(half)
-    weights, exact = TrainableLora(adapter, half.shape.linears), TrainableLora(adapter, half.shape.linears)
+    weights, exact = TrainableAdapter(adapter, half.shape.linears), TrainableAdapter(adapter, half.shape.linears)
     label_loss_of(half, ROWS[:3], [weights] * 3).backward()
     label_loss_of(decoder, ROWS[:3], [exact] * 3).backward()
     assert weights.grads.dtype == torch.float32

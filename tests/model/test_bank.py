@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.adapters import CLOSE, ROWS, decoder_of, packed_logits, random_adapter
+from tests.adapters import CLOSE, ROWS, decoder_of, packed_logits, random_adapter, random_reft
 from tests.conftest import tiny_model
 
 from atoll.errors import BaseMismatch
 from atoll.model.adapter import Adapter, LoraModule
 from atoll.model.bank import LoraBank, Slot, bucket_of
 from atoll.model.decoder import Decoder
+from atoll.model.reft import COMPONENTS, ReftSpec
 from atoll.model.sites import Site
 
 
@@ -68,11 +69,11 @@ def test_a_reused_slot_holds_nothing_of_its_last_adapter(decoder: Decoder, bank:
 
 def test_the_padding_of_a_rank_adds_nothing(decoder: Decoder, bank: LoraBank) -> None:
     """Rank 12 stands in a bucket of 16: the same answer as unpadded."""
-    from atoll.train.weights import TrainableLora
+    from atoll.train.weights import TrainableAdapter
 
     adapter = random_adapter(decoder, 12, rank_pattern={"v_proj": 5}, alpha_pattern={"k_proj": 1.5})
     with torch.no_grad():
-        plain = packed_logits(decoder, ROWS[:1], [TrainableLora(adapter, decoder.shape.linears)])[0]
+        plain = packed_logits(decoder, ROWS[:1], [TrainableAdapter(adapter, decoder.shape.linears)])[0]
     torch.testing.assert_close(answer(decoder, bank.load(adapter)), plain, **CLOSE)
 
 
@@ -144,3 +145,58 @@ def test_groups_that_an_adapter_does_not_change_cost_nothing(decoder: Decoder, b
     rows = bank.rows([0], [slot]).buckets[0]
     assert rows.gathered(0, 0) is not None
     assert rows.gathered(0, 2) is None
+
+
+# --- ReFT ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def edit_bytes(slot: Slot) -> int:
+    """Bytes of every fused tensor of a slot, each once."""
+    sides = {id(side): side for part in slot.parts for side in part.sides}.values()
+    edits = [side.edit(layer, component) for side in sides for layer in range(3) for component in range(len(COMPONENTS))]
+    return sum(tensor.numel() * tensor.element_size() for edit in edits if edit is not None for tensor in (edit.a, edit.b, edit.u))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"rank": 3}, {"rank": 3, "tied": False}, {"rank": 2, "layers": (1,), "rank_pattern": {1: 7}}, {"activation": "relu"}, {"method": "lobireft"}],
+    ids=str,
+)
+def test_edits_are_counted_as_they_are_held(decoder: Decoder, bank: LoraBank, part: dict[str, object]) -> None:
+    """Tied sides once; W and R apart take twice the rank. Alone they take no LoRA memory, beside LoRA they come on top."""
+    alone, both = random_reft(decoder, **part), random_reft(decoder, lora=8, **part)
+    assert bank.slot_bytes(alone) == edit_bytes(bank.load(alone))
+    assert bank.slot_bytes(both) - bank.slot_bytes(alone) == bank.slot_bytes(random_adapter(decoder, 8))
+    assert edit_bytes(bank.load(both)) == bank.slot_bytes(alone)
+
+
+def test_an_adapter_of_edits_takes_no_place_in_a_stack(decoder: Decoder, bank: LoraBank) -> None:
+    """Half a megabyte of edits must not cost a LoRA's twenty. Its slots are still counted, freed once, and never two adapters' at a time."""
+    slots = [bank.load(random_reft(decoder, seed)) for seed in range(3)]
+    with pytest.raises(KeyError):
+        bank.stack(8)
+    lora = bank.load(random_adapter(decoder, 8))
+    assert len({(slot.bucket, slot.index) for slot in (*slots, lora)}) == 4
+    assert all(slot.update(layer, group) is None for slot in slots for layer in range(3) for group in range(4))
+    assert not lora.parts
+    rows = bank.rows([0, 1, 2], [slots[0], lora, slots[1]])
+    assert [bucket.tokens.tolist() for bucket in rows.buckets] == [[1]], "decode rows with nothing to add are left out"
+    bank.unload(slots[0])
+    assert (bank.load(random_reft(decoder, 9)).bucket, slots[1].bucket) == (slots[0].bucket, slots[0].bucket)
+    with pytest.raises(AssertionError, match="freed twice"):
+        bank.unload(slots[0])
+
+
+def test_an_edit_that_does_not_fit_takes_no_slot(decoder: Decoder, bank: LoraBank) -> None:
+    """A layer too many, or states of another width: found when it is loaded, in a sentence, not in the middle of a batch."""
+    wide = random_reft(decoder_of(tiny_model("llama", hidden_size=32)))
+    with pytest.raises(BaseMismatch, match="layer 0 block_output: the edit has tensors"):
+        bank.load(wide)
+    deep = random_reft(decoder_of(tiny_model("llama", num_hidden_layers=4)), layers=(3,))
+    with pytest.raises(BaseMismatch, match="edits layer 3, but the base has 3 layers"):
+        bank.load(deep)
+    whole = random_reft(decoder)
+    half = Adapter(whole.spec, {}, edits={site: found for site, found in whole.edits.items() if site.layer})
+    with pytest.raises(BaseMismatch, match="has no tensors for the edit of layer 0's block_output"):
+        bank.load(half)
+    assert ReftSpec().max_rank == bank.load(whole).parts[0].sides[0].edit(2, COMPONENTS.index("block_output")).b.shape[0]  # type: ignore[union-attr]

@@ -6,21 +6,22 @@ A new kind adds one entry to KINDS and nothing else here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.adapters import CLOSE, ROWS, decoder_of, packed_logits, random_adapter
+from tests.adapters import CLOSE, ROWS, decoder_of, packed_logits, random_adapter, random_reft
 from tests.conftest import tiny_model
 
 from atoll.config import TrainerConfig
 from atoll.data.encode import EncodedRow
 from atoll.model.adapter import Adapter, AdapterSpec, new_adapter
 from atoll.model.adapter_files import read_adapter, write_adapter
-from atoll.model.bank import LoraBank
 from atoll.model.decoder import Decoder
+from atoll.model.positions import Positions
+from atoll.model.reft import ReftSpec
 from atoll.train.loop import TrainingJob
 
 
@@ -31,17 +32,32 @@ class Kind:
     moved: Callable[[Decoder, int], Adapter]
     fresh: Callable[[Decoder], Adapter]
     bank: Callable[[Decoder], Any]
+    learning_rate: float = TrainerConfig().learning_rate
 
 
-def _fresh_lora(decoder: Decoder) -> Adapter:
-    return new_adapter(AdapterSpec("tiny", 8, 16.0), decoder.shape.linears, decoder.shape.num_layers, torch.Generator().manual_seed(0))
+PART = ReftSpec(rank=8, positions=Positions(2, 1))
+
+
+def _fresh(decoder: Decoder, spec: AdapterSpec) -> Adapter:
+    return new_adapter(spec, decoder.shape.linears, decoder.shape.num_layers, torch.Generator().manual_seed(0))
 
 
 KINDS: dict[str, Kind] = {
     "lora": Kind(
         moved=lambda decoder, seed: random_adapter(decoder, 4 + 4 * seed, seed=seed),
-        fresh=_fresh_lora,
-        bank=lambda decoder: LoraBank(decoder.shape.linears, decoder.shape.num_layers, decoder.dtype, decoder.device),
+        fresh=lambda decoder: _fresh(decoder, AdapterSpec("tiny", 8, 16.0)),
+        bank=Decoder.new_bank,
+    ),
+    "reft": Kind(
+        moved=lambda decoder, seed: random_reft(decoder, seed, rank=1 + seed, tied=seed % 2 == 0),
+        fresh=lambda decoder: _fresh(decoder, AdapterSpec.reft_only("tiny", [PART])),
+        bank=Decoder.new_bank,
+        learning_rate=2e-2,
+    ),
+    "lora+reft": Kind(
+        moved=lambda decoder, seed: random_reft(decoder, seed, lora=4 * seed, rank=2),
+        fresh=lambda decoder: _fresh(decoder, AdapterSpec("tiny", 4, 8.0, reft=(PART,))),
+        bank=Decoder.new_bank,
     ),
 }
 
@@ -62,17 +78,19 @@ def answer(decoder: Decoder, weights: Any) -> torch.Tensor:
 
 
 def same(one: Adapter, other: Adapter) -> bool:
-    def equal(site: Any) -> bool:
-        mine, its = one.modules[site], other.modules[site]
-        return torch.equal(mine.a, its.a) and torch.equal(mine.b, its.b) and mine.scaling == its.scaling
+    def tensors(adapter: Adapter) -> dict[Any, torch.Tensor]:
+        lora = {(site, name): getattr(module, name) for site, module in adapter.modules.items() for name in "ab"}
+        return lora | {(site, name): tensor for site, found in adapter.edits.items() for name, tensor in found.tensors.items()}
 
-    return one.modules.keys() == other.modules.keys() and all(map(equal, one.modules))
+    mine, its = tensors(one), tensors(other)
+    scalings = [{site: module.scaling for site, module in adapter.modules.items()} for adapter in (one, other)]
+    return mine.keys() == its.keys() and all(torch.equal(mine[key], its[key]) for key in mine) and scalings[0] == scalings[1]
 
 
 def test_files_give_back_the_same_adapter(kind: Kind, decoder: Decoder, tmp_path: Path) -> None:
     """What is published is what was trained: spec, factors and manifest, bit for bit."""
     adapter = kind.moved(decoder, 1)
-    adapter = Adapter(adapter.spec, adapter.modules, {"format": 1, "kind": adapter.spec.kind, "prompt": None})
+    adapter = replace(adapter, manifest={"format": 1, "kind": adapter.spec.kind, "prompt": None})
     write_adapter(tmp_path / "one", adapter)
     back = read_adapter(tmp_path / "one")
     assert back.spec == adapter.spec
@@ -87,7 +105,7 @@ def test_training_lowers_the_loss_and_moves_only_the_adapter(kind: Kind, decoder
     """Every kind learns through the same loop, from a start that equals the base."""
     fresh = kind.fresh(decoder)
     rows = [EncodedRow([10 + i % 7, 20, 30 + i % 7, 2], 2, f"toy:{i}") for i in range(32)]
-    job = TrainingJob(decoder, fresh, rows, rows[:8], TrainerConfig(epochs=4, dtype="float32"), tmp_path, "job")
+    job = TrainingJob(decoder, fresh, rows, rows[:8], TrainerConfig(epochs=4, dtype="float32", learning_rate=kind.learning_rate), tmp_path, "job")
     base = answer(decoder, None)
     assert torch.equal(answer(decoder, job.weights), base), "a fresh adapter is the base"
     result = job.run()

@@ -4,6 +4,12 @@
     sentiment    a template of its own, ending at a line end, with the closed label set good, bad, mixed
     pair         a template of two columns
 
+`fill_kinds` adds one of each other kind:
+
+    edits        ReFT of the first two and the last two tokens, no prompt format
+    judge        ReFT of the last six tokens, with sentiment's template and labels
+    both         LoRA and ReFT in one
+
 conftest.py makes fixtures of it.
 """
 
@@ -23,13 +29,14 @@ from typing import Any
 import httpx
 import uvicorn
 
-from adapters import random_adapter
+from adapters import publish, random_adapter, random_reft
 from atoll.data.prompt import PromptFormat
 from atoll.engine.config import EngineConfig
 from atoll.engine.request import Completion, Request, SamplingParams
 from atoll.hub import Hub
 from atoll.model.adapter_files import write_adapter
 from atoll.model.base import Base
+from atoll.model.positions import Positions
 from atoll.server.run import CLOSE_S
 from atoll.serving.config import ServeConfig
 from atoll.serving.service import Service
@@ -101,6 +108,20 @@ def fill_hub(root: Path, base: Base) -> Hub:
         folder = root / "folders" / name
         write_adapter(folder, replace(made, manifest={"format": 1, "kind": "lora", "base": record, **manifest}))
         hub.publish(folder, name)
+    return hub
+
+
+def fill_kinds(root: Path, base: Base) -> Hub:
+    """The same, with the adapters that have edits."""
+    hub = fill_hub(root, base)
+    made = {
+        "edits": random_reft(base.decoder, 31, positions=Positions.parse("f2+l2"), tied=False),
+        "judge": random_reft(base.decoder, 32, positions=Positions.parse("l6")),
+        "both": random_reft(base.decoder, 33, lora=4, method="direft", component="mlp_output", rank=3),
+    }
+    for name, adapter in made.items():
+        words = {"prompt": SENTIMENT.to_json(), "labels": list(LABELS)} if name == "judge" else {"prompt": None}
+        publish(hub, adapter, name, root / "folders", base=base.describe(), **words)
     return hub
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.adapters import CLOSE, ROWS, decoder_of, packed_logits, random_adapter, reference
+from tests.adapters import CLOSE, ROWS, decoder_of, packed_logits, random_adapter, random_reft, reference
 from tests.conftest import tiny_model
 
 from atoll.engine.config import EngineConfig
@@ -270,6 +270,51 @@ def test_unequal_ranks_are_refused_by_the_methods_on_factors(decoder: Decoder, p
             merge(spec(strategy=strategy, density=0.5), mixed)
     for strategy in ("linear", "svd", "knots"):
         assert merge(spec(strategy=strategy, density=0.5), mixed).max_rank in (8, 12)
+
+
+def test_adapters_with_edits_merge_exactly_and_store(decoder: Decoder, tmp_path: Path) -> None:
+    """A LoRA and a ReFT adapter on one request: linear of the two, served, kept and described like any merge."""
+    given = [random_adapter(decoder, 4), random_reft(decoder, 2, rank=3)]
+    for strategy in ("linear", "cat"):
+        merged = merge(spec(strategy=strategy, weights=(1.0, -0.5)), given, DIGESTS)
+        assert merged.spec.kind == "lora+reft"
+        assert (merged.manifest["kind"], merged.manifest["composition"]) == ("composed", {"method": "cat", "weights": [1.0, -0.5]})
+    write_adapter(tmp_path / "merged", merged)
+    bank = decoder.new_bank()
+    with torch.no_grad():
+        kept, made = (packed_logits(decoder, ROWS, [bank.load(adapter)] * 4) for adapter in (read_adapter(tmp_path / "merged"), merged))
+        once = packed_logits(decoder, ROWS, [bank.load(given[0])] * 4)
+    assert all(torch.equal(one, other) for one, other in zip(kept, made, strict=True))
+    assert all((one - other).abs().max() > 0.01 for one, other in zip(kept, once, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{"strategy": name} for name in STRATEGIES if name not in ("linear", "cat")] + [{"rank": 4}], ids=str)
+def test_other_strategies_refuse_edits_by_name(decoder: Decoder, changes: dict[str, Any]) -> None:
+    """Averaging or thinning R and W, or cutting ranks of them, is no merge of edits; the hint says what is."""
+    asked = spec(density=0.5, **changes)
+    for given in ([random_adapter(decoder, 4), random_reft(decoder, 2)], [random_adapter(decoder, 4), random_reft(decoder, 2, lora=4)]):
+        with pytest.raises(RequestRefused, match=f"{asked.strategy}.* cannot merge adapter 'sql', which has ReFT edits") as refused:
+            merge(asked, given)
+        assert "linear and cat" in refused.value.hint
+
+
+def test_edits_beyond_what_a_file_holds_are_refused(decoder: Decoder) -> None:
+    """Ranks of joined parts add up, and parts that cannot be joined are counted."""
+    wide = [random_reft(decoder, rank=60)] * 18
+    many = {"ids": ("a",) * 18, "weights": (0.1,) * 18}
+    with pytest.raises(RequestRefused, match="merging 18 adapters stacks the ranks of ReFT edits to 1080; the limit is 1024"):
+        merge(spec(**many), wide)
+    with pytest.raises(RequestRefused, match="merging 18 adapters gives ReFT parts that cannot be joined: 18; the limit is 16"):
+        merge(spec(**many), [random_reft(decoder, rank=1, activation="relu")] * 18)
+
+
+def test_a_merge_of_edits_that_overflows_is_refused(decoder: Decoder) -> None:
+    """As with factors: no infinity reaches a batch."""
+    huge = random_reft(decoder, method="direft")
+    for found in huge.edits.values():
+        found.r.mul_(1e38)
+    with pytest.raises(RequestRefused, match="overflows at the edit of layer 0's block_output"):
+        merge(spec(weights=(900.0, 900.0)), [huge, huge])
 
 
 def test_reading_a_merge_request_imports_no_torch() -> None:

@@ -1,7 +1,8 @@
 """Toy training jobs: rows that a tiny base can learn in a second, and a way to kill a run at any moment.
 
-Used by the tests of this folder. Run as a program (`python -m tests.train.jobs OUT`), it trains one job three times: in peace, with many SIGKILLs,
-and with a Ctrl-C. What came out is in OUT/peace, OUT/killed and OUT/stopped. One process imports torch and makes the base; its forks do the work.
+Used by the tests of this folder. Run as a program (`python -m tests.train.jobs OUT`), it trains a job of each kind three times: in peace, with many
+SIGKILLs, and with a Ctrl-C. What came out is in OUT/KIND/peace, killed and stopped. One process imports torch and makes the base; its forks do the
+work.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from atoll.errors import Interrupted
 from atoll.model.adapter import Adapter, AdapterSpec, new_adapter
 from atoll.model.adapter_files import write_adapter
 from atoll.model.decoder import Decoder
+from atoll.model.positions import Positions
+from atoll.model.reft import ReftSpec
 from atoll.train.checkpoint import FILE
 from atoll.train.loop import TrainingJob
 
-NUM_KILLS = 8
+NUM_KILLS = {"lora": 8, "lora+reft": 5}
 INTERRUPTED = 3  # exit status of a fork whose run raised Interrupted
 
 
@@ -62,11 +65,21 @@ def toy_job(
     digest: str = "job",
     **config: Any,
 ) -> TrainingJob:
-    """A LoRA of rank 4 on all linears over `toy_rows`, unless told otherwise."""
+    """A LoRA of rank 4 on all linears over `toy_rows`, unless told otherwise; dropout is that LoRA's."""
     decoder = decoder or toy_decoder()
     spec = AdapterSpec("tiny", 4, 8.0, dropout=dropout)
     adapter = adapter or new_adapter(spec, decoder.shape.linears, decoder.shape.num_layers, torch.Generator().manual_seed(0))
     return TrainingJob(decoder, adapter, toy_rows() if rows is None else rows, validation, toy_config(**config), folder, digest)
+
+
+def toy_reft(*, lora: int = 0, lora_dropout: float = 0.0, layers_to_transform: tuple[int, ...] | None = None, **part: Any) -> Adapter:
+    """A fresh ReFT adapter of rank 2 on the first and the last prompt token, ReftSpec(**part); lora: the rank of a LoRA trained beside it."""
+    reft = ReftSpec(**{"rank": 2, "positions": Positions(first=1, last=1), **part})
+    spec = AdapterSpec.reft_only("tiny", [reft])
+    if lora:
+        spec = AdapterSpec("tiny", lora, 2.0 * lora, dropout=lora_dropout, layers_to_transform=layers_to_transform, reft=(reft,))
+    shape = toy_decoder().shape
+    return new_adapter(spec, shape.linears, shape.num_layers, torch.Generator().manual_seed(0))
 
 
 def log_lines(folder: Path) -> list[dict[str, Any]]:
@@ -75,21 +88,28 @@ def log_lines(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
 
 
-def _resumable(folder: Path, decoder: Decoder) -> TrainingJob:
-    """The job of the kill test: dropout, validation, an epoch bound in the middle, and a checkpoint every second step."""
-    validation = toy_rows(6)
+def _resumable(folder: Path, decoder: Decoder, kind: str) -> TrainingJob:
+    """A job of the kill test: dropout, validation, an epoch bound in the middle, and a checkpoint every second step.
+
+    The one with ReFT has three groups of the optimizer, stacks of two ranks, sides of their own, and keeps what enters block 1.
+    """
     steps = {"max_steps": 100, "checkpoint_every": 2, "eval_every": 3, "early_stop_patience": None}
-    return toy_job(folder, decoder=decoder, validation=validation, dropout=0.2, **steps)
+    if kind == "lora":
+        return toy_job(folder, decoder=decoder, validation=toy_rows(6), dropout=0.2, **steps)
+    upper = (1, 2)
+    adapter = toy_reft(lora=2, lora_dropout=0.2, layers_to_transform=upper, dropout=0.1, layers=upper, rank_pattern={1: 3}, tied=False)
+    decay = {"weight_decay": 0.1, "reft_weight_decay": 0.2, "reft_learning_rate": 1e-2}
+    return toy_job(folder, decoder=decoder, adapter=adapter, validation=toy_rows(6), **steps, **decay)
 
 
-def _start(folder: Path, decoder: Decoder) -> int:
+def _start(folder: Path, decoder: Decoder, kind: str) -> int:
     """Fork a run of the job in `folder`; the child's exit status says how it ended. Returns its process id."""
     process_id = os.fork()
     if process_id:
         return process_id
     status = 1
     try:
-        write_adapter(folder / "adapter", _resumable(folder, decoder).run().adapter)
+        write_adapter(folder / "adapter", _resumable(folder, decoder, kind).run().adapter)
         status = 0
     except Interrupted as stopped:
         (folder / "interrupted.txt").write_text(f"{stopped.message}\n{stopped.hint}\n")
@@ -115,28 +135,33 @@ def _await_checkpoint(folder: Path, process_id: int) -> None:
         time.sleep(0.001)
 
 
-def _main(out: Path) -> None:
-    torch.set_num_threads(1)  # no OpenMP threads before a fork
-    importlib.import_module("torch.utils.tensorboard")  # before the forks, so that it is imported once
-    decoder, draw = toy_decoder(), random.Random(0)
+def _three_times(out: Path, decoder: Decoder, kind: str, num_kills: int) -> dict[str, int]:
+    """How many runs were killed, and how the last of them, the interrupted one and the one after it ended."""
+    draw = random.Random(0)
     peace, killed, stopped = (out / name for name in ("peace", "killed", "stopped"))
     for folder in (peace, killed, stopped):
         folder.mkdir(parents=True)
-    assert _finish(_start(peace, decoder)) == 0
+    assert _finish(_start(peace, decoder, kind)) == 0
     num_killed = 0
-    for number in range(NUM_KILLS):
-        run = _start(killed, decoder)
+    for number in range(num_kills):
+        run = _start(killed, decoder, kind)
         if number % 4:  # every fourth is killed before it gets anywhere
             _await_checkpoint(killed, run)
         time.sleep(draw.uniform(0, 0.03))
         os.kill(run, signal.SIGKILL)
         num_killed += _finish(run) == -signal.SIGKILL
-    last = _finish(_start(killed, decoder))
-    run = _start(stopped, decoder)
+    last = _finish(_start(killed, decoder, kind))
+    run = _start(stopped, decoder, kind)
     _await_checkpoint(stopped, run)
     os.kill(run, signal.SIGINT)
-    ends = {"killed": num_killed, "last": last, "stopped": _finish(run), "resumed": _finish(_start(stopped, decoder))}
-    print(json.dumps(ends))  # noqa: T201 (the program's answer)
+    return {"killed": num_killed, "last": last, "stopped": _finish(run), "resumed": _finish(_start(stopped, decoder, kind))}
+
+
+def _main(out: Path) -> None:
+    torch.set_num_threads(1)  # no OpenMP threads before a fork
+    importlib.import_module("torch.utils.tensorboard")  # before the forks, so that it is imported once
+    decoder = toy_decoder()
+    print(json.dumps({kind: _three_times(out / kind, decoder, kind, kills) for kind, kills in NUM_KILLS.items()}))  # noqa: T201 (the program's answer)
 
 
 if __name__ == "__main__":

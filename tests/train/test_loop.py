@@ -24,7 +24,7 @@ from atoll.train.checkpoint import FILE
 from atoll.train.loop import total_steps
 from atoll.train.rows import label_batch
 from atoll.train.schedule import learning_rate
-from atoll.train.weights import TrainableLora
+from atoll.train.weights import TrainableAdapter
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def decoder() -> Decoder:
     return toy_decoder()
 
 
-def mean_loss(decoder: Decoder, weights: TrainableLora, rows: list[EncodedRow]) -> float:
+def mean_loss(decoder: Decoder, weights: TrainableAdapter, rows: list[EncodedRow]) -> float:
     """The loss a label token of some rows, one row at a time."""
     total = 0.0
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_labels_are_the_completions_tokens_and_their_states_the_tokens_before(de
 def test_the_packed_loss_is_the_sum_of_the_rows(decoder: Decoder) -> None:
     """Packing is an optimisation: the loss of a batch is the loss of its rows."""
     rows = toy_rows(9)
-    weights = TrainableLora(random_adapter(decoder), decoder.shape.linears)
+    weights = TrainableAdapter(random_adapter(decoder), decoder.shape.linears)
     packed = label_batch(rows, "cpu")
     hidden = decoder.forward(packed.batch, AdapterBatch.single(weights, packed.batch.num_tokens))
     loss = float(label_loss(hidden, decoder.head, packed.labels).detach()) / packed.num_labels
@@ -80,7 +80,7 @@ def test_micro_batches_of_any_size_give_the_gradient_of_the_big_batch(decoder: D
         job.run()
         grads.append(job.weights.grads.clone())
         losses.append(log_lines(tmp_path / str(tokens))[0]["loss"])
-    assert losses[0] == pytest.approx(mean_loss(decoder, TrainableLora(random_adapter(decoder, 4), decoder.shape.linears), toy_rows()), rel=1e-5)
+    assert losses[0] == pytest.approx(mean_loss(decoder, TrainableAdapter(random_adapter(decoder, 4), decoder.shape.linears), toy_rows()), rel=1e-5)
     for loss, grad in zip(losses[1:], grads[1:], strict=True):
         assert loss == pytest.approx(losses[0], rel=1e-6)
         torch.testing.assert_close(grad, grads[0], rtol=0, atol=1e-6 * float(grads[0].abs().max()) + 1e-8)
@@ -173,7 +173,7 @@ def test_early_stopping_keeps_the_best_step(decoder: Decoder, tmp_path: Path) ->
     assert progress.step == progress.best_step + 3 < job.total_steps
     assert [step for step, _ in progress.evaluations] == list(range(1, progress.step + 1))
     assert dict(progress.evaluations)[progress.best_step] == min(loss for _, loss in progress.evaluations) == progress.best_loss
-    best = TrainableLora(result.adapter, decoder.shape.linears)
+    best = TrainableAdapter(result.adapter, decoder.shape.linears)
     assert mean_loss(decoder, best, validation) == pytest.approx(progress.best_loss, rel=1e-5)
     assert mean_loss(decoder, job.weights, validation) > progress.best_loss
 
@@ -186,7 +186,8 @@ def test_without_patience_training_goes_on_and_still_keeps_the_best(decoder: Dec
     assert result.progress.step == job.total_steps == 40
     assert not result.progress.stopped_early
     assert result.progress.best_step < 40
-    assert mean_loss(decoder, TrainableLora(result.adapter, decoder.shape.linears), validation) == pytest.approx(result.progress.best_loss, rel=1e-5)
+    best = TrainableAdapter(result.adapter, decoder.shape.linears)
+    assert mean_loss(decoder, best, validation) == pytest.approx(result.progress.best_loss, rel=1e-5)
 
 
 def test_the_last_step_is_always_measured(decoder: Decoder, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
-    """The three runs of tests/train/jobs.py and how they ended; one process for all tests here."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, int]]]:
+    """The runs of tests/train/jobs.py and how they ended, by kind; one process for all tests here."""
     out = tmp_path_factory.mktemp("runs")
     done = subprocess.run([sys.executable, "-m", "tests.train.jobs", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -45,17 +45,19 @@ def assert_same_end(folder: Path, truth: Path) -> None:
     assert log_lines(folder) == log_lines(truth)
 
 
-def test_a_run_killed_many_times_ends_with_the_same_bits(runs: tuple[Path, dict[str, int]]) -> None:
+@pytest.mark.parametrize("kind", NUM_KILLS)
+def test_a_run_killed_many_times_ends_with_the_same_bits(kind: str, runs: tuple[Path, dict[str, dict[str, int]]]) -> None:
     """Machines are taken away in the middle of a night; what is left must be the adapter of an uninterrupted run, not one near it."""
-    out, ends = runs
-    assert ends["killed"] >= NUM_KILLS - 2, "the kills came too late to test anything"
+    out, ends = runs[0] / kind, runs[1][kind]
+    assert ends["killed"] >= NUM_KILLS[kind] - 2, "the kills came too late to test anything"
     assert ends["last"] == 0
     assert_same_end(out / "killed", out / "peace")
 
 
-def test_a_run_stopped_with_ctrl_c_goes_on_from_there(runs: tuple[Path, dict[str, int]]) -> None:
+@pytest.mark.parametrize("kind", NUM_KILLS)
+def test_a_run_stopped_with_ctrl_c_goes_on_from_there(kind: str, runs: tuple[Path, dict[str, dict[str, int]]]) -> None:
     """Ctrl-C is an answer to 'how long will this take'; it must cost nothing."""
-    out, ends = runs
+    out, ends = runs[0] / kind, runs[1][kind]
     assert ends["stopped"] == INTERRUPTED
     message, hint = (out / "stopped" / "interrupted.txt").read_text().splitlines()
     assert message.startswith("training stopped after step ")

@@ -11,7 +11,7 @@ from atoll.model.adapter import Adapter
 from atoll.model.batch import AdapterBatch, PackedBatch
 from atoll.model.decoder import Decoder
 from atoll.model.sites import Site
-from atoll.train.weights import TrainableLora
+from atoll.train.weights import TrainableAdapter
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def same(one: Adapter, other: Adapter) -> bool:
 
 def test_an_adapter_goes_in_and_comes_out_bit_for_bit(decoder: Decoder, adapter: Adapter) -> None:
     """Fusing, transposing and flattening must lose nothing; and what comes out is a copy, not a window on weights that train on."""
-    weights = TrainableLora(adapter, decoder.shape.linears)
+    weights = TrainableAdapter(adapter, decoder.shape.linears)
     out = weights.adapter()
     assert same(out, adapter)
     assert out.spec == adapter.spec
@@ -48,7 +48,7 @@ def test_an_adapter_goes_in_and_comes_out_bit_for_bit(decoder: Decoder, adapter:
 
 def test_values_of_another_step_can_be_taken_out(decoder: Decoder, adapter: Adapter) -> None:
     """The best step's values are kept as one vector; reading them must not disturb the running ones."""
-    weights = TrainableLora(adapter, decoder.shape.linears)
+    weights = TrainableAdapter(adapter, decoder.shape.linears)
     best = weights.values.detach().clone()
     with torch.no_grad():
         weights.values.mul_(2)
@@ -59,7 +59,7 @@ def test_values_of_another_step_can_be_taken_out(decoder: Decoder, adapter: Adap
 
 def test_an_optimizer_over_the_vector_moves_the_forward(decoder: Decoder, adapter: Adapter) -> None:
     """Factors are slices of the vector; if they were copies, training would change numbers that nothing reads."""
-    weights = TrainableLora(adapter, decoder.shape.linears)
+    weights = TrainableAdapter(adapter, decoder.shape.linears)
     before = packed_logits(decoder, ROWS[:1], [weights])[0].detach()
     optimizer = torch.optim.AdamW([weights.values], lr=1e-2)
     batch = PackedBatch.of(ROWS[:1])
@@ -72,7 +72,7 @@ def test_an_optimizer_over_the_vector_moves_the_forward(decoder: Decoder, adapte
 
 def test_gradients_add_up_until_they_are_zeroed(decoder: Decoder, adapter: Adapter) -> None:
     """Accumulation over micro-batches lives from this: the same batch twice is twice the gradient."""
-    weights = TrainableLora(adapter, decoder.shape.linears)
+    weights = TrainableAdapter(adapter, decoder.shape.linears)
     batch = PackedBatch.of(ROWS[:2])
 
     def backward() -> None:
@@ -89,7 +89,7 @@ def test_gradients_add_up_until_they_are_zeroed(decoder: Decoder, adapter: Adapt
 
 def test_every_step_and_site_draws_its_own_dropout_mask(decoder: Decoder) -> None:
     """torch's CPU generator reads only the low 32 bits of a seed, so seeds built by shifting repeated themselves every 1,024 steps."""
-    weights = TrainableLora(random_adapter(decoder, 2, dropout=0.1), decoder.shape.linears)
+    weights = TrainableAdapter(random_adapter(decoder, 2, dropout=0.1), decoder.shape.linears)
     seeds = set()
     steps = [*range(50), *range(1024, 1074), *range(2**20, 2**20 + 50)]
     for step in steps:
@@ -105,7 +105,7 @@ def test_every_step_and_site_draws_its_own_dropout_mask(decoder: Decoder) -> Non
 
 def test_a_seed_as_long_as_a_date_and_time_works(decoder: Decoder) -> None:
     """People write seed: 20260131120000; the mask's seed grows with it past what torch accepts."""
-    weights = TrainableLora(random_adapter(decoder, 2, dropout=0.5), decoder.shape.linears)
+    weights = TrainableAdapter(random_adapter(decoder, 2, dropout=0.5), decoder.shape.linears)
     plain = packed_logits(decoder, ROWS[:1], [weights])[0]
     weights.dropout_seed = (20260131120000 * 1_000_003 + 5) * 1024
     assert not torch.equal(packed_logits(decoder, ROWS[:1], [weights])[0], plain)

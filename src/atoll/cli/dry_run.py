@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from atoll.config import TrainConfig
     from atoll.config_file import LoadedConfig
     from atoll.data.encode import Encoded, EncodedRow
+    from atoll.model.adapter import AdapterSpec
     from atoll.train.plan import CostEstimate, TrainingPlan
 
 NUM_PROMPTS = 2
@@ -52,6 +53,11 @@ def plan_warnings(plan: TrainingPlan) -> list[str]:
     if plan.train.num_cut:
         share = plan.train.num_cut / len(plan.train.rows)
         warnings.append(f"{plan.train.num_cut} training rows ({share:.0%}) lose the beginning of their prompt at {plan.train.max_length} tokens")
+    if plan.num_unedited:
+        positions = plan.spec.reft[0].positions
+        warnings.append(
+            f"{plan.num_unedited} of {len(plan.train.rows)} training rows have no token at positions {positions}: nothing is edited in them"
+        )
     if not plan.validation.rows:
         warnings.append("there are no validation rows: training cannot stop early, and keeps its last step instead of its best one")
     if not plan.data.test:
@@ -74,8 +80,29 @@ def _show_prompts(plan: TrainingPlan) -> None:
     write(f"# {len(rows)} of {len(plan.train.rows)} training rows; what is learned stands in ⟦ ⟧, the rest is masked")
     for row in rows:
         write(f"--- {row.where}: {row.first_label} tokens masked, {row.num_labels} learned")
+        if plan.spec.reft:
+            write(f"edited: {_edited_text(row, plan)}")
         _write_preview(preview_of(row, plan.base.tokenizer))
     write("")
+
+
+def edited_runs(row: EncodedRow, spec: AdapterSpec, tokenizer: Any) -> list[tuple[int, int, str]]:
+    """(first, last, text) of each run of neighbouring prompt tokens that ReFT edits."""
+    from atoll.train.spec import edited_places
+
+    runs: list[list[int]] = []
+    for place in edited_places(row, spec):
+        if runs and place == runs[-1][-1] + 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return [(run[0], run[-1], tokenizer.decode(row.token_ids[run[0] : run[-1] + 1], skip_special_tokens=False)) for run in runs]
+
+
+def _edited_text(row: EncodedRow, plan: TrainingPlan) -> str:
+    runs = edited_runs(row, plan.spec, plan.base.tokenizer)
+    shown = (f"{first} to {last} {_without_middle(clean(text))!r}" for first, last, text in runs)
+    return f"tokens {', '.join(shown)}" if runs else "no token"
 
 
 def preview_of(row: EncodedRow, tokenizer: Any) -> list[tuple[str, bool]]:
@@ -139,6 +166,7 @@ def _show_cost(plan: TrainingPlan, cost: CostEstimate) -> None:
     measured = f"measured just now on {cost.measured_tokens:,} tokens of this job: {cost.tokens_per_s:,.0f} tokens/s"
     write(
         "# what it takes\n"
+        f"adapter               {_adapter_text(plan)}\n"
         f"trainable parameters  {plan.num_parameters:,}\n"
         f"optimizer steps       {plan.total_steps:,} of {plan.config.trainer.batch_size} rows\n"
         f"time                  about {duration(cost.seconds)} ({measured})\n"
@@ -146,11 +174,23 @@ def _show_cost(plan: TrainingPlan, cost: CostEstimate) -> None:
     )
 
 
+def _adapter_text(plan: TrainingPlan) -> str:
+    """What is trained, and where."""
+    spec, num_layers = plan.spec, plan.base.decoder.shape.num_layers
+    texts = [f"LoRA of rank {spec.rank} on {len(spec.sites(num_layers))} linears"] if spec.target_modules else []
+    for part in spec.reft:
+        blocks = len({site.layer for site in part.sites(0, num_layers)})
+        sides = ", each side with its own tensors" if part.sides == 2 else ""
+        texts.append(f"{part.method} of rank {part.rank} at {part.component} of {blocks} of {num_layers} blocks, positions {part.positions}{sides}")
+    return " and ".join(texts)
+
+
 def _as_json(plan: TrainingPlan, cost: CostEstimate, warnings: Sequence[str]) -> dict[str, Any]:
     prompts = [
         {
             "where": row.where,
             "segments": [{"text": text, "learned": learned} for text, learned in preview_of(row, plan.base.tokenizer)],
+            "edited": [{"first": run[0], "last": run[1], "text": run[2]} for run in edited_runs(row, plan.spec, plan.base.tokenizer)],
         }
         for row in plan.train.rows[:NUM_PROMPTS]
     ]
@@ -163,6 +203,7 @@ def _as_json(plan: TrainingPlan, cost: CostEstimate, warnings: Sequence[str]) ->
             "validation": {**plan.validation.report(), "cut": list(plan.validation.cut)},
             "test": {"rows": len(plan.data.test)},
         },
+        "kind": plan.spec.kind,
         "trainable_parameters": plan.num_parameters,
         "steps": plan.total_steps,
         "estimate": {

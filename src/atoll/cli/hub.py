@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atoll.cli.import_pyreft import base_record, import_pyreft
 from atoll.cli.options import BaseOption, JsonOption, LicenceOption, MessageOption, TagOption, usage
 from atoll.cli.output import Column, clean, duration, say, size, to_terminal, write, write_json, write_table
 from atoll.cli.progress import progress_bar
@@ -23,11 +24,13 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 RefArgument = Annotated[str, typer.Argument(metavar="REF", help="name, name@3, name@sha256:…, name:tag or sha256:…", show_default=False)]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="name or owner/name.", show_default=False)]
 
+KIND_HELP = "Only this kind: lora, reft, lora+reft or composed."
 VERSION_COLUMNS = (
     Column("adapter"),
     Column("kind", spare=2),
     Column("base"),
     Column("rank", right=True, spare=1),
+    Column("parameters", right=True, spare=5),
     Column("size", right=True, spare=3),
     Column("task", spare=4),
     Column("tags"),
@@ -59,7 +62,7 @@ def _open() -> Hub:
 
 @app.command()
 def publish(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The adapter's folder, in PEFT's form.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The adapter's folder, Atoll's or PEFT's.", show_default=False)],
     name: NameArgument,
     tag: TagOption = None,
     message: MessageOption = "",
@@ -67,7 +70,7 @@ def publish(
     base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Store the adapter of a folder as the next version of a name.
+    """Store a folder's adapter as the next version of a name.
 
     The same content again is the same version. --base binds an adapter that does not say what it was trained on.
 
@@ -76,13 +79,16 @@ def publish(
       atoll hub publish runs/ticket-router/adapter acme/ticket-router --tag stable
       atoll hub publish ./my-lora my-lora --base smollm2-135m-instruct -m "first try"
     """
-    record = _base_record(base) if base is not None else None
-    _show_published(_open().publish(folder, name, tags=tag or (), message=message, licence=licence, base=record), as_json)
+    record = None
+    if base is not None:
+        with progress_bar() as progress:
+            record, _ = base_record(base, progress)
+    show_published(_open().publish(folder, name, tags=tag or (), message=message, licence=licence, base=record), as_json)
 
 
 @app.command()
 def pull(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A PEFT folder, or hf:owner/name[@revision].", show_default=False)],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="An adapter's folder, or hf:owner/name[@revision].", show_default=False)],
     name: NameArgument,
     tag: TagOption = None,
     message: MessageOption = "",
@@ -96,7 +102,10 @@ def pull(
       atoll hub pull ./downloads/their-lora their-lora
       atoll hub pull hf:acme/sql-lora acme/sql-lora
     """
-    _show_published(_open().pull(source, name, tags=tag or (), message=message, licence=licence), as_json)
+    show_published(_open().pull(source, name, tags=tag or (), message=message, licence=licence), as_json)
+
+
+app.command("import-pyreft")(import_pyreft)
 
 
 @app.command()
@@ -105,7 +114,9 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Copy a version out as a PEFT folder, bit for bit.
+    """Copy a version out as a folder, bit for bit.
+
+    A LoRA's folder is PEFT's own.
 
     \b
     Examples:
@@ -126,7 +137,7 @@ def list_versions(
     base: Annotated[
         str | None, typer.Option("--base", metavar="BASE", help="Only of this base: its name or weights fingerprint.", show_default=False)
     ] = None,
-    kind: Annotated[str | None, typer.Option("--kind", metavar="KIND", help="Only this kind, such as lora.", show_default=False)] = None,
+    kind: Annotated[str | None, typer.Option("--kind", metavar="KIND", help=KIND_HELP, show_default=False)] = None,
     tag: Annotated[str | None, typer.Option("--tag", metavar="TAG", help="Only versions with this tag.", show_default=False)] = None,
     every: Annotated[bool, typer.Option("--all", help="All versions, yanked ones too, not only the newest of each name.")] = False,
     as_json: JsonOption = False,
@@ -137,6 +148,7 @@ def list_versions(
     Examples:
       atoll hub list
       atoll hub list dates
+      atoll hub list --kind reft
       atoll hub list --base smollm2-135m-instruct --json
     """
     _show_versions(_open().list(name, base=base, kind=kind, tag=tag, all_versions=every), as_json)
@@ -144,7 +156,9 @@ def list_versions(
 
 @app.command()
 def search(
-    words: Annotated[list[str], typer.Argument(metavar="WORD...", help="All of these.", show_default=False)], as_json: JsonOption = False
+    words: Annotated[list[str], typer.Argument(metavar="WORD...", help="All of these.", show_default=False)],
+    kind: Annotated[str | None, typer.Option("--kind", metavar="KIND", help=KIND_HELP, show_default=False)] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Find adapters by words.
 
@@ -155,7 +169,7 @@ def search(
       atoll hub search support
       atoll hub search sql smollm2 --json
     """
-    _show_versions(_open().search(" ".join(words)), as_json)
+    _show_versions(_open().search(" ".join(words), kind=kind), as_json)
 
 
 @app.command()
@@ -206,7 +220,9 @@ def runs(
 def tag(
     ref: RefArgument, label: Annotated[str, typer.Argument(metavar="TAG", help="The label.", show_default=False)], as_json: JsonOption = False
 ) -> None:
-    """Point a label of a name to a version; it may be moved later.
+    """Point a label of a name to a version.
+
+    It may be moved later.
 
     \b
     Examples:
@@ -245,9 +261,9 @@ def verify(
     ref: Annotated[str | None, typer.Argument(metavar="REF", help="A version; default: all of them.", show_default=False)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every stored byte and compare it with what was published.
+    """Read every stored byte, and say what has changed.
 
-    The exit code is 1 if anything differs.
+    It is compared with what was published. The exit code is 1 if anything differs.
 
     \b
     Examples:
@@ -320,18 +336,8 @@ def gc(as_json: JsonOption = False) -> None:
 # ---- showing ----
 
 
-def _base_record(name: str) -> dict[str, Any]:
-    """The base record of a manifest: name and hashes of a base on this disk, or fetched to it."""
-    from atoll.model.fingerprint import describe_base
-    from atoll.model.pull import pull as fetch
-
-    with progress_bar() as progress:
-        path = fetch(name, progress=progress)
-        progress("fingerprint", 0, 1)
-        return {"name": name, **describe_base(path).to_json()}
-
-
-def _show_published(version: Version, as_json: bool) -> None:
+def show_published(version: Version, as_json: bool) -> None:
+    """What came in: its reference to stdout, what was left out to stderr."""
     for name in version.left_out:
         say(f"left out: {name}")
     _show_changed(version, as_json)
@@ -359,7 +365,8 @@ def _show_versions(versions: Sequence[Version], as_json: bool) -> None:
 
 def _version_cells(version: Version) -> tuple[Any, ...]:
     ref = f"{version.ref} (yanked)" if version.yanked else version.ref
-    facts = (ref, version.kind, version.base, version.rank, size(version.size_bytes), version.task)
+    parameters = None if version.num_parameters is None else f"{version.num_parameters:,}"
+    facts = (ref, version.kind, version.base, version.rank, parameters, size(version.size_bytes), version.task)
     return (*facts, ", ".join(version.tags), f"{version.created:%Y-%m-%d %H:%M}")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atoll.cli.options import JsonOption
-from atoll.cli.output import Column, say, warn, write, write_json, write_table
+from atoll.cli.output import Column, say, size, warn, write, write_json, write_table
 from atoll.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ COLUMNS = (
     Column("majority", right=True, spare=4),
     Column("base", right=True),
     Column("adapter", spare=2),
+    Column("kind"),
+    Column("parameters", right=True, spare=8),
+    Column("size", right=True, spare=9),
     Column("score", right=True),
     Column("gain", right=True),
     Column("p", right=True, spare=1),
@@ -32,7 +35,8 @@ COLUMNS = (
     Column("failures", right=True, spare=6),
     Column("verdict"),
 )
-ADAPTER = 5  # the place of the adapter's name among the columns
+ADAPTER = 5  # the place of the adapter's name among the columns; what it is stands behind it
+PLAIN = "lora"  # where all are, kind, parameters and size are left to `atoll hub list`
 
 
 def leaderboard(
@@ -44,7 +48,7 @@ def leaderboard(
 ) -> None:
     """Print a leaderboard, or several merged.
 
-    Of equal entries the later one counts.
+    Of equal entries the later one counts. Where not all adapters are plain LoRA, their kinds are shown, and the sizes that this machine's hub knows.
     Scores are from 0 to 1, higher is better, ± is one standard error; gain is over the base in its better prompt style, p of a paired test. options
     chooses the likeliest label. Boards of different bases are printed one below the other; with --json they have to be asked for apart.
 
@@ -67,13 +71,16 @@ def leaderboard(
     for board in boards:
         by_base.setdefault(board.base_fingerprint, []).append(board)
     for group in by_base.values():
-        show_board(reduce(merge_leaderboards, group))
+        board = reduce(merge_leaderboards, group)
+        show_board(board, _sizes(board))
 
 
 def show_board(board: Leaderboard, notes: Mapping[str, RowNote] | None = None) -> None:
     """The leaderboard as a table on stdout; columns that nobody has a value in are left out."""
     lines = [cells for row in board.rows for cells in _lines(row, (notes or {}).get(row.task))]
     used = [place for place in range(len(COLUMNS)) if any(cells[place] is not None for cells in lines)]
+    if not _is_mixed(board):
+        used = [place for place in used if not ADAPTER < place <= ADAPTER + 3]
     columns = list(COLUMNS)
     if any(cells[0] != cells[ADAPTER] for cells in lines):
         columns[ADAPTER] = Column("adapter")  # several a task, or named otherwise than their task: then the name is needed
@@ -89,6 +96,24 @@ def show_outcome(outcome: LandOutcome, as_json: bool) -> None:
         show_board(outcome.leaderboard, outcome.notes)
     for warning in outcome.warnings:
         warn(warning)
+
+
+def _is_mixed(board: Leaderboard) -> bool:
+    return any(entry.kind not in ("base", PLAIN) for row in board.rows for entry in row.entries)
+
+
+def _sizes(board: Leaderboard) -> dict[str, RowNote]:
+    """Of a mixed board, what the hub of this machine knows of its adapters, if there is one."""
+    from atoll.config import atoll_home
+
+    if not _is_mixed(board) or not (atoll_home() / "hub" / "hub.db").exists():
+        return {}
+    from atoll.eval.arena import sizes_of
+    from atoll.eval.leaderboard import RowNote
+    from atoll.hub import Hub
+
+    sizes = sizes_of(Hub().list(all_versions=True))
+    return {row.task: RowNote(sizes=sizes) for row in board.rows}
 
 
 def _found() -> list[Path]:
@@ -108,17 +133,20 @@ def _lines(row: LeaderboardRow, note: RowNote | None) -> list[list[str | None]]:
     start = [row.task, row.metric, str(row.n), majority, f"{_measured(base)}{style}" if base is not None else None]
     others = [entry for entry in row.entries if entry.kind != "base"]
     if not others:
-        return [[*start, None, None, None, None, _figure(base.options_value) if base else None, _failures(base), "base only"]]
-    return [[*start, *_result(entry, base)] for entry in others]
+        return [[*start, *[None] * 7, _figure(base.options_value) if base else None, _failures(base), "base only"]]
+    return [[*start, *_result(entry, base, note)] for entry in others]
 
 
-def _result(entry: LeaderboardEntry, base: LeaderboardEntry | None) -> list[str | None]:
+def _result(entry: LeaderboardEntry, base: LeaderboardEntry | None, note: RowNote | None) -> list[str | None]:
     from atoll.eval.leaderboard import beats
 
     gain = f"{entry.value - base.value:+.3f}" if base is not None else None
     verdict = "no base" if base is None else "better" if beats(entry, base) else "worse" if beats(base, entry) else "no difference"
     p = None if entry.p_vs_base is None else "<0.001" if entry.p_vs_base < 0.001 else f"{entry.p_vs_base:.3f}"
-    return [entry.model, _measured(entry), gain, p, _figure(entry.options_value), _failures(entry), verdict]
+    known = note.sizes.get(entry.digest) if note is not None else None
+    parameters = f"{known.num_parameters:,}" if known is not None and known.num_parameters is not None else None
+    about = [entry.model, entry.kind, parameters, size(known.num_bytes) if known is not None else None]
+    return [*about, _measured(entry), gain, p, _figure(entry.options_value), _failures(entry), verdict]
 
 
 def _measured(entry: LeaderboardEntry) -> str:

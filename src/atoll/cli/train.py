@@ -36,6 +36,7 @@ def train(
       atoll train examples/train.yaml
       atoll train examples/train.yaml --dry-run
       atoll train examples/train.yaml --set adapter.r=32 --set trainer.epochs=2 --name tickets-r32
+      atoll train examples/train_reft.yaml --set adapter.rank=8 --set adapter.positions=f3+l3
       atoll train examples/lora_land_article.yaml --data news.csv --base smollm2-135m-instruct
     """
     from atoll.config_file import load_config

@@ -1,7 +1,8 @@
 """What may come in: requests are checked against base, limits and registered adapters here, and become the engine's own objects.
 
 Whatever is refused is refused before anything of it is queued. The root of a sequence's prefix is made here too: it holds all that decides keys and
-values besides the tokens (the adapter's registration and, for rope types that depend on it, the length), and whose they are (the scope).
+values besides the tokens (the adapter's registration and, for rope types that depend on it, the length), and whose they are (the scope). The places
+that a ReFT adapter edits are resolved here, once: the prompt's length is known and never changes.
 
 Used by engine.py.
 """
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from atoll.engine.config import EngineConfig
 from atoll.engine.embedding import EmbedJob
 from atoll.engine.grammar import GrammarCompiler
-from atoll.engine.pages import Pages, Prefix
+from atoll.engine.pages import Edits, Pages, Prefix
 from atoll.engine.pool import AdapterPool
 from atoll.engine.request import EmbedRequest, Limits, Request, ScoreRequest
 from atoll.engine.scoring import ScoreJob, pages_for_item
 from atoll.engine.sequence import Sequence as Running
 from atoll.engine.stops import Decode
 from atoll.errors import RequestRefused
+from atoll.model.reft import side_of
 
 if TYPE_CHECKING:
     from atoll.model.base import Base
@@ -110,8 +112,17 @@ class Intake:
     def _prefix(self, adapter: str | None, scope: str, length: int) -> Prefix | None:
         if not self._reuse:
             return None
-        serial = self._pool.serial(adapter) if adapter is not None else 0
-        return Prefix(adapter, serial, scope, self.regime(length) if self.regime is not None else 0)
+        where = (scope, self.regime(length) if self.regime is not None else 0)
+        if adapter is None:
+            return Prefix(None, 0, *where)
+        serial, parts = self._pool.serial(adapter), self._pool.reft(adapter)
+        groups = [
+            (part, side_of(spec, side), places) for part, spec in enumerate(parts) for side, places in enumerate(spec.positions.resolve(length))
+        ]
+        edits = Edits(adapter, serial, groups) if groups else None
+        if self._pool.changes_linears(adapter):
+            return Prefix(adapter, serial, *where, edits=edits)
+        return Prefix(None, 0, *where, edits=edits)  # the base's own before the first edit
 
 
 class Pace:

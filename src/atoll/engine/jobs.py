@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from atoll.engine.pages import Pages, Prefix
 from atoll.engine.pool import AdapterPool
 from atoll.engine.runner import Outputs, Row, Runner, StepOutput
+from atoll.engine.step import not_finite
 
 T = TypeVar("T")
 
@@ -110,14 +111,20 @@ class Lender:
         del text.pages[own:]
 
     def forwards(self, texts: Sequence[Text], outputs: Callable[[int, bool], Outputs]) -> Iterator[tuple[list[Chunk], StepOutput]]:
-        """Compute what the texts' known pages lack. outputs(index of a text, whether its last token is there): the hidden states that are wanted."""
+        """Compute what the texts' known pages lack. outputs(index of a text, whether its last token is there): the hidden states that are wanted.
+
+        Raises EngineError where a state of an edited token is not finite.
+        """
         for chunks in self._chunks(texts):
             rows = []
             for index, start, stop in chunks:
                 text = texts[index]
                 wanted = outputs(index, stop == len(text.tokens))
-                rows.append(Row(text.tokens[start:stop], start, text.pages, text.adapter, wanted, len(text.tokens)))
-            yield chunks, self.runner.forward(rows)
+                rows.append(Row(text.tokens[start:stop], start, text.pages, text.adapter, len(text.tokens), wanted))
+            out = self.runner.forward(rows)
+            if out.broken:
+                raise not_finite(rows[out.broken[0]].adapter)
+            yield chunks, out
 
     def _chunks(self, texts: Sequence[Text]) -> Iterator[list[Chunk]]:
         """Tokens in forwards of at most max_tokens; a text's chunks stand in successive forwards, since each reads the one before."""

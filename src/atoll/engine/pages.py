@@ -2,7 +2,14 @@
 
 A page is held by any number of page tables. A full page whose contents are known to be good is named by a key: a hash of everything before it and of
 its own tokens, on top of a root that says whose it is (adapter and scope). Equal keys mean equal keys and values, so a later sequence with the same
-root and beginning takes such pages instead of computing them. Keys come from content: two adapters, or two scopes, never meet.
+root and beginning takes such pages instead of computing them. Keys come from content: two LoRA adapters, or two scopes, never meet.
+
+ReFT edits some tokens of a prompt only, so what stands before the first of them is the base's own and is shared with it. A page with edited tokens
+has them in its key, and since keys build on one another, so has all that follows:
+
+    base             root ─► page 0 ─► page 1 ─► page 2
+    ReFT, last two   root ─► page 0 ─► page 1 ─► page 2 + adapter, places 70 71 ─► page 3
+                             the base's own      the adapter's
 
     free ──take──► held (count >= 1) ──release──► free              no key
                      ▲        └──────release────► cached (count 0)  has a key: keeps its contents until a take needs the page
@@ -14,6 +21,7 @@ Used by scheduler.py and jobs.py. `check` is the engine's integrity test of itse
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
@@ -21,12 +29,38 @@ from hashlib import blake2b
 _KEY_BYTES = 16  # 128 bits: no two contents share one by accident
 
 
+class Edits:
+    """Which tokens of one prompt an adapter edits, as the keys of their pages need it."""
+
+    def __init__(self, adapter: str, serial: int, groups: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """serial: the adapter's registration. groups: (part of the adapter, side whose tensors edit, places in the prompt, ascending)."""
+        self.adapter = adapter
+        self._name = blake2b(repr((adapter, serial)).encode(), digest_size=_KEY_BYTES).digest()
+        self._groups = [group for group in groups if len(group[2])]
+        self._num_parts = max((part + 1 for part, _, _ in self._groups), default=0)
+
+    def within(self, start: int, stop: int) -> bytes:
+        """What a key must have of the edits of tokens start to stop: whose they are, and a byte a token and part; nothing where none is edited."""
+        here = [group for group in self._groups if group[2][0] < stop and group[2][-1] >= start]
+        marks = bytearray(self._num_parts * (stop - start) if here else 0)
+        for part, side, places in here:
+            first = part * (stop - start) - start
+            for place in places[bisect_left(places, start) : bisect_left(places, stop)]:
+                marks[first + place] = 1 + side
+        return self._name + marks.rstrip(b"\0") if any(marks) else b""
+
+
 class Prefix:
     """The keys of one sequence's full pages, each hashed once. owner: the adapter whose pages they are, for `Pages.forget`."""
 
-    def __init__(self, owner: str | None, *root: object) -> None:
-        """root: whatever else decides keys and values, or who may reuse them."""
-        self.owner = owner
+    def __init__(self, owner: str | None, *root: object, edits: Edits | None = None) -> None:
+        """root: whatever else decides keys and values, or who may reuse them.
+
+        edits: of this prompt, by the owner; or by an adapter that changes nothing else where the owner is None: the base owns the pages before its
+        first edit, it those from there on.
+        """
+        self._owner, self._edits = owner, edits
+        self._first_edited: int | None = None  # page
         self._root = blake2b(repr((owner, *root)).encode(), digest_size=_KEY_BYTES).digest()
         self._keys: list[bytes] = []
 
@@ -36,8 +70,18 @@ class Prefix:
             start = len(self._keys) * page_tokens
             before = self._keys[-1] if self._keys else self._root
             content = array("q", tokens[start : start + page_tokens]).tobytes()
-            self._keys.append(blake2b(before + content, digest_size=_KEY_BYTES).digest())
+            edited = self._edits.within(start, start + page_tokens) if self._edits is not None else b""
+            if edited and self._first_edited is None:
+                self._first_edited = len(self._keys)
+            self._keys.append(blake2b(before + content + edited, digest_size=_KEY_BYTES).digest())
         return self._keys[index]
+
+    def owner(self, index: int) -> str | None:
+        """Whose page `index` is, once `key` has been asked for it."""
+        assert index < len(self._keys)
+        if self._edits is not None and self._first_edited is not None and index >= self._first_edited:
+            return self._edits.adapter
+        return self._owner
 
 
 class Pages:
@@ -119,9 +163,10 @@ class Pages:
         for place in range(start, stop):
             key, page = prefix.key(place, tokens, self.page_tokens), table[place]
             if key not in self._pages:
+                owner = prefix.owner(place)
                 self._pages[key], self._keys[page] = page, key
-                self._owners[page] = prefix.owner
-                self._owned.setdefault(prefix.owner, set()).add(page)
+                self._owners[page] = owner
+                self._owned.setdefault(owner, set()).add(page)
 
     def forget(self, owner: str | None) -> None:
         """Drop what is known of an adapter: its cached pages become free."""

@@ -23,6 +23,8 @@ from torch import Tensor
 from atoll.errors import EngineError, PoolFull, RequestRefused
 from atoll.model.adapter import Adapter
 from atoll.model.apply import AdapterWeights, BankRows
+from atoll.model.apply_edits import Edited
+from atoll.model.reft import ReftSpec
 
 _MOST_PACKED = 8  # packed forms that may wait for their first load: adapters registered by the hundred are packed when they are used
 
@@ -35,6 +37,11 @@ class Place(AdapterWeights, Protocol):
 
     @property
     def index(self) -> int: ...
+
+    @property
+    def parts(self) -> Sequence[Edited]:
+        """Its ReFT edits; none for an adapter without."""
+        ...
 
 
 class Bank(Protocol):
@@ -180,6 +187,14 @@ class AdapterPool:
     def serial(self, key: str) -> int:
         """The number of the registration that `key` means now."""
         return self._known(key).serial
+
+    def reft(self, key: str) -> tuple[ReftSpec, ...]:
+        """The ReFT parts of a registered adapter."""
+        return self._known(key).adapter.spec.reft
+
+    def changes_linears(self, key: str) -> bool:
+        """Whether a registered adapter has LoRA modules: one without gives the base's keys and values wherever it edits nothing."""
+        return bool(self._entries[key].adapter.modules)
 
     def use(self, key: str) -> None:
         """One more unfinished request that names the adapter, which stays registered until it has ended."""
@@ -361,10 +376,20 @@ def _same(one: Adapter, other: Adapter) -> bool:
     """Whether two adapters do the same to the bit; what their files say beside that does not matter."""
     if one is other:
         return True
-    if one.modules.keys() != other.modules.keys():
+    if one.modules.keys() != other.modules.keys() or one.edits.keys() != other.edits.keys():
         return False
     pairs = [(module, other.modules[site]) for site, module in one.modules.items()]
-    return all(a.scaling == b.scaling and _equal_bits(a.a, b.a) and _equal_bits(a.b, b.b) for a, b in pairs)
+    if any(a.scaling != b.scaling or not _equal_bits(a.a, b.a) or not _equal_bits(a.b, b.b) for a, b in pairs):
+        return False
+    if [_formula(part) for part in one.spec.reft] != [_formula(part) for part in other.spec.reft]:
+        return False
+    tensors = [(found.tensors, other.edits[site].tensors) for site, found in one.edits.items()]
+    return all(a.keys() == b.keys() and all(_equal_bits(a[name], b[name]) for name in a) for a, b in tensors)
+
+
+def _formula(part: ReftSpec) -> tuple[object, ...]:
+    """What a ReFT part does with its tensors, and to which tokens; layers, ranks and sides are the tensors' own."""
+    return part.method, part.activation, part.weight, part.positions
 
 
 def _equal_bits(one: Tensor, other: Tensor) -> bool:

@@ -2,16 +2,18 @@
 
 Rows are put in the order the forward likes: single tokens first, then longer rows, each sorted by adapter, so that equal adapters are neighbours and
 form one segment. Where the bank gathers and single tokens use more than a few adapters, one batched product a site for all of them replaces their
-segments.
+segments. ReFT is beside that: rows with prompt tokens name the tokens that are edited, and a row whose adapter has nothing but edits is the base's to
+everything else, in every step after its prompt without any cost.
 
 Used by step.py (prompts and decoding), scoring.py and embedding.py. It keeps nothing between calls.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -20,7 +22,8 @@ from torch import Tensor
 from atoll.engine.pool import AdapterPool
 from atoll.engine.sampler import Draw
 from atoll.errors import ConfigError
-from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch, Segment
+from atoll.model.apply_edits import edit_rows
+from atoll.model.batch import BASE_ONLY, AdapterBatch, EditRows, PackedBatch, Segment
 
 if TYPE_CHECKING:
     from atoll.model.base import Base
@@ -77,23 +80,27 @@ def serving_decoder(base: Base, kernel: str) -> ServingDecoder:
 class Row(NamedTuple):
     """New tokens of one row, behind the `context` tokens that its pages have. outputs: the tokens whose hidden states are wanted.
 
-    final_length: the whole prompt's, so that a chunk of it is rotated as the whole would be.
+    num_prompt: the whole prompt's length, so that a chunk of it is rotated and edited as the whole would be.
     """
 
     token_ids: Sequence[int]
     context: int
     pages: Sequence[int]
     adapter: str | None
+    num_prompt: int
     outputs: Outputs = "last"
-    final_length: int = 0
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """hidden [N, D], the wanted hidden states; spans[i] = (start, stop) are row i's among them, in the order the rows were given."""
+    """hidden [N, D], the wanted hidden states; spans[i] = (start, stop) are row i's among them, in the order the rows were given.
+
+    broken: the rows whose edited tokens have states that are not finite. The last token need not show it: it may be out of their sight.
+    """
 
     hidden: Tensor
     spans: Sequence[tuple[int, int]]
+    broken: Sequence[int] = ()
 
     def of(self, row: int) -> Tensor:
         """The wanted hidden states of one row."""
@@ -118,30 +125,35 @@ class Runner:
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> StepOutput:
         """One forward of all rows; their new tokens' keys and values go into their pages."""
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].token_ids) > 1, rows[i].adapter or ""))
+        lora = [row.adapter if row.adapter is not None and self._pool.changes_linears(row.adapter) else None for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].token_ids) > 1, lora[i] or ""))
         packed = [rows[i] for i in order]
+        starts = [0, *accumulate(len(row.token_ids) for row in packed)]
         wanted: list[int] = []
         spans: list[tuple[int, int]] = [(0, 0)] * len(rows)
-        start = 0
-        for i, row in zip(order, packed, strict=True):
-            stop = start + len(row.token_ids)
+        for i, row, start, stop in zip(order, packed, starts, starts[1:], strict=False):
             before = len(wanted)
             if row.outputs == "last":
                 wanted.append(stop - 1)
             elif row.outputs == "all":
                 wanted.extend(range(start, stop))
             spans[i] = (before, len(wanted))
-            start = stop
+        edits = self._edits(packed, starts)
+        edited = [token for found in edits for token in found.tokens.tolist()]
         batch = PackedBatch.of(
             [row.token_ids for row in packed],
             context=[row.context for row in packed],
             pages=[row.pages for row in packed],
-            outputs=wanted,
-            final_lengths=[max(row.final_length, row.context + len(row.token_ids)) for row in packed],
+            outputs=wanted + edited,
+            final_lengths=[max(row.num_prompt, row.context + len(row.token_ids)) for row in packed],
             device=self._decoder.device,
         )
-        hidden = self._decoder.forward(batch, self._adapters(packed, batch.row_starts), self._cache)
-        return StepOutput(hidden, spans)
+        adapters = self._adapters([lora[i] for i in order], starts, sum(len(row.token_ids) == 1 for row in packed), edits)
+        hidden = self._decoder.forward(batch, adapters, self._cache)
+        if not edited:
+            return StepOutput(hidden, spans)
+        tokens = _not_finite(hidden[len(wanted) :], edited)
+        return StepOutput(hidden[: len(wanted)], spans, sorted({order[bisect_right(starts, token) - 1] for token in tokens}))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -163,19 +175,36 @@ class Runner:
         """Clean pages that may hold values that are not finite."""
         self._cache.zero_pages(pages)
 
-    def _adapters(self, packed: Sequence[Row], starts: Sequence[int]) -> AdapterBatch:
-        """Segments of neighbouring rows with one adapter; single-token rows as bank rows where their adapters are many and the bank gathers."""
-        num_single = sum(len(row.token_ids) == 1 for row in packed)
-        distinct = {row.adapter for row in packed[:num_single]} - {None}
+    def _adapters(self, lora: Sequence[str | None], starts: Sequence[int], num_single: int, edits: tuple[EditRows, ...]) -> AdapterBatch:
+        """Segments of neighbouring rows with one adapter; single-token rows as bank rows where their adapters are many and the bank gathers.
+
+        lora: each packed row's adapter where that changes linears; the first num_single rows have one token.
+        """
+        distinct = set(lora[:num_single]) - {None}
         gathered = self._pool.gathers and len(distinct) > _MAX_DECODE_SEGMENTS
         segments: list[Segment] = []
         first = 0
-        for (single, adapter), group in groupby((i < num_single, row.adapter) for i, row in enumerate(packed)):
+        for (single, adapter), group in groupby((i < num_single, adapter) for i, adapter in enumerate(lora)):
             last = first + sum(1 for _ in group)
             if adapter is not None and not (single and gathered):
                 segments.append(Segment(starts[first], starts[last], self._pool.slot(adapter)))
             first = last
         if not gathered:
-            return AdapterBatch(tuple(segments)) if segments else BASE_ONLY
-        pairs = [(i, row.adapter) for i, row in enumerate(packed[:num_single]) if row.adapter is not None]
-        return AdapterBatch(tuple(segments), self._pool.bank_rows([i for i, _ in pairs], [adapter for _, adapter in pairs]))
+            return AdapterBatch(tuple(segments), edits=edits) if segments or edits else BASE_ONLY
+        pairs = [(i, adapter) for i, adapter in enumerate(lora[:num_single]) if adapter is not None]
+        return AdapterBatch(tuple(segments), self._pool.bank_rows([i for i, _ in pairs], [adapter for _, adapter in pairs]), edits)
+
+    def _edits(self, packed: Sequence[Row], starts: Sequence[int]) -> tuple[EditRows, ...]:
+        """The tokens that ReFT edits; none of rows that are beyond their prompts."""
+        found = [
+            (start, row.context, len(row.token_ids), row.num_prompt, parts)
+            for row, start in zip(packed, starts, strict=False)
+            if row.context < row.num_prompt and row.adapter is not None and (parts := self._pool.slot(row.adapter).parts)
+        ]
+        return edit_rows(found, self._decoder.device) if found else ()
+
+
+def _not_finite(states: Tensor, tokens: Sequence[int]) -> list[int]:
+    """Those of `tokens` whose normed states [n, D] have a NaN or an infinity. Their sums tell: those of finite ones stay far from overflowing."""
+    finite = torch.isfinite(states.sum(-1, dtype=torch.float32)).tolist()
+    return [token for token, good in zip(tokens, finite, strict=True) if not good]

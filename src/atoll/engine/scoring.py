@@ -50,6 +50,10 @@ class _Option(NamedTuple):
     def tokens(self) -> Sequence[int]:
         return self.member.item.continuations[self.number]
 
+    @property
+    def num_prompt(self) -> int:
+        return len(self.member.text.tokens)
+
 
 def pages_for_item(item: ScoreRequest, pages: Pages) -> int:
     """Pages that must be free for an item when nothing of it is known: its prompt, and one continuation at a time."""
@@ -138,7 +142,7 @@ def _score_later_tokens(lender: Lender, members: Sequence[_Member]) -> None:
     room = lender.max_tokens
     while todo and room > 0:
         options = _next_options(lender, todo, room)
-        rows = [Row(o.tokens[:-1], len(o.member.text.tokens), o.pages, o.member.text.adapter, "all") for o in options]
+        rows = [Row(o.tokens[:-1], o.num_prompt, o.pages, o.member.text.adapter, o.num_prompt, "all") for o in options]
         out = lender.runner.forward(rows)
         targets = torch.zeros(out.hidden.shape[0], dtype=torch.int64, device=out.hidden.device)
         for (start, stop), option in zip(out.spans, options, strict=True):

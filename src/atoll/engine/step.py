@@ -57,6 +57,8 @@ def _compute(runner: Runner, work: Sequence[Work]) -> list[Outcome | Exception]:
     outcomes: list[Outcome | Exception] = [Outcome(None, prompt_logprobs.get(i, _NONE)) for i in range(len(work))]
     for i, choice in _choices(runner, work, out):
         outcomes[i] = not_finite(work[i].sequence.adapter) if choice is None else Outcome(choice, prompt_logprobs.get(i, _NONE))
+    for i in out.broken:
+        outcomes[i] = not_finite(work[i].sequence.adapter)
     return outcomes
 
 
@@ -96,7 +98,7 @@ def _row(item: Work) -> Row:
     """The runner's row for a piece of work. Hidden states of all its tokens are wanted where the prompt's log-probabilities are."""
     sequence = item.sequence
     outputs: Outputs = "all" if sequence.wants_prompt_logprobs else "last" if item.wants_token else "none"
-    return Row(sequence.tokens[item.start : item.stop], item.start, sequence.pages, sequence.adapter, outputs, sequence.num_prompt)
+    return Row(sequence.tokens[item.start : item.stop], item.start, sequence.pages, sequence.adapter, sequence.num_prompt, outputs)
 
 
 def _adapter_of(item: Work) -> str:

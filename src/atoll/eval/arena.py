@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from atoll.config import EvalConfig, GenerationConfig
 from atoll.data.prompt import PromptFormat
@@ -33,8 +33,8 @@ from atoll.eval.evaluate import (
     score_completions,
     with_options,
 )
-from atoll.eval.leaderboard import RowNote
-from atoll.eval.score import Score, better_base, read_score, write_outputs, write_score
+from atoll.eval.leaderboard import RowNote, Size
+from atoll.eval.score import Kind, Score, better_base, read_score, write_outputs, write_score
 from atoll.model.adapter_files import read_adapter
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Arena:
             runs.append(
                 plan_run(
                     data,
-                    Contestant(version.ref, "lora", version.digest, adapter=version.digest),
+                    Contestant(version.ref, cast(Kind, version.kind), version.digest, adapter=version.digest),  # the hub's kinds are all ours
                     base.tokenizer,
                     prompt_format=PromptFormat.from_json(own) if own else None,
                     **common,
@@ -196,7 +196,13 @@ def limits(generation: GenerationConfig, data: TaskData, tokenizer: Any) -> tupl
     return generation.max_new_tokens or max_new_tokens, generation.stop or stop
 
 
-def note_of(data: TaskData, scores: Sequence[Score], settings: EvalConfig) -> RowNote:
-    """What the leaderboard's page says beside a row: the majority answer's score, and the base's better prompt style."""
+def note_of(data: TaskData, scores: Sequence[Score], settings: EvalConfig, versions: Sequence[Version]) -> RowNote:
+    """What the leaderboard's page says beside a row: the majority answer's score, the base's better prompt style, and how large the adapters are."""
     base = better_base([score for score in scores if score.kind == "base"])
-    return RowNote(majority=majority_baseline(data, choose_examples(data, settings.test_rows)), base_prompt_style=base.prompt_style)
+    majority = majority_baseline(data, choose_examples(data, settings.test_rows))
+    return RowNote(majority, base.prompt_style, sizes_of(versions))
+
+
+def sizes_of(versions: Sequence[Version]) -> dict[str, Size]:
+    """By digest, what the hub knows of versions' sizes."""
+    return {version.digest: Size(version.num_parameters, version.size_bytes) for version in versions}

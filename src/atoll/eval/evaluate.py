@@ -22,7 +22,7 @@ import numpy as np
 from atoll.errors import EngineError, TaskError
 from atoll.eval.matching import normalise_label
 from atoll.eval.metrics import Metric, metric_for
-from atoll.eval.score import RowOutput, Score
+from atoll.eval.score import Kind, RowOutput, Score
 from atoll.eval.stats import bootstrap_stderr, mean_stderr
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None] | None
 PromptStyle = Literal["plain", "chat"]
-Kind = Literal["base", "lora", "reft", "composed", "endpoint"]
 Part = Literal["validation", "test"]
 CUT = "length"  # the finish reason of an output that hit its token limit
 BROKEN = frozenset({"error", "cancelled"})  # finish reasons that leave no answer, whatever was generated before

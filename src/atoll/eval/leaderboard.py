@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from atoll.errors import BaseMismatch, DataError
 from atoll.eval.baseline import Baseline
@@ -94,12 +94,20 @@ class Leaderboard:
         return board
 
 
+class Size(NamedTuple):
+    """How large an adapter is: its trained numbers, and the bytes of its files. None where the hub has not counted."""
+
+    num_parameters: int | None
+    num_bytes: int
+
+
 @dataclass(frozen=True)
 class RowNote:
-    """What the page says about a row beside the file: the constant answer's score, and the style in which the base did better."""
+    """What the page says of a row beside the file: the constant answer's score, the style in which the base did better, adapters' sizes by digest."""
 
     majority: Baseline | None = None
     base_prompt_style: str = ""
+    sizes: Mapping[str, Size] = field(default_factory=dict)
 
 
 def beats(entry: LeaderboardEntry, base: LeaderboardEntry) -> bool:
@@ -173,8 +181,9 @@ def read_leaderboard(path: Path) -> Leaderboard:
 def render_markdown(board: Leaderboard, notes: Mapping[str, RowNote] | None = None) -> str:
     """The page: one line an adapter, beside the base and the constant answer, with the verdict in words; below it how to read the columns."""
     notes = notes or {}
-    head = ("task", "metric", "n", "majority", "base", "model", "kind", "score", "gain", "p", "failures", "options (base)", "verdict")
-    lines = [_line(head), _line(["---", "---", *["---:"] * 3, "---", "---", *["---:"] * 5, "---"])]
+    asked, model = ("task", "metric", "n", "majority", "base"), ("model", "kind", "parameters", "bytes")
+    head = (*asked, *model, "score", "gain", "p", "failures", "options (base)", "verdict")
+    lines = [_line(head), _line(["---", "---", *["---:"] * 3, "---", "---", *["---:"] * 7, "---"])]
     for row in board.rows:
         lines += [_line(cells) for cells in _cells(row, notes.get(row.task, RowNote()))]
     return "\n".join([f"# Leaderboard: {_escape(board.base_name)}", "", f"Base fingerprint `{board.base_fingerprint}`.", "", *lines, "", READING, ""])
@@ -182,9 +191,10 @@ def render_markdown(board: Leaderboard, notes: Mapping[str, RowNote] | None = No
 
 READING = """How to read it. Scores are from 0 to 1 (correlations from -1), higher is better, ± is one standard error. *base* is the base model with
 the task's prompt, plain or inside its chat template, whichever scored higher (named where known). *majority* gives every row the most common
-training answer. *failures* counts outputs without a usable answer; they count as wrong. *gain* is score minus base; *p* is the two-sided paired test
-that there is no difference. *options* is how often the right label was the likeliest one, for closed label sets, and in brackets the same for the
-base. *verdict*: better or worse when the gain is larger than its own standard error, else no difference."""
+training answer. *parameters* are an adapter's trained numbers, *bytes* its files. *failures* counts outputs without a usable answer; they count as
+wrong. *gain* is score minus base; *p* is the two-sided paired test that there is no difference. *options* is how often the right label was the
+likeliest one, for closed label sets, and in brackets the same for the base. *verdict*: better or worse when the gain is larger than its own standard
+error, else no difference."""
 
 ROW_TYPES: Mapping[str, tuple[type, ...]] = {"task": (str,), "task_version": (str,), "metric": (str,), "n": (int,), "entries": (list,)}
 ENTRY_TYPES: Mapping[str, tuple[type, ...]] = {
@@ -233,10 +243,13 @@ def _cells(row: LeaderboardRow, note: RowNote) -> list[list[str]]:
         if base and base.options_value is not None:
             options += f" ({_number(base.options_value)})"
         gain = f"{entry.value - base.value:+.3f}" if base else "-"
+        known = note.sizes.get(entry.digest)
+        sizes = [_count(known.num_parameters if known else None), _count(known.num_bytes if known else None)]
         failures = f"{entry.failures}{base_failures}"
-        lines.append([*start, entry.model, entry.kind, _measured(entry), gain, _p(entry.p_vs_base), failures, options, _verdict(entry, base)])
+        result = [_measured(entry), gain, _p(entry.p_vs_base), failures, options, _verdict(entry, base)]
+        lines.append([*start, entry.model, entry.kind, *sizes, *result])
     if base and not others:
-        lines.append([*start, "-", "-", "-", "-", "-", f"-{base_failures}", f"- ({_number(base.options_value)})", "base only"])
+        lines.append([*start, *["-"] * 7, f"-{base_failures}", f"- ({_number(base.options_value)})", "base only"])
     return lines
 
 
@@ -252,6 +265,10 @@ def _measured(entry: LeaderboardEntry) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
 
 
 def _p(value: float | None) -> str:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -22,7 +22,8 @@ from atoll.eval.metrics import Evidence, Matrix, metrics
 from atoll.eval.stats import paired_p
 from atoll.files import write_file
 
-KINDS = ("base", "lora", "reft", "composed", "endpoint")
+Kind = Literal["base", "lora", "reft", "lora+reft", "composed", "endpoint"]  # of an adapter: what the hub calls it
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,19 @@ class AdapterMetrics:
             first.add_metric((adapter,), _cumulative(series.first_token), series.first_token_s)
         yield first
         yield self._loaded_now(shown)
+        yield self._kinds_now()
 
     def _loaded_now(self, shown: Callable[[str], str]) -> Metric:
         family = GaugeMetricFamily("atoll_adapter_resident", "Versions of the adapter that are loaded now.", labels=("adapter",))
         now = Counter(shown(self._label(entry.name)) for entry in self._registry.entries.values() if entry.loaded is not None)
         for adapter, count in now.items():
             family.add_metric((adapter,), count)
+        return family
+
+    def _kinds_now(self) -> Metric:
+        family = GaugeMetricFamily("atoll_adapters_loaded", "Versions that are loaded now, by kind of adapter.", labels=("kind",))
+        for kind, count in Counter(entry.traits.kind for entry in self._registry.entries.values() if entry.loaded is not None).items():
+            family.add_metric((kind,), count)
         return family
 
     def _of(self, adapter: str) -> Series:

@@ -68,7 +68,7 @@ class Card:
 
     def markdown(self) -> str:
         """The card as Markdown, safe to render as HTML."""
-        parts = [self._facts(), self._scores(), self._training(), self._lineage(), self._files(), self._readme()]
+        parts = [self._facts(), self._edits(), self._scores(), self._training(), self._lineage(), self._files(), self._readme()]
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def _facts(self) -> str:
@@ -78,11 +78,12 @@ class Card:
         rows = [
             ("version", f"{version.number}{' (yanked)' if version.yanked else ''}, {version.created:%Y-%m-%d %H:%M} UTC"),
             ("digest", f"sha256:{version.digest}"),
-            ("kind", version.kind),
+            ("kind", f"composed ({self._form})" if version.kind == "composed" else version.kind),
             ("base", version.base or "not recorded"),
             ("base weights", base.get("weights_fingerprint") or "not recorded: checked by shapes only"),
             *spec,
             ("parameters", f"{version.num_parameters:,}" if version.num_parameters else ""),
+            ("bytes", f"{version.size_bytes:,}"),
             ("task", version.task),
             ("licence", version.licence or "not stated"),
             ("tags", ", ".join(version.tags)),
@@ -92,6 +93,17 @@ class Card:
         title = f"# {escape(version.name)}"
         about = f"{escape(version.description)}\n\n" if version.description else ""
         return f"{title}\n\n{about}{_table(('', ''), [(key, value) for key, value in rows if value not in (None, '')])}"
+
+    @property
+    def _form(self) -> str:
+        """What its files hold, whatever it was made from: lora, reft or lora+reft."""
+        return str(self.config.get("peft_type", "")).casefold().replace("_", "+")
+
+    def _edits(self) -> str:
+        """One line a ReFT part; see model/reft.py for what the words mean."""
+        head = ("method", "layers", "rank", "positions", "component", "tied", "activation", "dropout", "weight")
+        parts = [part for part in self.config.get("reft") or () if isinstance(part, Mapping)]
+        return f"## Edits\n\n{_table(head, [_edit_cells(part) for part in parts])}" if parts else ""
 
     def _scores(self) -> str:
         head = ("task", "metric", "value", "stderr", "n", "failures", "by options", "task version")
@@ -136,6 +148,26 @@ def escape(value: Any) -> str:
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     lines = [head, ("---",) * len(head), *(tuple(escape(cell) for cell in row) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _edit_cells(part: Mapping[str, Any]) -> tuple[Any, ...]:
+    layers, ranks, positions = part.get("layers"), part.get("rank_pattern") or {}, part.get("positions")
+    other = ", ".join(f"layer {layer}: {rank}" for layer, rank in ranks.items())
+    return (
+        part.get("method"),
+        "all" if layers is None else _listed(layers),
+        f"{part.get('rank')} ({other})" if other else part.get("rank"),
+        _listed(positions) if isinstance(positions, list) else positions,
+        part.get("component"),
+        "yes" if part.get("tied") else "no",
+        part.get("activation") or "none",
+        part.get("dropout"),
+        part.get("weight"),
+    )
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(map(str, values))
 
 
 def _figure(value: float | None) -> str:

@@ -8,11 +8,14 @@ Used by workflows, compose and the server before an adapter is loaded on a base.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Shapes = Mapping[str, Sequence[int]]
+
+_EDIT = re.compile(r"reft\.\d+\.layers\.(\d{1,6})\.\w+\.\w+\.([rwbc])")  # a tensor of a ReFT edit, see model/adapter_files.py
 
 # (name in a manifest's base record and in a base's fingerprint, what a user calls it); the weights' hash has two names
 _PARTS = (
@@ -66,7 +69,14 @@ def verdict(manifest_base: Mapping[str, Any] | None, adapter_shapes: Shapes, bas
 
 
 def _misfit(key: str, shape: tuple[int, ...], base_shapes: Shapes) -> str:
-    """Why one adapter tensor does not fit the base, or ''. PEFT's keys: base_model.model.<module>.lora_A.weight [r, d_in], lora_B [d_out, r]."""
+    """Why one adapter tensor does not fit the base, or ''.
+
+    PEFT's keys: base_model.model.<module>.lora_A.weight [r, d_in], lora_B [d_out, r]. An edit's: reft.<part>.layers.<layer>.<component>.<side>. with
+    r or w [r, D], b or c [r].
+    """
+    edit = _EDIT.fullmatch(key)
+    if edit is not None:
+        return _edit_misfit(key, shape, int(edit[1]), edit[2], base_shapes)
     path = key.removeprefix("base_model.model.")
     for suffix, axis, from_base in (
         (".lora_A.weight", 1, 1),
@@ -90,6 +100,16 @@ def _misfit(key: str, shape: tuple[int, ...], base_shapes: Shapes) -> str:
     if base is None:
         return f"tensor {key}: the base has no parameter {path}"
     return "" if tuple(base) == shape else f"tensor {key}: shape {list(shape)}, the base has {list(base)}"
+
+
+def _edit_misfit(key: str, shape: tuple[int, ...], layer: int, tensor: str, base_shapes: Shapes) -> str:
+    """Why one tensor of an edit does not fit: it needs the layer, and the base's hidden size where it has one."""
+    query = base_shapes.get(f"model.layers.{layer}.self_attn.q_proj.weight")
+    if query is None:
+        return f"tensor {key}: the base has no layer {layer}"
+    if tensor in "rw" and (len(shape) != 2 or shape[1] != query[1]):
+        return f"tensor {key}: shape {list(shape)} on hidden states of width {query[1]}"
+    return "" if len(shape) == (2 if tensor in "rw" else 1) else f"tensor {key}: shape {list(shape)}, expected one axis"
 
 
 def _first(record: Mapping[str, Any], keys: tuple[str, ...]) -> Any:

@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, Select, func, or_, select
 from sqlalchemy.orm import Session
 
 from atoll.errors import AdapterNotFound, HubError, NameRefused
-from atoll.hub.intake import Intake
+from atoll.hub.intake import KINDS, Intake
 from atoll.hub.names import Reference, name_key, nearest, parse_reference
 from atoll.hub.records import AdapterRow, FileRow, ParentRow, TagRow, VersionRow
 
@@ -83,7 +83,12 @@ def _versions() -> Select[VersionRow]:
 def listing(
     session: Session, *, name: str | None, base: str | None, kind: str | None, tag: str | None, all_versions: bool, words: Sequence[str] = ()
 ) -> list[VersionRow]:
-    """Versions by name and falling number; of each name only the newest that is not yanked, unless a name, a tag or `all_versions` asks for more."""
+    """Versions by name and falling number; of each name only the newest that is not yanked, unless a name, a tag or `all_versions` asks for more.
+
+    Raises HubError for a kind that there is not: it would find nothing, and say nothing.
+    """
+    if kind is not None and kind not in KINDS:
+        raise HubError(f"there is no kind {kind[:40]!r} of adapters", hint=f"kinds are {', '.join(KINDS)}")
     query = _versions().order_by(AdapterRow.name_key, VersionRow.number.desc())
     if name is not None and name.endswith("/"):
         query = query.where(AdapterRow.name_key.startswith(name_key(name), autoescape=True))

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 README_FILE = "README.md"
 # Text files have small caps: nothing that is read into memory whole may be large. Weights have one against filling the disk by mistake.
 MAX_BYTES = {CONFIG_FILE: 1 << 20, WEIGHTS_FILE: 16 << 30, MANIFEST_FILE: 1 << 20, README_FILE: 1 << 20}
-KINDS = ("lora", "reft", "composed")
+KINDS = ("lora", "reft", "lora+reft", "composed")
 FORMAT = 1
+PYREFT_PREFIX = "intkey_"  # of the pickles in a folder that PyReFT saved
 BASE_FIELDS = ("name", "config_hash", "weights_fingerprint", "tokenizer_hash", "chat_template_hash")
 
 
@@ -102,7 +103,7 @@ def take_in(
 ) -> Intake:
     """Copy, check and hash the adapter of `source` into the empty folder `quarantine`.
 
-    Without a manifest.json one is made beside the two PEFT files, holding `origin` and what is known of the base: the same for the same input, so the
+    Without a manifest.json one is made beside the other files, holding `origin` and what is known of the base: the same for the same input, so the
     digest is too. Raises AdapterFormatError, UnsupportedAdapter or BaseMismatch; the caller empties the quarantine.
     """
     left_out = survey(source)
@@ -138,9 +139,10 @@ def survey(source: Path) -> tuple[str, ...]:
     names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in source.iterdir())
     pickles = [name for name in names if Path(name).suffix.lower() in PICKLE_SUFFIXES]
     if WEIGHTS_FILE not in names and pickles:
+        save_again = f"save the adapter again as {WEIGHTS_FILE} (PEFT: model.save_pretrained(folder, safe_serialization=True))"
         raise AdapterFormatError(
-            f"{source / pickles[0]} is a pickle, which can run code when it is read; Atoll never opens one",
-            hint=f"save the adapter again as {WEIGHTS_FILE} (PEFT: model.save_pretrained(folder, safe_serialization=True))",
+            f"{source / pickles[0]} is a pickle, which can run code when it is read; the hub never opens one",
+            hint=f"bring PyReFT's folders in with atoll hub import-pyreft {source} NAME" if pickles[0].startswith(PYREFT_PREFIX) else save_again,
         )
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if name not in names:

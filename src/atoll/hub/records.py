@@ -146,7 +146,7 @@ class RunRow(Record):
 
 @dataclass(frozen=True)
 class Version:
-    """One immutable version of an adapter. `path` is its PEFT folder; `Hub.path` makes sure that it is there."""
+    """One immutable version of an adapter. `path` is its folder; `Hub.path` makes sure that it is there."""
 
     name: str
     number: int

@@ -5,7 +5,7 @@ the index row. Storing is repeated inside the writer's transaction, where garbag
 
     <root>/hub.db              the index (records.py), unless a database URL was given
     <root>/blobs/sha256/ab/…   every file once, read-only
-    <root>/adapters/<digest>/  one ordinary PEFT folder a version: hard links to blobs
+    <root>/adapters/<digest>/  one ordinary adapter folder a version: hard links to blobs
     <root>/staging/            quarantines of publishers at work; a dead one's is swept by gc
 
 Used by workflows, compose, the server and the command line.
@@ -108,7 +108,7 @@ class Hub(Ledger):
         return self._take(Path(folder).expanduser(), name, tags=tags, message=message, licence=licence, base=base, origin=None)
 
     def pull(self, source: Path | str, name: str, *, tags: Sequence[str] = (), message: str = "", licence: str | None = None) -> Version:
-        """Bring a PEFT folder, or "hf:owner/name[@revision]", into the hub. Its files stay bit-exact; a manifest with the origin is put beside."""
+        """Bring a folder, or "hf:owner/name[@revision]", into the hub. Its files stay bit-exact; a manifest with the origin is put beside."""
         with storage_errors(f"pulling {source}"), self._quarantines.new() as scratch, opened(source, scratch / "download") as (folder, origin):
             return self._take(folder, name, tags=tags, message=message, licence=licence, base=None, origin=origin)
 
@@ -175,7 +175,7 @@ class Hub(Ledger):
         return target
 
     def path(self, version: Version | str) -> Path:
-        """The version's folder, an ordinary PEFT folder that never changes; rebuilt from the blobs if this machine does not have it."""
+        """The version's folder, which never changes; rebuilt from the blobs if this machine does not have it."""
         found = self.resolve(version) if isinstance(version, str) else version
         if not found.path.is_dir():
             with storage_errors(f"building the folder of {found.ref}"), self._quarantines.new() as place:
@@ -202,10 +202,10 @@ class Hub(Ledger):
             rows = index.listing(session, name=name, base=base, kind=kind, tag=tag, all_versions=all_versions)
             return tuple(version_of(row, self._adapters) for row in rows)
 
-    def search(self, text: str) -> tuple[Version, ...]:
+    def search(self, text: str, *, kind: str | None = None) -> tuple[Version, ...]:
         """The newest version of each name that mentions every word, in its name, description, task, licence, base, message or tags."""
         with self._database.read() as session:
-            rows = index.listing(session, name=None, base=None, kind=None, tag=None, all_versions=False, words=text.split())
+            rows = index.listing(session, name=None, base=None, kind=kind, tag=None, all_versions=False, words=text.split())
             return tuple(version_of(row, self._adapters) for row in rows)
 
     def show(self, ref: str) -> Card:

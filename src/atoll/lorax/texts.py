@@ -173,6 +173,7 @@ class Texts:
             "request_logger_url": None,
             "base": base.describe(),
             "adapters": await service.operator.listing.count(caller_of(http)),
+            "adapter_kinds": dict(await service.operator.listing.kinds(caller_of(http))),
             "kernel": service.kernel,
         }
 

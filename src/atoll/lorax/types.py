@@ -276,6 +276,7 @@ class Info(BaseModel):
     request_logger_url: str | None
     base: dict[str, str] = Field(description="The base's name and hashes.")
     adapters: int = Field(description="How many adapters this caller may use.")
+    adapter_kinds: dict[str, int] = Field(description="How many of them the hub has of each kind: lora, reft, lora+reft, composed.")
     kernel: str = Field(description="Which forward computes: plain, or the target that the compiled one was built for.")
 
 

@@ -26,7 +26,7 @@ class AdapterSpec:
 
     rank and alpha hold for every target module unless rank_pattern or alpha_pattern names the module. layers_to_transform of None means all layers.
     target_modules holds names of linears ("q_proj") or dotted ends of their paths ("layers.3.self_attn.q_proj"); none of them: no LoRA, and rank is
-    the largest of the ReFT parts.
+    the largest of the ReFT parts (`reft_only`).
     """
 
     base: str
@@ -39,6 +39,13 @@ class AdapterSpec:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
     reft: tuple[ReftSpec, ...] = ()
+
+    @classmethod
+    def reft_only(cls, base: str, parts: Iterable[ReftSpec]) -> AdapterSpec:
+        """The spec of an adapter without LoRA modules: no target modules, and the largest rank of its parts as rank and alpha."""
+        reft = tuple(parts)
+        rank = max(part.max_rank for part in reft)
+        return cls(base, rank, float(rank), (), reft=reft)
 
     @property
     def kind(self) -> str:
@@ -60,26 +67,28 @@ class AdapterSpec:
             )
         return [site for layer in layers for target in TARGETS if names(self.target_modules, site := Site(layer, target)) is not None]
 
-    def rank_at(self, site: Site) -> int:
-        """The rank at a site: rank_pattern's entry that names it best, else `rank`."""
+    def rank_at(self, site: Site | str) -> int:
+        """The rank at a site or at a linear's path: rank_pattern's entry that names it best, else `rank`."""
         return int(_by_pattern(self.rank_pattern, site, self.rank))
 
-    def scaling_at(self, site: Site) -> float:
+    def scaling_at(self, site: Site | str) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
         alpha, rank = float(_by_pattern(self.alpha_pattern, site, self.alpha)), self.rank_at(site)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
-def names(keys: Iterable[str], site: Site) -> str | None:
+def names(keys: Iterable[str], site: Site | str) -> str | None:
     """PEFT's lookup: the first key that equals the site's module path or is a dotted suffix of it ("q_proj", "layers.3.self_attn.q_proj").
+
+    A site of another family than the decoder's is given as its module path.
 
     Keys are literal here; PEFT also reads them as regular expressions, which adapter_files.py refuses.
     """
-    path = module_path(site)
+    path = site if isinstance(site, str) else module_path(site)
     return next((key for key in keys if path == key or path.endswith("." + key)), None)
 
 
-def _by_pattern(pattern: Mapping[str, Any], site: Site, default: Any) -> Any:
+def _by_pattern(pattern: Mapping[str, Any], site: Site | str, default: Any) -> Any:
     key = names(pattern, site)
     return default if key is None else pattern[key]
 
@@ -120,9 +129,9 @@ class Adapter:
         return lora + sum(tensor.numel() for found in self.edits.values() for tensor in found.tensors.values())
 
     def check_fits(self, shapes: Mapping[str, tuple[int, int]], num_layers: int) -> None:
-        """Raise BaseMismatch at the first site that does not fit a base with linears `shapes` {target:
+        """Raise BaseMismatch at the first site that does not fit a base, or that the base has and the adapter lacks.
 
-        (d_out, d_in)}, or that the base has and the file lacks.
+        shapes maps a target to its linear's (d_out, d_in).
         """
         hint = "use the base that the adapter was made for" + (f": {self.spec.base}" if self.spec.base else "")
         for site in self.spec.sites(num_layers):

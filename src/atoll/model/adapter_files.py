@@ -1,10 +1,11 @@
 """Adapters on disk: PEFT's two files, and the manifest beside them.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`, exactly as PEFT writes and reads them, and `manifest.json` for what PEFT has no
-field for. Files come from strangers: nothing here runs code, loads a pickle, compiles a pattern from a file or trusts a header; an option that Atoll
-does not apply is refused by name, because applying the rest would be silently wrong.
+A folder holds `adapter_config.json` and `adapter_model.safetensors`, for LoRA exactly as PEFT writes and reads them, and `manifest.json` for what
+PEFT has no field for. ReFT edits are in the same two files (reft_files.py). Files come from strangers: nothing here runs code, loads a pickle,
+compiles a pattern from a file or trusts a header; an option that Atoll does not apply is refused by name, because applying the rest would be silently
+wrong.
 
-Used by the hub (check on publish and pull), train (write), engine and workflows (read).
+Used by the hub (check on publish and pull), train (write), engine and workflows (read); generic_adapter.py reads other families' adapters.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atoll.errors import AdapterFormatError
 from atoll.files import write_file
 from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
 from atoll.model.peft_config import peft_config, read_config
-from atoll.model.safetensors_header import check_header
+from atoll.model.reft import EditSite, Intervention
+from atoll.model.reft_files import LORA_REFT, REFT, check_edit_shapes, edit_tensors, edits_of, is_edit_key, last_layer, read_reft_config, reft_config
+from atoll.model.safetensors_header import check_header, lora_sites
 from atoll.model.sites import TARGETS, Site, peft_key
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -36,40 +42,45 @@ def check_adapter_files(folder: Path) -> AdapterSpec:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter folder; factors keep their file's dtype. Raises as `check_adapter_files` does."""
-    _refuse_pickles(folder)
-    spec = read_config(_read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
-    modules = _read_modules(folder / WEIGHTS_FILE, spec)
-    return Adapter(spec, modules, read_manifest(folder))
+    """Read an adapter folder; tensors keep their file's dtype. Raises as `check_adapter_files` does."""
+    refuse_pickles(folder)
+    config = read_object(folder / CONFIG_FILE)
+    read = read_reft_config if config.get("peft_type") in (REFT, LORA_REFT) else read_config
+    spec = read(config, folder / CONFIG_FILE)
+    modules, edits = _read_tensors(folder / WEIGHTS_FILE, spec)
+    return Adapter(spec, modules, read_manifest(folder), edits)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest beside the two files, or an empty dict for a folder that PEFT wrote."""
     path = folder / MANIFEST_FILE
-    return _read_json(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
-    """Write the folder's three files, each through a temporary file. The factors are stored contiguous in their own dtype, in PEFT's names."""
-    import torch
+    """Write the folder's three files, each through a temporary file. Tensors are stored contiguous in their own dtype, factors in PEFT's names."""
     from safetensors.torch import save
 
+    assert {site.part for site in adapter.edits} == set(range(len(adapter.spec.reft))), "an adapter lacks the edits of a part that its spec names"
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, torch.Tensor] = {}
+    tensors = edit_tensors(adapter.spec, adapter.edits)
     for site, module in adapter.modules.items():
         tensors[peft_key(site, "A")], tensors[peft_key(site, "B")] = module.a.detach().contiguous(), module.b.detach().contiguous()
     write_file(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     # Not sorted: PEFT takes the first entry of rank_pattern and alpha_pattern that names a module, so their order has a meaning.
-    write_file(folder / CONFIG_FILE, _dump(peft_config(adapter.spec), sort=False))
+    config = reft_config(adapter.spec) if adapter.spec.reft else peft_config(adapter.spec)
+    write_file(folder / CONFIG_FILE, dump_json(config, sort=False))
     if adapter.manifest:
-        write_file(folder / MANIFEST_FILE, _dump(adapter.manifest, sort=True))
+        write_file(folder / MANIFEST_FILE, dump_json(adapter.manifest, sort=True))
 
 
-def _dump(value: Mapping[str, Any], sort: bool) -> bytes:
+def dump_json(value: Mapping[str, Any], sort: bool) -> bytes:
+    """An object as the files hold it."""
     return (json.dumps(value, indent=2, sort_keys=sort, ensure_ascii=False) + "\n").encode()
 
 
-def _refuse_pickles(folder: Path) -> None:
+def refuse_pickles(folder: Path) -> None:
+    """Raise AdapterFormatError unless the folder holds its weights as safetensors, saying so where they are a pickle."""
     if not folder.is_dir():
         raise AdapterFormatError(f"{folder} is not a folder", hint=f"an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     if (folder / WEIGHTS_FILE).is_file():
@@ -83,7 +94,8 @@ def _refuse_pickles(folder: Path) -> None:
     raise AdapterFormatError(f"{folder} has no {WEIGHTS_FILE}", hint=f"an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of an adapter, read under a limit. Raises AdapterFormatError."""
     try:
         if path.stat().st_size > _CONFIG_LIMIT:
             raise AdapterFormatError(f"{path} is larger than {_CONFIG_LIMIT} bytes")
@@ -97,14 +109,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_modules(path: Path, spec: AdapterSpec) -> dict[Site, LoraModule]:
-    import torch
+def _read_tensors(path: Path, spec: AdapterSpec) -> tuple[dict[Site, LoraModule], dict[EditSite, Intervention]]:
     from safetensors.torch import load_file
 
-    factors = check_header(path)
+    shapes = check_header(path)
+    edits = {name: shape for name, shape in shapes.items() if is_edit_key(name)}
+    sites = lora_sites({name: shape for name, shape in shapes.items() if name not in edits}, path)
+    named = (*(site.layer for site in sites), *(spec.layers_to_transform or ()), *(layer for part in spec.reft for layer in part.layers or ()))
+    num_layers = 1 + max((last_layer(edits), *named))
+    check_edit_shapes(edits, spec, num_layers, path)
+    if spec.kind == "reft" and sites:
+        raise AdapterFormatError(f"{path} has LoRA factors, but its config says {REFT}", hint="the file belongs to another config")
     tensors = load_file(path)
+    modules = _modules_of(tensors, sites, spec, num_layers, path)
+    return modules, edits_of(tensors, spec, num_layers, path)
+
+
+def _modules_of(tensors: Mapping[str, Tensor], sites: set[Site], spec: AdapterSpec, num_layers: int, path: Path) -> dict[Site, LoraModule]:
     modules: dict[Site, LoraModule] = {}
-    for site in sorted(factors, key=lambda s: (s.layer, TARGETS.index(s.target))):
+    for site in sorted(sites, key=lambda s: (s.layer, TARGETS.index(s.target))):
         a, b = tensors[peft_key(site, "A")], tensors[peft_key(site, "B")]
         rank = spec.rank_at(site)
         if a.shape[0] != rank or b.shape[1] != rank:
@@ -112,12 +135,12 @@ def _read_modules(path: Path, spec: AdapterSpec) -> dict[Site, LoraModule]:
                 f"{path}: layer {site.layer} {site.target} has factors {tuple(a.shape)} and {tuple(b.shape)}, but the config says rank {rank}"
             )
         for name, tensor in (("A", a), ("B", b)):
-            if not bool(torch.isfinite(tensor).all()):
+            if not bool(tensor.isfinite().all()):
                 raise AdapterFormatError(
                     f"{path}: {peft_key(site, name)} has values that are not finite (NaN or infinity)", hint="retrain the adapter"
                 )
         modules[site] = LoraModule(a, b, spec.scaling_at(site))
-    expected = set(spec.sites(1 + max(*(site.layer for site in modules), *(spec.layers_to_transform or (0,)))))
+    expected = set(spec.sites(num_layers))
     if expected != set(modules):
         site = min(expected ^ set(modules))
         what = "has no factors for" if site in expected else "has factors, which its config does not cover, for"

@@ -5,6 +5,9 @@ segment costs one shrink and one expand a member. This plain version serves trai
 Decode rows, one token each, take the batched version: gather the rows' factors from the bank and do one batched product a member.
 tests/model/test_apply.py holds both equal.
 
+Many weightings of the same adapters (compose) are one more factor: with the adapters stacked to one A, equal blocks of tokens differ in a `mix` of
+z = x Aᵀ alone, and its gradient comes out of products that are done anyway. Where merged weights are cheaper, blocks have weights of their own.
+
 Used by decoder.py for every linear. Who owns what: the bank owns the served tensors, a training job owns its own; this file only reads.
 """
 
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +42,14 @@ class Update(NamedTuple):
     """An adapter's factors at one fused linear: a [R, d_in] with R the sum of its members' ranks, and the members.
 
     dropout is the share of x's elements that training hides from A (the rest scaled up); the members of a group see the same mask, drawn from
-    dropout_seed.
+    dropout_seed. mix [P, R]: the segment's tokens are P blocks of equal length, and z = x Aᵀ of block p is multiplied by mix[p] before it meets b.
     """
 
     a: Tensor
     parts: tuple[Part, ...]
     dropout: float = 0.0
     dropout_seed: int = 0
+    mix: Tensor | None = None
 
 
 class AdapterWeights(Protocol):
@@ -61,6 +65,14 @@ class BankRows:
     """Decode rows that use resident adapters: token i = tokens[k] uses slot slots[k] of one bank bucket. Several buckets, several entries."""
 
     buckets: tuple[BucketRows, ...]
+
+
+class BlockWeights(Protocol):
+    """Merged weights: the batch's tokens are P blocks of equal length, each with a weight of its own in place of the base's."""
+
+    def merged(self, layer: int, group: int, weight: Tensor) -> Tensor | None:
+        """[P, d_out, d_in] for the base's weight [d_out, d_in], good until the next call; None where all blocks use the base's."""
+        ...
 
 
 class BucketRows(Protocol):
@@ -84,16 +96,17 @@ def lora_update(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: int, group: int, adapters: AdapterBatch) -> Tensor:
     """x Wᵀ + bias, plus every segment's update. x [T, d_in], weight [d_out, d_in] frozen; returns [T, d_out].
 
-    With gradients enabled the result is differentiable in x and in every A and B, never in W.
+    With gradients enabled the result is differentiable in x and in every A, B and mix, never in W.
     """
     updates = [(s.start, s.stop, found) for s in adapters.segments if s.stop > s.start and (found := s.weights.update(layer, group)) is not None]
-    if torch.is_grad_enabled() and (x.requires_grad or any(u.a.requires_grad for _, _, u in updates)):
+    if torch.is_grad_enabled() and (x.requires_grad or any(_is_trained(u) for _, _, u in updates)):
         assert adapters.bank_rows is None, "decode rows of a bank have no gradients"
-        tensors = [tensor for _, _, u in updates for tensor in (u.a, *(part.b for part in u.parts))]
+        assert adapters.blocks is None, "merged weights have no gradients"
+        tensors = [tensor for _, _, u in updates for tensor in (u.a, u.mix, *(part.b for part in u.parts))]
         layout = [(start, stop, [(*part[:4], part.scaling) for part in u.parts], u.dropout, u.dropout_seed) for start, stop, u in updates]
         out: Tensor = _LoraLinear.apply(x, weight, bias, layout, *tensors)
         return out
-    y = F.linear(x, weight, bias)
+    y = _base_product(x, weight, bias, layer, group, adapters.blocks)
     for start, stop, update in updates:
         _add_segment(y[start:stop], x[start:stop], update)
     if adapters.bank_rows is not None:
@@ -102,9 +115,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: int, group: in
     return y
 
 
+def _is_trained(update: Update) -> bool:
+    return update.a.requires_grad or (update.mix is not None and update.mix.requires_grad)
+
+
+def _base_product(x: Tensor, weight: Tensor, bias: Tensor | None, layer: int, group: int, blocks: BlockWeights | None) -> Tensor:
+    """x Wᵀ + bias, with each block's own W where it has one. Returns [T, d_out]."""
+    merged = blocks.merged(layer, group, weight) if blocks is not None else None
+    if merged is None:
+        return F.linear(x, weight, bias)
+    y = torch.bmm(x.reshape(len(merged), -1, x.shape[1]), merged.mT).view(len(x), -1)
+    return y if bias is None else y.add_(bias)
+
+
+def _mixed(z: Tensor, mix: Tensor) -> Tensor:
+    """z [t, R] with block p of its tokens multiplied by mix[p]; mix [P, R] in z's dtype, t a multiple of P."""
+    return (z.view(len(mix), -1, z.shape[1]) * mix.unsqueeze(1)).view_as(z)
+
+
 def _add_segment(y: Tensor, x: Tensor, update: Update) -> None:
-    """y += Σ scaling (x Aᵀ) b in place, for one segment. y [t, d_out], x [t, d_in]."""
+    """y += Σ scaling mix (x Aᵀ) b in place, for one segment. y [t, d_out], x [t, d_in]."""
     z = x @ update.a.to(x.dtype).T
+    if update.mix is not None:
+        z.view(len(update.mix), -1, z.shape[1]).mul_(update.mix.to(x.dtype).unsqueeze(1))
     for part in update.parts:
         y[:, part.out_start : part.out_stop].addmm_(z[:, part.rank_start : part.rank_stop], part.b.to(x.dtype), alpha=part.scaling)
 
@@ -133,27 +166,30 @@ def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`linear` with the backward by hand: dX = dY W + Σ s (dY Bᵀ) A, dA = s (dY Bᵀ)ᵀ X, dB = s Zᵀ dY, and nothing for W.
+    """`linear` with the backward by hand: dX = dY W + dZ A, dA = dZᵀ X, dB = s (mix Z)ᵀ dY, nothing for W; with dV = s dY Bᵀ, dZ = mix dV and
+    dmix = Σ Z dV over a block's tokens.
 
     By hand because autograd would keep each slice and cast as a node of its own, and because the cheap association (never form dY Xᵀ) should be
     visible. Factors come in as float32 masters and are rounded to x's dtype once; their gradients leave in the masters' dtype.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Sequence[Any], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Sequence[Any], *tensors: Tensor | None) -> Tensor:
         y = F.linear(x, weight, bias)
-        saved: list[Tensor] = []
+        saved: list[Tensor | None] = []
         queue = iter(tensors)
         for start, stop, parts, dropout, seed in layout:
-            a = next(queue).to(x.dtype)
+            a, mix = (None if tensor is None else tensor.to(x.dtype) for tensor in (next(queue), next(queue)))
+            assert a is not None
             z = _dropped(x[start:stop], dropout, seed) @ a.T
-            saved += [a, z]
+            saved += [a, mix, z]
+            mixed = z if mix is None else _mixed(z, mix)
             for rank_start, rank_stop, out_start, out_stop, scaling in parts:
-                b = next(queue).to(x.dtype)
-                y[start:stop, out_start:out_stop].addmm_(z[:, rank_start:rank_stop], b, alpha=scaling)
+                b = cast(Tensor, next(queue)).to(x.dtype)
+                y[start:stop, out_start:out_stop].addmm_(mixed[:, rank_start:rank_stop], b, alpha=scaling)
                 saved.append(b)
-        ctx.save_for_backward(x, weight, *saved)
-        ctx.layout, ctx.dtypes = layout, [tensor.dtype for tensor in tensors]
+        ctx.save_for_backward(x if layout else None, weight, *saved)  # without factors, x would only take memory
+        ctx.layout, ctx.dtypes = layout, [None if tensor is None else tensor.dtype for tensor in tensors]
         return y
 
     @staticmethod
@@ -165,17 +201,24 @@ class _LoraLinear(torch.autograd.Function):
         out: list[Tensor | None] = []
         queue = iter(saved)
         for start, stop, parts, dropout, seed in ctx.layout:
-            a, z = next(queue), next(queue)
+            a, mix, z = next(queue), next(queue), next(queue)
+            first = len(out)  # this segment's place among the tensors: A, mix, then each part's B
+            mixed = z if mix is None or not any(need_factors[first + 2 :]) else _mixed(z, mix)
             dys, dz, dbs = dy[start:stop], torch.empty_like(z), []
-            for rank_start, rank_stop, out_start, out_stop, scaling in parts:
+            for place, (rank_start, rank_stop, out_start, out_stop, scaling) in enumerate(parts, first + 2):
                 b, dyp = next(queue), dys[:, out_start:out_stop]
                 torch.mul(dyp @ b.T, scaling, out=dz[:, rank_start:rank_stop])
-                dbs.append((z[:, rank_start:rank_stop].T @ dyp).float() * scaling)
-            if need_factors[len(out)]:
-                out.append((dz.T @ _dropped(x[start:stop], dropout, seed)).to(ctx.dtypes[len(out)]))
-            else:
-                out.append(None)
-            out += [db.to(ctx.dtypes[len(out) + i]) for i, db in enumerate(dbs)]
+                if need_factors[place]:
+                    dbs.append(((mixed[:, rank_start:rank_stop].T @ dyp).float() * scaling).to(ctx.dtypes[place]))
+                else:
+                    dbs.append(None)
+            dmix = None
+            if mix is not None:
+                if need_factors[first + 1]:
+                    dmix = (z * dz).view(len(mix), -1, z.shape[1]).sum(1, dtype=torch.float32).to(ctx.dtypes[first + 1])
+                dz = _mixed(dz, mix)
+            da = (dz.T @ _dropped(x[start:stop], dropout, seed)).to(ctx.dtypes[first]) if need_factors[first] else None
+            out += [da, dmix, *dbs]
             if dx is not None and dropout:
                 dx[start:stop] += _dropped(dz @ a, dropout, seed)
             elif dx is not None:

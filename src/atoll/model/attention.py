@@ -138,7 +138,7 @@ class Attention:
         num_tokens, heads, size = q.shape
         rows = self.batch.num_rows
         if self._block is not None:
-            q, k, v = (t.index_select(0, self._block.take) for t in (q, k, v))
+            q, k, v = (_Spread.apply(t, self._block.take, self._block.back) for t in (q, k, v))
             longest = self._block.longest
         else:
             longest = num_tokens // rows
@@ -151,7 +151,10 @@ class Attention:
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask_of(0, longest, window, q), enable_gqa=True)
         out = out.transpose(1, 2).reshape(rows * longest, heads * size)
-        return out if self._block is None else out.index_select(0, self._block.back)
+        if self._block is None:
+            return out
+        gathered: Tensor = _Gather.apply(out, self._block.back)
+        return gathered
 
     def _cached(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         assert self.cache is not None
@@ -197,6 +200,36 @@ class Attention:
         mask = self._mask_of(context, tokens, window, q).repeat(heads // kv_heads, 1)
         out = F.scaled_dot_product_attention(queries.reshape(kv_heads, -1, size)[None], seen_keys, seen_values, attn_mask=mask)[0]
         return out.reshape(heads, tokens, size).transpose(0, 1).flatten(1)
+
+
+class _Spread(torch.autograd.Function):
+    """Packed tokens to the places of a block. What stands in padding gets no gradient (no query sees it, its own output is dropped), so the backward
+    is the way back, and not the sum over places that torch would make of repeated indices."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, take: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, take)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        return grads[0].index_select(0, back), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """The places of a block that hold a token, packed again; each is taken once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.num_places = x.shape[0]
+        return x.index_select(0, back)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.num_places, grads[0].shape[1]).index_copy_(0, back, grads[0]), None
 
 
 class _BlockAttention(torch.autograd.Function):

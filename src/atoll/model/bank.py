@@ -2,7 +2,8 @@
 
 An adapter of rank 12 stands in the bucket of 16, padded with zeros, scaling folded into B in float32 before rounding. Each bucket holds one stack a
 site group: A [slots, R, d_in] and, a member, B [slots, r, d_out]. Prefill takes views of one slot (no copy); decode gathers the rows' slots for one
-batched product. A stack grows by doubling; a slot is freed by forgetting it.
+batched product. A stack grows by doubling; a slot is freed by forgetting it. ReFT edits are small: a slot has its own, fused, beside the stacks, and
+an adapter without LoRA modules stands in no stack at all.
 
 Used by the engine's pool, which decides who stays. Buckets are powers of two from 8, so padding costs at most a factor of two.
 """
@@ -17,9 +18,12 @@ from torch import Tensor
 
 from atoll.model.adapter import Adapter
 from atoll.model.apply import BankRows, Part, Update
+from atoll.model.apply_edits import EditedPart, edited_parts
+from atoll.model.reft import fused_bytes
 from atoll.model.sites import GROUPS, Site
 
 _SMALLEST_BUCKET = 8
+_NO_BUCKET = 0  # of an adapter without LoRA modules
 
 
 def bucket_of(rank: int) -> int:
@@ -29,12 +33,13 @@ def bucket_of(rank: int) -> int:
 
 @dataclass(frozen=True)
 class Slot:
-    """One resident adapter's place. As AdapterWeights it gives views into the bank for a segment of tokens."""
+    """One resident adapter's place. As AdapterWeights it gives views into the bank for a segment of tokens; `parts` are its fused ReFT edits."""
 
     bank: LoraBank
     bucket: int
     index: int
     groups: frozenset[int]
+    parts: tuple[EditedPart, ...] = field(default=(), compare=False, repr=False)
 
     def update(self, layer: int, group: int) -> Update | None:
         if group not in self.groups:
@@ -84,22 +89,32 @@ class LoraBank:
     def __init__(self, shapes: Mapping[str, tuple[int, int]], num_layers: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.shapes, self.num_layers, self.dtype, self.device = dict(shapes), num_layers, dtype, device
         self._stacks: dict[int, _Stack] = {}
+        self._stackless: set[int] = set()  # indices of the slots without LoRA modules
+        self._next_stackless = 0
 
     def stack(self, bucket: int) -> _Stack:
         return self._stacks[bucket]
 
     def slot_bytes(self, adapter: Adapter) -> int:
-        """Bytes that an adapter takes in the bank: its bucket's padded factors at every site of the base."""
+        """Bytes that an adapter takes in the bank: its bucket's padded factors at every site of the base, and its fused edits."""
+        edits = sum(fused_bytes(adapter.spec.reft[site.part], found) for site, found in adapter.edits.items())
+        if not adapter.modules:
+            return edits
         per_layer = sum(d_out for d_out, _ in self.shapes.values()) + sum(len(g) * self.shapes[g[0]][1] for g in GROUPS)
-        return bucket_of(adapter.max_rank) * per_layer * self.num_layers * self.dtype.itemsize
+        return bucket_of(adapter.max_rank) * per_layer * self.num_layers * self.dtype.itemsize + edits
 
     def pack(self, adapter: Adapter) -> None:
         """None: copying into a stack is all that there is to do, and no other thread may do it."""
         return None
 
     def load(self, adapter: Adapter, packed: None = None) -> Slot:
-        """Copy an adapter's factors into a free slot. Raises BaseMismatch where they do not fit the base."""
+        """Copy an adapter's factors into a free slot and fuse its edits. Raises BaseMismatch where they do not fit the base."""
         adapter.check_fits(self.shapes, self.num_layers)
+        parts = edited_parts(adapter, self.device)
+        if not adapter.modules:
+            self._next_stackless += 1
+            self._stackless.add(self._next_stackless)
+            return Slot(self, _NO_BUCKET, self._next_stackless, frozenset(), parts)
         bucket = bucket_of(adapter.max_rank)
         if bucket not in self._stacks:
             self._stacks[bucket] = self._new_stack(bucket)
@@ -120,12 +135,15 @@ class LoraBank:
                         a[: module.rank].copy_(module.a)
                         b[: module.rank].copy_((module.b.float() * module.scaling).T)
                         used.add(group)
-        slot = Slot(self, bucket, index, frozenset(used))
+        slot = Slot(self, bucket, index, frozenset(used), parts)
         stack.groups[index] = slot.groups
         return slot
 
     def unload(self, slot: Slot) -> None:
         """Free a slot. The caller makes sure that no running row uses it."""
+        if slot.bucket == _NO_BUCKET and slot.index in self._stackless:
+            self._stackless.remove(slot.index)
+            return
         stack = self._stacks.get(slot.bucket)
         if stack is None or slot.index not in stack.groups:
             raise AssertionError(f"slot {slot.index} of bucket {slot.bucket} is freed twice")
@@ -135,10 +153,14 @@ class LoraBank:
             del self._stacks[slot.bucket]  # an empty bucket gives its memory back
 
     def rows(self, tokens: Sequence[int], slots: Sequence[Slot]) -> BankRows:
-        """Decode rows for `AdapterBatch.bank_rows`: token tokens[i] of the packed batch uses slots[i]; grouped by bucket here."""
+        """Decode rows for `AdapterBatch.bank_rows`: token tokens[i] of the packed batch uses slots[i]; grouped by bucket here.
+
+        Slots without LoRA modules have nothing to add and are left out.
+        """
         by_bucket: dict[int, list[tuple[int, Slot]]] = {}
         for token, slot in zip(tokens, slots, strict=True):
-            by_bucket.setdefault(slot.bucket, []).append((token, slot))
+            if slot.bucket != _NO_BUCKET:
+                by_bucket.setdefault(slot.bucket, []).append((token, slot))
         return BankRows(tuple(_Rows(self._stacks[bucket], pairs, self.device) for bucket, pairs in sorted(by_bucket.items())))
 
     def _new_stack(self, bucket: int) -> _Stack:

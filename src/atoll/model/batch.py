@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from atoll.model.apply import AdapterWeights, BankRows
+    from atoll.model.apply import AdapterWeights, BankRows, BlockWeights
     from atoll.model.reft import Edit
 
 
@@ -120,12 +120,14 @@ class AdapterBatch:
     """Which adapter each token uses; tokens in no segment and in no bank row use the base alone.
 
     segments do not overlap. bank_rows, if given, covers single-token rows (decode) whose adapters stand in a bank: one product a site for all of
-    them. edits: tokens with ReFT, independent of the two; none in a step that only decodes.
+    them. edits: tokens with ReFT, independent of the two; none in a step that only decodes. blocks: weights of the base with adapters merged in, for
+    all tokens; without gradients.
     """
 
     segments: tuple[Segment, ...] = ()
     bank_rows: BankRows | None = None
     edits: tuple[EditRows, ...] = ()
+    blocks: BlockWeights | None = None
 
     @classmethod
     def single(cls, weights: AdapterWeights, num_tokens: int) -> AdapterBatch:

@@ -4,7 +4,7 @@ Every function takes parents and one weight each, and returns an ordinary Adapte
 trained like any other. The exact sum ΔW = Σ wᵢ sᵢ Bᵢ Aᵢ needs no arithmetic: the factors are stacked (`cat`), whatever the parents' ranks, scalings,
 layers and targets, and `compress` brings the rank down with the least error there is. The other methods are named after what defines them and mean
 what they mean there. A site that only some parents change gets only their terms. No matrix of a linear's size [d_out, d_in] is ever built, except by
-`by_deltas`, one site at a time.
+`by_deltas`, one site at a time. ReFT edits are composed by `cat` alone (composed_edits.py); the others refuse parents that have any.
 
 Used by serving.merging for a request's merged adapters. Weights and densities are checked there; merging tensors entry by entry is in sparsify.py.
 """
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from atoll.errors import BaseMismatch, RequestRefused
 from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
+from atoll.model.composed_edits import cat_edits
+from atoll.model.reft import ReftSpec
 from atoll.model.sites import TARGETS, Site, module_path
 from atoll.model.sparsify import Merge, weighted_sum
 
@@ -49,13 +51,16 @@ Combine = Callable[[Site, Sequence[Term]], tuple[Tensor, Tensor]]
 def cat(parents: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """ΔW = Σ wᵢ sᵢ Bᵢ Aᵢ, exactly, by stacking ranks: A = [A₁; A₂; …], B = [w₁ s₁ B₁, w₂ s₂ B₂, …]. The rank is the sum of the ranks.
 
-    Weight and scaling go into B, as the bank folds scaling: one parent of weight 1 has the parent's own bits there, in any dtype.
+    Weight and scaling go into B, as the bank folds scaling: one parent of weight 1 has the parent's own bits there, in any dtype. Edits add up
+    likewise, Δ = Σ wᵢ Δᵢ, so a LoRA and a ReFT adapter become one with both.
     """
 
     def combine(site: Site, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
         return torch.cat([term.a for term in terms]), torch.cat([term.weight * term.scaling * term.b for term in terms], 1)
 
-    return _composed(parents, weights, combine)
+    parts, edits = cat_edits(parents, weights)
+    modules = _combined(parents, weights, combine)
+    return Adapter(_spec_of(modules, [parent.spec for parent in parents], parts), modules, edits=edits)
 
 
 def product(parents: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -72,7 +77,7 @@ def product(parents: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         a, b = torch.stack([term.a for term in terms]), torch.stack([term.b for term in terms])
         return weighted_sum(a, strengths), weighted_sum(b, strengths * signs)
 
-    return _composed(parents, weights, combine)
+    return _composed(parents, weights, combine, "product")
 
 
 def by_factors(parents: Sequence[Adapter], weights: Sequence[float], merge: Merge, method: str) -> Adapter:
@@ -89,7 +94,7 @@ def by_factors(parents: Sequence[Adapter], weights: Sequence[float], merge: Merg
         signs = torch.tensor([_sign(strength) for strength in strengths])
         return merge(torch.stack([term.a for term in terms]), roots * signs), merge(torch.stack([term.b for term in terms]), roots)
 
-    return _composed(parents, weights, combine)
+    return _composed(parents, weights, combine, method)
 
 
 def by_deltas(parents: Sequence[Adapter], weights: Sequence[float], merge: Merge, rank: int) -> Compressed:
@@ -110,7 +115,7 @@ def by_deltas(parents: Sequence[Adapter], weights: Sequence[float], merge: Merge
         kept.append((float(values.sum()), float(merged.square().sum())))
         return (basis.T @ merged, basis) if wide else (basis.T, merged @ basis)
 
-    return _compressed(_composed(parents, weights, combine), kept)
+    return _compressed(_composed(parents, weights, combine, "by_deltas"), kept)
 
 
 def knots(parents: Sequence[Adapter], weights: Sequence[float], merge: Merge) -> Adapter:
@@ -132,7 +137,7 @@ def knots(parents: Sequence[Adapter], weights: Sequence[float], merge: Merge) ->
         coordinates = torch.einsum("rk,nri->nki", basis, stack).float()
         return merge(coordinates, torch.tensor([term.weight for term in terms])), q @ basis
 
-    return _composed(parents, weights, combine)
+    return _composed(parents, weights, combine, "knots")
 
 
 @torch.no_grad()
@@ -142,6 +147,7 @@ def compress(adapter: Adapter, rank: int) -> Compressed:
     B = Q_B R_B, Aᵀ = Q_A R_A, and a small SVD of R_B R_Aᵀ [R, R], in float64; the singular values go to both factors alike. Sites of lower rank stay,
     and none gets more rank than its linear is wide.
     """
+    refuse_edits([adapter], "compress")
     modules: dict[Site, LoraModule] = {}
     kept: list[tuple[float, float]] = []
     for site, module in adapter.modules.items():
@@ -160,11 +166,22 @@ def compress(adapter: Adapter, rank: int) -> Compressed:
 
 
 def stacked_rank(parents: Sequence[Adapter]) -> int:
-    """The largest rank that `cat` of these parents has at any site, without making it."""
+    """The largest rank that `cat` of these parents' LoRA has at any site, without making it."""
     ranks: Counter[Site] = Counter()
     for parent in parents:
         ranks.update({site: module.rank for site, module in parent.modules.items()})
     return max(ranks.values(), default=0)
+
+
+def refuse_edits(parents: Sequence[Adapter], method: str, names: Sequence[str] = ()) -> None:
+    """Raise RequestRefused where a parent has ReFT edits, which only `cat` can compose. names: what to call the parents."""
+    for index, parent in enumerate(parents):
+        if parent.spec.reft:
+            name = repr(names[index]) if names else str(index + 1)
+            raise RequestRefused(
+                f"{method} cannot merge adapter {name}, which has ReFT edits ({parent.spec.kind})",
+                hint="linear and cat, without a rank, add edits up exactly; the other methods are for LoRA factors",
+            )
 
 
 def _sign(value: float) -> float:
@@ -180,14 +197,21 @@ def _check_equal_ranks(method: str, site: Site, terms: Sequence[Term]) -> None:
         )
 
 
+def _composed(parents: Sequence[Adapter], weights: Sequence[float], combine: Combine, method: str) -> Adapter:
+    """The adapter of _combined's modules, for a method that has no meaning for edits."""
+    refuse_edits(parents, method)
+    modules = _combined(parents, weights, combine)
+    return Adapter(_spec_of(modules, [parent.spec for parent in parents]), modules)
+
+
 @torch.no_grad()
-def _composed(parents: Sequence[Adapter], weights: Sequence[float], combine: Combine) -> Adapter:
+def _combined(parents: Sequence[Adapter], weights: Sequence[float], combine: Combine) -> dict[Site, LoraModule]:
     """combine(site, terms) -> (A, B) at every site that any parent changes, in file order."""
     modules: dict[Site, LoraModule] = {}
     for site in sorted({site for parent in parents for site in parent.modules}, key=lambda site: (site.layer, TARGETS.index(site.target))):
         a, b = combine(site, _terms(site, parents, weights))
         modules[site] = LoraModule(a.float().contiguous(), b.float().contiguous(), 1.0)
-    return Adapter(_spec_of(modules, [parent.spec for parent in parents]), modules)
+    return modules
 
 
 def _terms(site: Site, parents: Sequence[Adapter], weights: Sequence[float]) -> list[Term]:
@@ -215,11 +239,13 @@ def _compressed(adapter: Adapter, kept: Sequence[tuple[float, float]]) -> Compre
     return Compressed(adapter, min(1.0, sum(part for part, _ in kept) / total) if total > 0 else 1.0, min(shares, default=1.0))
 
 
-def _spec_of(modules: Mapping[Site, LoraModule], parents: Sequence[AdapterSpec]) -> AdapterSpec:
-    """The spec that says of each site what its module has: this rank, scaling 1 (alpha = rank), and no site more.
+def _spec_of(modules: Mapping[Site, LoraModule], parents: Sequence[AdapterSpec], parts: tuple[ReftSpec, ...] = ()) -> AdapterSpec:
+    """The spec that says of each site what its module has: this rank, scaling 1 (alpha = rank), and no site more; and the ReFT parts as given.
 
     Short where it can be: names of targets where every layer has them all, else each site by its path; a rank pattern by target, else by path.
     """
+    if not modules:
+        return AdapterSpec.reft_only(parents[0].base, parts)
     layers, targets = sorted({site.layer for site in modules}), [target for target in TARGETS if any(site.target == target for site in modules)]
     # A parent that names targets without layers changes all layers of its base, however many there are; so does the result then.
     everywhere = any(spec.layers_to_transform is None and any("." not in name for name in spec.target_modules) for spec in parents)
@@ -244,6 +270,7 @@ def _spec_of(modules: Mapping[Site, LoraModule], parents: Sequence[AdapterSpec])
         rank_pattern=pattern,
         alpha_pattern={name: float(found) for name, found in pattern.items()},
         layers_to_transform=chosen,
+        reft=parts,
     )
 
 

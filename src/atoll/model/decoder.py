@@ -257,10 +257,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, inverse, weight = ctx.saved_tensors
-        scaled = grads[0].float() * weight
-        normed = x * inverse
-        mean = (scaled * normed).mean(-1, keepdim=True)
-        return scaled.addcmul_(normed, mean, value=-1).mul_(inverse), None, None, None
+        scaled = torch.mul(grads[0], weight)  # float32: the product of a narrower and a float32 tensor
+        mean = (scaled * x).sum(-1, keepdim=True).mul_(inverse.square().div_(x.shape[-1]))  # mean(g n) / rms
+        return scaled.addcmul_(x, mean, value=-1).mul_(inverse), None, None, None
 
 
 class _Rotate(torch.autograd.Function):

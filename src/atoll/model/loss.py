@@ -3,7 +3,7 @@
 The head is frozen, so the gradient with respect to the hidden states can be made in the forward, chunk by chunk, while the chunk's logits are at
 hand: with a vocabulary of 49,152, four thousand tokens of float32 logits would be 805 MB written, read, and written again.
 
-Used by train. The sum (not the mean) is returned: the caller divides by the label tokens of the whole effective batch.
+Used by train and compose. The sum (not the mean) is returned: the caller divides by the label tokens of the whole effective batch, or of each row.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ def label_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
     hidden [N, D] normed states that predict the labels, head [V, D] frozen, labels [N] int64.
     """
+    return label_losses(hidden, head, labels).sum()
+
+
+def label_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax(hidden headᵀ)[label] of each label, in nats, [N] float32; differentiable in hidden only. Arguments as of label_loss."""
     out: Tensor = _LabelLoss.apply(hidden, head, labels)
     return out
 
@@ -28,20 +33,20 @@ def label_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 class _LabelLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         want_grad = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if want_grad else None
         for start in range(0, hidden.shape[0], _CHUNK):
             part, target = hidden[start : start + _CHUNK], labels[start : start + _CHUNK].unsqueeze(1)
             log_probs = torch.log_softmax((part @ head.T).float(), -1)
-            total -= log_probs.gather(1, target).sum()
+            torch.neg(log_probs.gather(1, target).squeeze(1), out=losses[start : start + _CHUNK])
             if grad is not None:
                 wrong = log_probs.exp_()  # softmax - one-hot is the gradient at the logits
                 wrong.scatter_add_(1, target, wrong.new_full((target.shape[0], 1), -1.0))
                 grad[start : start + _CHUNK] = wrong.to(hidden.dtype) @ head
         ctx.grad = grad
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (ctx.grad * grads[0].to(ctx.grad.dtype) if ctx.grad is not None else None), None, None
+        return (ctx.grad * grads[0].to(ctx.grad.dtype).unsqueeze(1) if ctx.grad is not None else None), None, None

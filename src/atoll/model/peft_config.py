@@ -3,14 +3,14 @@
 Every key that PEFT writes is either in the spec, known to change nothing, or refused by name, because an option that is ignored gives silently wrong
 answers. Patterns are never run: a stranger's regular expression is a program.
 
-Used by adapter_files.py.
+Used by adapter_files.py, by reft_files.py for the LoRA half of an adapter with edits, and by generic_adapter.py.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ _SILENT = frozenset(
 
 
 def peft_config(spec: AdapterSpec) -> dict[str, Any]:
-    """The spec as PEFT's adapter_config.json says it; keys left out have PEFT's defaults."""
+    """The LoRA of a spec as PEFT's adapter_config.json says it; keys left out have PEFT's defaults."""
     return {
         "alpha_pattern": dict(spec.alpha_pattern),
         "base_model_name_or_path": spec.base,
@@ -95,14 +95,14 @@ def peft_config(spec: AdapterSpec) -> dict[str, Any]:
     }
 
 
-def read_config(config: Mapping[str, Any], path: Path) -> AdapterSpec:
-    """The spec that an adapter_config.json says; `path` is for messages.
+def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | None = TARGETS) -> AdapterSpec:
+    """The spec that an adapter_config.json says; `path` is for messages. known: the linears that may be targets, None for any name.
 
     Raises AdapterFormatError (a value of the wrong type or out of range) or UnsupportedAdapter (an option that would change the forward).
     """
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UnsupportedAdapter(f"{path}: peft_type is {kind!r}, but only LORA adapters can be applied")
+        raise UnsupportedAdapter(f"{path}: peft_type is {kind!r}, but LORA, REFT and LORA_REFT are what can be applied")
     for key, value in config.items():
         if key in _INERT:
             if not any(value is inert or (type(value) is type(inert) and value == inert) for inert in _INERT[key]):
@@ -113,20 +113,20 @@ def read_config(config: Mapping[str, Any], path: Path) -> AdapterSpec:
             raise UnsupportedAdapter(
                 f"{path}: {key} is {value!r}, an option that Atoll does not know", hint="retrain the adapter without that option"
             )
-    dropout = _number(config, "lora_dropout", path, 0.0)
+    dropout = finite_number(config.get("lora_dropout", 0.0), "lora_dropout", path)
     if not 0 <= dropout < 1:
         raise AdapterFormatError(f"{path}: lora_dropout is {dropout}, but a number from 0 up to 1 was expected")
     return AdapterSpec(
         base=str(config.get("base_model_name_or_path") or ""),
-        rank=_rank(config.get("r", 8), "r", path),
-        alpha=_number(config, "lora_alpha", path, 8.0),
-        target_modules=_targets(config.get("target_modules"), path),
+        rank=whole_rank(config.get("r", 8), "r", path),
+        alpha=finite_number(config.get("lora_alpha", 8.0), "lora_alpha", path),
+        target_modules=_targets(config.get("target_modules"), path, known),
         dropout=dropout,
-        use_rslora=_flag(config, "use_rslora", path),
+        use_rslora=flag(config.get("use_rslora") or False, "use_rslora", path),
         rank_pattern={
-            _literal(k, "rank_pattern", path): _rank(v, f"rank_pattern.{k}", path) for k, v in _mapping(config, "rank_pattern", path).items()
+            _literal(k, "rank_pattern", path): whole_rank(v, f"rank_pattern.{k}", path) for k, v in _mapping(config, "rank_pattern", path).items()
         },
-        alpha_pattern={_literal(k, "alpha_pattern", path): _number({k: v}, k, path, 0.0) for k, v in _mapping(config, "alpha_pattern", path).items()},
+        alpha_pattern={_literal(k, "alpha_pattern", path): finite_number(v, k, path) for k, v in _mapping(config, "alpha_pattern", path).items()},
         layers_to_transform=_layers(config.get("layers_to_transform"), path),
     )
 
@@ -138,21 +138,22 @@ def _mapping(config: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
     return value
 
 
-def _number(config: Mapping[str, Any], key: str, path: Path, default: float) -> float:
-    value = config.get(key, default)
+def finite_number(value: Any, key: str, path: Path | str) -> float:
+    """A number that a config may hold. Raises AdapterFormatError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise AdapterFormatError(f"{path}: {key} is {value!r:.40}, but a finite number was expected")
     return float(value)
 
 
-def _flag(config: Mapping[str, Any], key: str, path: Path) -> bool:
-    value = config.get(key) or False
+def flag(value: Any, key: str, path: Path | str) -> bool:
+    """True or false. Raises AdapterFormatError."""
     if not isinstance(value, bool):
         raise AdapterFormatError(f"{path}: {key} is {value!r:.40}, but true or false was expected")
     return value
 
 
-def _rank(value: Any, key: str, path: Path) -> int:
+def whole_rank(value: Any, key: str, path: Path | str) -> int:
+    """A rank that a file may have. Raises AdapterFormatError."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_RANK:
         raise AdapterFormatError(f"{path}: {key} is {value!r}, but a whole number from 1 to {_MAX_RANK} was expected")
     return value
@@ -164,7 +165,7 @@ def _literal(key: str, field: str, path: Path) -> str:
     return key
 
 
-def _targets(value: Any, path: Path) -> tuple[str, ...]:
+def _targets(value: Any, path: Path, known: Sequence[str] | None) -> tuple[str, ...]:
     if isinstance(value, str):
         raise UnsupportedAdapter(
             f"{path}: target_modules is the pattern {value!r}; patterns from files are never run",
@@ -173,9 +174,14 @@ def _targets(value: Any, path: Path) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
         raise AdapterFormatError(f"{path}: target_modules is {value!r}, but a list of module names was expected")
     for item in value:
-        if _literal(item, "target_modules", path).rsplit(".", 1)[-1] not in TARGETS:
-            raise UnsupportedAdapter(f"{path}: target_modules names {item!r}, but LoRA is applied to {', '.join(TARGETS)} only")
-    return tuple(sorted(value, key=lambda item: (TARGETS.index(item.rsplit(".", 1)[-1]), item)))
+        if _last(_literal(item, "target_modules", path)) not in (known or (_last(item),)):
+            raise UnsupportedAdapter(f"{path}: target_modules names {item!r}, but LoRA is applied to {', '.join(known or ())} only")
+    order = {name: place for place, name in enumerate(known or ())}
+    return tuple(sorted(value, key=lambda item: (order.get(_last(item), 0), item)))
+
+
+def _last(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
 
 
 def _layers(value: Any, path: Path) -> tuple[int, ...] | None:

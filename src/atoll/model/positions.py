@@ -17,7 +17,9 @@ from atoll.errors import AdapterFormatError
 PREFIX, SUFFIX = 0, 1  # sides: untied adapters have tensors of their own for each
 ALL_PROMPT = "all_prompt"
 
-_PART = re.compile(r"([fl])(\d{1,5})")
+_PART = re.compile(r"([fl])([0-9]{1,5})")
+_MAX_LISTED = 1024
+_FARTHEST = 99_999  # place that a list, or a count, can name
 _FORMS = "write f<n> for the first n prompt tokens, l<n> for the last n, both as f7+l7, all_prompt, or a list such as [0, 1, -1]"
 
 
@@ -30,22 +32,28 @@ class Positions:
     all_prompt: bool = False
     listed: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if (self.first > 0 or self.last > 0) + self.all_prompt + bool(self.listed) != 1 or self.first < 0 or self.last < 0:
+            raise AdapterFormatError(f"positions {(self.first, self.last, self.all_prompt, self.listed)!r:.60} are not one of the forms", hint=_FORMS)
+
     @classmethod
     def parse(cls, text: str | Sequence[int]) -> Positions:
         """Read `f7+l7`, `f3`, `l1`, `all_prompt` or a list of places. Raises AdapterFormatError with the forms there are."""
         if not isinstance(text, str):
             places = list(text)
-            if not places or any(isinstance(place, bool) or not isinstance(place, int) for place in places):
-                raise AdapterFormatError(f"positions {places!r} is not a list of whole numbers", hint=_FORMS)
+            if not places or not all(type(place) is int and abs(place) <= _FARTHEST for place in places):
+                raise AdapterFormatError(f"positions {places!r:.60} is not a list of whole numbers up to {_FARTHEST}", hint=_FORMS)
+            if len(places) > _MAX_LISTED:
+                raise AdapterFormatError(f"positions lists {len(places)} places, but at most {_MAX_LISTED} are edited", hint=_FORMS)
             if len(set(places)) < len(places):
-                raise AdapterFormatError(f"positions {places!r} names a place twice", hint=_FORMS)
+                raise AdapterFormatError(f"positions {places!r:.60} names a place twice", hint=_FORMS)
             return cls(listed=tuple(places))
         if text == ALL_PROMPT:
             return cls(all_prompt=True)
         parts = [_PART.fullmatch(part) for part in text.split("+")]
         counts = {part[1]: int(part[2]) for part in parts if part is not None}
         if None in parts or len(counts) < len(parts) or not any(counts.values()):
-            raise AdapterFormatError(f"positions {text!r} cannot be read", hint=_FORMS)
+            raise AdapterFormatError(f"positions {text!r:.60} cannot be read", hint=_FORMS)
         return cls(first=counts.get("f", 0), last=counts.get("l", 0))
 
     def to_json(self) -> str | list[int]:

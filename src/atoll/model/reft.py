@@ -18,7 +18,7 @@ Used by adapter.py (an adapter may have LoRA modules, edits, or both), apply_edi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +37,8 @@ COMPONENTS = ("block_input", "attention_input", "attention_output", "mlp_input",
 BLOCK_INPUT, ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT, BLOCK_OUTPUT = range(6)  # indices into COMPONENTS, in the order they are met
 PAPER_POSITIONS = Positions(first=7, last=7)  # the paper's for commonsense and arithmetic
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "sigmoid")
+TENSORS = ("r", "w", "b", "c")
+MAX_PARTS = 16  # of one adapter
 
 
 class EditSite(NamedTuple):
@@ -77,6 +79,25 @@ class ReftSpec:
             raise AdapterFormatError(f"{self.method} has no activation", hint=f"methods with one are {', '.join(LEARNED)}")
         if self.bias and self.method != "noreft":
             raise AdapterFormatError(f"{self.method} has no second bias", hint="only noreft has")
+        if not 0 <= self.dropout < 1:
+            raise AdapterFormatError(f"the ReFT dropout is {self.dropout}, but must be from 0 up to 1")
+        if not math.isfinite(self.weight):
+            raise AdapterFormatError(f"the ReFT weight is {self.weight}, but must be finite")
+        for where, rank in (("", self.rank), *((f" of layer {layer}", rank) for layer, rank in self.rank_pattern.items())):
+            if rank < 1:
+                raise AdapterFormatError(f"the ReFT rank{where} is {rank}, but must be at least 1")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        if self.layers is None:
+            return
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise AdapterFormatError(f"the ReFT layers are {list(self.layers)}, but must be different ones, and at least one", hint="none means all")
+        outside = sorted(set(self.rank_pattern) - set(self.layers))
+        if outside:
+            raise AdapterFormatError(
+                f"rank_pattern names layer {outside[0]}, but the ReFT layers are {list(self.layers)}", hint="give ranks for edited layers only"
+            )
 
     @property
     def sides(self) -> int:
@@ -86,6 +107,12 @@ class ReftSpec:
     def rank_at(self, layer: int) -> int:
         """The rank at a layer."""
         return self.rank_pattern.get(layer, self.rank)
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank at any layer."""
+        everywhere = (self.rank, *self.rank_pattern.values())
+        return max(everywhere if self.layers is None else map(self.rank_at, self.layers))
 
     def sites(self, part: int, num_layers: int) -> Iterator[EditSite]:
         """Every place of this part in a base of `num_layers` blocks, in file order. Raises BaseMismatch where it names a layer the base lacks."""
@@ -150,11 +177,14 @@ class Intervention:
         return {name: tensor for name in TENSORS if (tensor := getattr(self, name)) is not None}
 
     def edit(self, spec: ReftSpec) -> Edit:
-        """Fuse for a forward, in float32 and differentiable. With a nonlinear f and - R h, W and R stay apart: the rank doubles."""
+        """Fuse for a forward, in float32 and differentiable. With a nonlinear f and - R h, W and R stay apart: the rank doubles.
+
+        The tensors may be those of many sites, stacked along leading dimensions (training fuses all layers at once); then the Edit's are too.
+        """
         import torch
 
         r = self.r.float()
-        zeros = torch.zeros(r.shape[0], device=r.device)
+        rank, zeros = r.shape[-2], torch.zeros(r.shape[:-1], device=r.device)
         b = self.b.float() if self.b is not None else zeros
         weight = spec.weight
         if self.w is None:
@@ -165,12 +195,9 @@ class Intervention:
         if spec.activation is None or not subtracts:
             a = w - r if subtracts else w
             b = b - self.c.float() if self.c is not None and spec.activation is None else b
-            return Edit(a, b, u, spec.activation, r.shape[0] if spec.activation else 0)
+            return Edit(a, b, u, spec.activation, rank if spec.activation else 0)
         c = -self.c.float() if self.c is not None else zeros
-        return Edit(torch.cat([w, -r]), torch.cat([b, c]), torch.cat([u, u]), spec.activation, r.shape[0])
-
-
-TENSORS = ("r", "w", "b", "c")
+        return Edit(torch.cat([w, -r], -2), torch.cat([b, c], -1), torch.cat([u, u], -2), spec.activation, rank)
 
 
 def tensor_shapes(spec: ReftSpec, layer: int, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -185,6 +212,12 @@ def tensor_shapes(spec: ReftSpec, layer: int, hidden: int) -> dict[str, tuple[in
     return shapes
 
 
+def fused_bytes(spec: ReftSpec, found: Intervention) -> int:
+    """Bytes of a site's `Edit`: a and u [R, d] and b [R] in float32, where R is twice the rank if W and R stay apart."""
+    apart = spec.activation is not None and spec.method in SUBTRACTS
+    return 4 * (2 if apart else 1) * found.rank * (2 * int(found.r.shape[1]) + 1)
+
+
 def new_intervention(spec: ReftSpec, layer: int, hidden: int, generator: torch.Generator) -> Intervention:
     """Fresh float32 tensors. Δ is zero at the start wherever the formula allows it: then training starts from the base.
 
@@ -195,6 +228,8 @@ def new_intervention(spec: ReftSpec, layer: int, hidden: int, generator: torch.G
     import torch
 
     rank = spec.rank_at(layer)
+    if rank > hidden:
+        raise AdapterFormatError(f"the ReFT rank of layer {layer} is {rank}, but the base's hidden states have {hidden} dimensions")
     r = retract(torch.randn(rank, hidden, generator=generator))
     w = None
     if spec.method in LEARNED:
@@ -210,7 +245,7 @@ def retract(r: Tensor) -> Tensor:
     """The orthonormal rows nearest to r [..., r, d] float32, its polar factor (r rᵀ)^(-1/2) r: no d x d matrix, no sign or order lost.
 
     Absil, Mahony and Sepulchre 2008, Optimization Algorithms on Matrix Manifolds, section 4.1.1. In float64 within, so that a row already
-    orthonormal moves by rounding only.
+    orthonormal moves by rounding only. The rows must be finite and independent, as those one optimizer step away from orthonormal ones are.
     """
     import torch
 
@@ -221,15 +256,12 @@ def retract(r: Tensor) -> Tensor:
     return nearest
 
 
-def stacked(edits: Sequence[Edit]) -> Edit:
-    """Σ Δᵢ as one edit, exactly: the rows end to end. All with one activation or none; activated rows come first."""
+def not_orthonormal(r: Tensor) -> float:
+    """How far the rows of r [r, d] are from orthonormal: the largest entry of |R Rᵀ - I|."""
     import torch
 
-    activations = {edit.activation for edit in edits if edit.activated}
-    assert len(activations) <= 1, "edits with different activations do not stack"
-    order = [(edit, slice(0, edit.activated)) for edit in edits] + [(edit, slice(edit.activated, None)) for edit in edits]
-    parts = [torch.cat([getattr(edit, name)[rows] for edit, rows in order]) for name in ("a", "b", "u")]
-    return Edit(parts[0], parts[1], parts[2], next(iter(activations), None), sum(edit.activated for edit in edits))
+    wide = r.double()
+    return float((wide @ wide.mT - torch.eye(r.shape[0], dtype=torch.float64, device=r.device)).abs().max())
 
 
 def side_of(spec: ReftSpec, side: int) -> int:

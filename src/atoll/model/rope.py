@@ -88,10 +88,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x [T, H, K], cos and sin [T, K/2] float32; returns [T, H, K] in x's dtype.
     """
-    half = x.shape[-1] // 2
-    first, second = x[..., :half].float(), x[..., half:].float()
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    out = torch.empty_like(x)
-    out[..., :half] = first * cos - second * sin
-    out[..., half:] = second * cos + first * sin
-    return out
+    wide = x.float()
+    (first, second), (cos, sin) = wide.chunk(2, -1), (cos.unsqueeze(1), sin.unsqueeze(1))
+    return torch.cat([(first * cos).sub_(second * sin), (second * cos).add_(first * sin)], -1).to(x.dtype)

@@ -1,8 +1,8 @@
 """Check the header of an adapter's safetensors file without mapping a tensor.
 
-The file may be a stranger's: its header is read under a limit, every offset is checked against the file's size, and every name must be a LoRA factor.
+The file may be a stranger's: its header is read under a limit, every offset is checked against the file's size, and every name must mean something.
 
-Used by adapter_files.py, before the safetensors library sees the file.
+Used by adapter_files.py and generic_adapter.py, before the safetensors library sees the file.
 """
 
 from __future__ import annotations
@@ -10,23 +10,26 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from atoll.errors import AdapterFormatError, UnsupportedAdapter
 from atoll.model.sites import TARGETS, Site, parse_peft_key
 
-_HEADER_LIMIT = 1 << 20  # bytes; a 7-target adapter of an 80-layer base needs about 170 KB
+_HEADER_LIMIT = 1 << 21  # bytes; an 80-layer base needs about 170 KB for 7 targets, and as much for every three parts of untied edits
 _DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_ANY_KEY = re.compile(r"base_model\.model\.([A-Za-z0-9_.]{1,300})\.lora_([AB])\.weight")
+
+K = TypeVar("K", bound=Hashable)
 
 
-def check_header(path: Path) -> dict[Site, tuple[int, int]]:
-    """Check a safetensors header without mapping a tensor; returns {site: (d_out, d_in)}.
+def check_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Check a safetensors header without mapping a tensor; returns every tensor's shape by its name.
 
-    Refuses: a header over 1 MB, repeated names, tensors that overlap, leave gaps or end elsewhere than the file, other dtypes, names that are not
-    LoRA factors of the seven linears, a site with only one factor.
+    Refuses: a header over 2 MB, repeated names, tensors that overlap, leave gaps or end elsewhere than the file, other dtypes, no tensor at all.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     spans: list[tuple[int, int, str]] = []
@@ -50,7 +53,9 @@ def check_header(path: Path) -> dict[Site, tuple[int, int]]:
         raise AdapterFormatError(
             f"{path} has {size} bytes of data, but its header describes {end}: the file is {'truncated' if size < end else 'padded'}"
         )
-    return _pair_factors(shapes, path)
+    if not shapes:
+        raise AdapterFormatError(f"{path} holds no tensors")
+    return shapes
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
@@ -91,23 +96,40 @@ def _entry(name: str, entry: Any, path: Path) -> tuple[tuple[int, ...], tuple[in
     return shape, (start, stop), _DTYPE_BYTES[dtype]
 
 
-def _pair_factors(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[Site, tuple[int, int]]:
-    factors: dict[Site, dict[str, tuple[int, ...]]] = {}
+def lora_sites(shapes: Mapping[str, tuple[int, ...]], path: Path) -> set[Site]:
+    """The sites whose LoRA factors these tensors are.
+
+    Refuses names that are not factors of the seven linears, a site with only one factor, factors of different rank.
+    """
+    wanted = f"neither a LoRA factor of {', '.join(TARGETS)} nor part of a ReFT edit"
+    return _paired(shapes, path, parse_peft_key, lambda site: f"layer {site.layer} {site.target}", wanted)
+
+
+def lora_paths(shapes: Mapping[str, tuple[int, ...]], path: Path) -> set[str]:
+    """As lora_sites, for a base of another family: the paths of its linears."""
+    return _paired(shapes, path, _parse_any_key, str, "no LoRA factor of a linear")
+
+
+def _parse_any_key(name: str) -> tuple[str, str] | None:
+    found = _ANY_KEY.fullmatch(name)
+    return None if found is None else (found[1], found[2])
+
+
+def _paired(
+    shapes: Mapping[str, tuple[int, ...]], path: Path, parse: Callable[[str], tuple[K, str] | None], said: Callable[[K], str], wanted: str
+) -> set[K]:
+    factors: dict[K, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
-        found = parse_peft_key(name)
+        found = parse(name)
         if found is None:
-            raise UnsupportedAdapter(f"{path} has a tensor {name!r}, which is not a LoRA factor of {', '.join(TARGETS)}")
+            raise UnsupportedAdapter(f"{path} has a tensor {name!r}, which is {wanted}")
         if len(shape) != 2 or 0 in shape:
             raise AdapterFormatError(f"{path}: {name} has shape {shape}, but a matrix was expected")
         factors.setdefault(found[0], {})[found[1]] = shape
-    if not factors:
-        raise AdapterFormatError(f"{path} holds no tensors")
-    out: dict[Site, tuple[int, int]] = {}
-    for site, pair in factors.items():
+    for key, pair in factors.items():
         if len(pair) != 2:
-            raise AdapterFormatError(f"{path}: layer {site.layer} {site.target} has only factor {next(iter(pair))}; A and B are both needed")
-        (rank_a, d_in), (d_out, rank_b) = pair["A"], pair["B"]
+            raise AdapterFormatError(f"{path}: {said(key)} has only factor {next(iter(pair))}; A and B are both needed")
+        rank_a, rank_b = pair["A"][0], pair["B"][1]
         if rank_a != rank_b:
-            raise AdapterFormatError(f"{path}: layer {site.layer} {site.target} has A of rank {rank_a} and B of rank {rank_b}")
-        out[site] = (d_out, d_in)
-    return out
+            raise AdapterFormatError(f"{path}: {said(key)} has A of rank {rank_a} and B of rank {rank_b}")
+    return set(factors)

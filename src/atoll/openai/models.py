@@ -72,6 +72,7 @@ def _adapter(service: Service, info: AdapterInfo) -> dict[str, Any]:
             "source": info.source,
             "state": info.state,
             "rank": info.rank,
+            "num_parameters": info.num_parameters,
             "task": info.task,
             "description": info.description,
             "parents": [dict(parent) for parent in info.parents],

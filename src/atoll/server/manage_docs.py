@@ -41,7 +41,10 @@ class OwnError(BaseModel):
 
 
 class AdapterReply(BaseModel):
-    """One adapter. engine: what the engine says of it (resident, pinned, in_use, bytes, loads) once it was loaded."""
+    """One adapter. kind: lora, reft, lora+reft or composed; it, rank and num_parameters are null while only reading the adapter can tell them.
+
+    engine: what the engine says of it (resident, pinned, in_use, bytes, loads) once it was loaded.
+    """
 
     name: str
     version: str
@@ -49,8 +52,9 @@ class AdapterReply(BaseModel):
     source: str
     state: Literal["known", "loading", "ready", "failed"]
     base: str | None
-    kind: str
+    kind: str | None
     rank: int | None
+    num_parameters: int | None
     num_bytes: int
     pinned: bool
     holds: int

@@ -15,6 +15,7 @@ from atoll.errors import AtollError, EngineError
 if TYPE_CHECKING:
     from atoll.data.prompt import PromptFormat
     from atoll.engine.request import Completion
+    from atoll.model.adapter import Adapter
     from atoll.serving.loading import Loaded
     from atoll.serving.merging import MergeSpec
     from atoll.serving.sources import Located
@@ -92,6 +93,22 @@ class Counters:
             self.first_tokens += 1
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What can be told of an adapter once it was read, also after it was unloaded. kind: "lora", "reft", "lora+reft" or "composed"."""
+
+    kind: str
+    base: str
+    rank: int
+    num_parameters: int
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Traits:
+        """An adapter's, as the hub would record them."""
+        kind = "composed" if adapter.manifest.get("kind") == "composed" else adapter.spec.kind
+        return cls(kind, adapter.spec.base, adapter.spec.rank, adapter.num_parameters)
+
+
 @dataclass
 class Entry:
     """One content (digest) that was loaded at least once, from where `located` says.
@@ -102,6 +119,7 @@ class Entry:
     key: str
     loaded: Loaded | None
     located: Located
+    traits: Traits
     holds: int = 0
     pinned: bool = False
     last_used: float = field(default_factory=time.time)
@@ -155,7 +173,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """One line of the list of adapters. engine: what the engine says of it (resident, bytes, in_use, …) when it knows it."""
+    """One line of the list of adapters. kind, rank and num_parameters are None while only reading the adapter can tell them.
+
+    engine: what the engine says of it (resident, bytes, in_use, …) when it knows it.
+    """
 
     name: str
     version: str
@@ -163,8 +184,9 @@ class AdapterInfo:
     source: str
     state: State
     base: str | None = None
-    kind: str = "lora"
+    kind: str | None = None
     rank: int | None = None
+    num_parameters: int | None = None
     num_bytes: int = 0
     pinned: bool = False
     holds: int = 0

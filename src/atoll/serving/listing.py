@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -58,9 +59,12 @@ class Listing:
 
     async def count(self, caller: Caller) -> int:
         """How many names of the hub and of the operator the caller may use."""
+        return sum((await self.kinds(caller)).values()) + sum(caller.allows(alias.name) for alias in self._lookups.aliases.values())
+
+    async def kinds(self, caller: Caller) -> Mapping[str, int]:
+        """How many names of the hub the caller may use, by kind."""
         versions, _ = await self._hub()
-        names = [version.name for version in versions] + [alias.name for alias in self._lookups.aliases.values()]
-        return len(names) if caller.adapters is None else sum(map(caller.allows, names))
+        return Counter(version.kind for version in versions if caller.allows(version.name))
 
     async def of(self, located: Located, name: str, caller: Caller) -> AdapterInfo:
         """One adapter, under the name that it was asked for by."""
@@ -120,6 +124,7 @@ class Listing:
             base=version.base,
             kind=version.kind,
             rank=version.rank,
+            num_parameters=version.num_parameters,
             num_bytes=version.size_bytes,
             created=version.created.timestamp(),
             task=version.task,
@@ -132,16 +137,17 @@ class Listing:
     def _of_entry(self, entry: Entry, engine: Mapping[str, Any]) -> AdapterInfo:
         if entry.source == "hub":
             return self._of_version(entry.located.detail, engine)
-        loaded = entry.loaded
+        loaded, traits = entry.loaded, entry.traits
         info = AdapterInfo(
             name=entry.name,
             version=entry.version,
             digest=entry.key,
             source=entry.source,
             state="ready" if loaded else "known",
-            base=loaded.adapter.spec.base if loaded else None,
-            kind=loaded.adapter.spec.kind if loaded else "lora",
-            rank=loaded.adapter.max_rank if loaded else None,
+            base=traits.base or None,
+            kind=traits.kind,
+            rank=traits.rank,
+            num_parameters=traits.num_parameters,
             num_bytes=entry.located.num_bytes or entry.num_bytes,
             parents=loaded.parents if loaded else (),
         )

@@ -30,9 +30,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter that fits the base. parents: (digest, name, weight) of what it was composed of.
+    """An adapter that fits the base. num_bytes: of all its tensors. parents: (digest, name, weight) of what it was composed of.
 
-    packed: its factors in the engine's layout, made ahead; whoever registers it takes them out, so that they go when the engine gives them up.
+    packed: its tensors in the engine's layout, made ahead; whoever registers it takes them out, so that they go when the engine gives them up.
     """
 
     digest: str
@@ -99,13 +99,18 @@ class Loader:
         return Loaded(
             digest=digest,
             adapter=adapter,
-            num_bytes=sum(module.a.nbytes + module.b.nbytes for module in adapter.modules.values()),
+            num_bytes=_num_bytes(adapter),
             prompt=PromptFormat.from_json(own) if own else None,
             labels=labels_of(manifest, name),
             stop_token_ids=_token_ids(manifest.get("stop_token_ids"), shape.vocabulary),
             parents=_parents(manifest.get("parents"), name),
             packed=[self.pack(adapter)] if self.pack is not None else [],
         )
+
+
+def _num_bytes(adapter: Adapter) -> int:
+    lora = sum(module.a.nbytes + module.b.nbytes for module in adapter.modules.values())
+    return lora + sum(tensor.nbytes for found in adapter.edits.values() for tensor in found.tensors.values())
 
 
 def labels_of(manifest: Mapping[str, Any], name: str = "") -> tuple[str, ...] | None:

@@ -9,6 +9,8 @@ registry merges once and serves it like any other adapter. Names of methods are 
     magnitude_prune, ties, dare_linear, dare_ties   on the factors as PEFT does it; equal ranks, need a density
     knots                TIES in a basis that the parents share; any ranks, needs a density
 
+Adapters with ReFT edits are merged by linear and cat alone, without a rank: those add edits up exactly, the others are about factors of matrices.
+
 Used by the registry, which resolves ids to adapters and calls merge in its worker pool; importing this file brings in no torch.
 """
 
@@ -22,6 +24,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from atoll.errors import BaseMismatch, RequestRefused
+from atoll.model.reft import MAX_PARTS
 from atoll.serving.loading import labels_of
 
 if TYPE_CHECKING:
@@ -153,8 +156,11 @@ def merge(spec: MergeSpec, parents: Sequence[Adapter], digests: Sequence[str] | 
     """
     from atoll.model import composed
     from atoll.model.adapter import Adapter
+    from atoll.model.composed_edits import stacked_edits
 
     _check_same_base(spec, parents)
+    if spec.method != "cat" or spec.rank is not None:
+        composed.refuse_edits(parents, f"{spec.strategy} with a rank" if spec.method == "cat" else spec.strategy, spec.ids)
     rank = spec.rank
     if rank is None and spec.method == "svd":
         rank = max(parent.max_rank for parent in parents)
@@ -162,12 +168,14 @@ def merge(spec: MergeSpec, parents: Sequence[Adapter], digests: Sequence[str] | 
         raise RequestRefused(f"the merged adapter would have rank {rank}; the limit is {max_rank}", hint="ask for a lower rank")
     if spec.method in _STACKING:
         _check_stack(spec, composed.stacked_rank(parents), MAX_RANK if rank is not None else max_rank)
+    if spec.method == "cat":
+        _check_parts(spec, *stacked_edits(parents))
     adapter, kept = _merged(spec, parents), {}
     _check_finite(spec, adapter)
     if rank is not None:
         adapter, energy, least = composed.compress(adapter, rank)
         kept = {"energy_kept": round(energy, 6), "least_energy_kept": round(least, 6)}
-    return Adapter(adapter.spec, adapter.modules, _manifest(spec, parents, digests, kept))
+    return Adapter(adapter.spec, adapter.modules, _manifest(spec, parents, digests, kept), adapter.edits)
 
 
 def _check_stack(spec: MergeSpec, stacked: int, limit: int) -> None:
@@ -179,12 +187,26 @@ def _check_stack(spec: MergeSpec, stacked: int, limit: int) -> None:
         )
 
 
+def _check_parts(spec: MergeSpec, num_parts: int, rank: int) -> None:
+    """Edits have limits of their own: what an adapter file may hold."""
+    limits = (("gives ReFT parts that cannot be joined:", num_parts, MAX_PARTS), ("stacks the ranks of ReFT edits to", rank, MAX_RANK))
+    for what, found, limit in limits:
+        if found > limit:
+            raise RequestRefused(f"merging {len(spec.ids)} adapters {what} {found}; the limit is {limit}", hint="merge fewer adapters")
+
+
 def _check_finite(spec: MergeSpec, adapter: Adapter) -> None:
     """A parent's huge values, or weights on top of them, must not reach the batch as infinities."""
     for site, module in adapter.modules.items():
         if not (bool(module.a.isfinite().all()) and bool(module.b.isfinite().all())):
             raise RequestRefused(
                 f"merging {', '.join(spec.ids)} overflows at layer {site.layer} {site.target}: the factors are not finite there",
+                hint="use smaller weights, or look at the adapters' norms",
+            )
+    for place, edit in adapter.edits.items():
+        if not all(bool(tensor.isfinite().all()) for tensor in edit.tensors.values()):
+            raise RequestRefused(
+                f"merging {', '.join(spec.ids)} overflows at the edit of layer {place.layer}'s {place.component}: it is not finite there",
                 hint="use smaller weights, or look at the adapters' norms",
             )
 

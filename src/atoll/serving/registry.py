@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from atoll.errors import AtollError, EngineError, QueueFull
-from atoll.serving.entries import AdapterRef, Entry, Failure, InUse, Served, fresh
+from atoll.serving.entries import AdapterRef, Entry, Failure, InUse, Served, Traits, fresh
 from atoll.serving.keys import Caller
 from atoll.serving.loading import Loaded, Loader
 from atoll.serving.lookups import Lookups
@@ -246,7 +246,7 @@ class AdapterRegistry:
         await self._run(partial(_register, loaded))
         entry = self.entries.get(loaded.digest)
         if entry is None:
-            entry = self.entries[loaded.digest] = Entry(loaded.digest, loaded, located)
+            entry = self.entries[loaded.digest] = Entry(loaded.digest, loaded, located, Traits.of(loaded.adapter))
         entry.loaded = loaded
         self._touch(entry)
         return entry

@@ -1,7 +1,8 @@
 """A training job's whole state in one file, replaced in one rename.
 
 One file, because two files can be torn apart by a kill between them. It holds the masters, both AdamW moments, the best step's values and, as text in
-the safetensors header, the counters; the digest says which job it belongs to, so a changed config or data set never resumes from it.
+the safetensors header, the counters; the digest says which job it belongs to, so a changed config or data set never resumes from it. The optimizer's
+parameters are slices of the masters, end to end; its moments are stored end to end too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from atoll.errors import TrainingError
 from atoll.files import write_file
 
 FILE = "checkpoint.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -39,8 +41,10 @@ def save_checkpoint(folder: Path, job_digest: str, progress: Progress, values: T
     """Write the state atomically. values [P] float32; best [P] or None. Raises StorageError."""
     from safetensors.torch import save
 
-    state = optimizer.state[optimizer.param_groups[0]["params"][0]]
-    tensors = {"values": values.detach(), **({"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]} if state else {})}
+    states = [optimizer.state[parameter] for parameter in _parameters(optimizer)]
+    tensors = {"values": values.detach()}
+    if all(states):
+        tensors |= {name: torch.cat([state[name] for state in states]) for name in _MOMENTS}
     if best is not None:
         tensors["best"] = best
     header = {"job": job_digest, "progress": json.dumps(asdict(progress))}
@@ -75,7 +79,13 @@ def load_checkpoint(folder: Path, job_digest: str, values: Tensor, optimizer: to
     with torch.no_grad():
         values.copy_(tensors["values"])
     if "exp_avg" in tensors:
-        parameter = optimizer.param_groups[0]["params"][0]
-        step = torch.tensor(float(progress.step), dtype=torch.float32)
-        optimizer.state[parameter] = {"step": step, "exp_avg": tensors["exp_avg"], "exp_avg_sq": tensors["exp_avg_sq"]}
+        parameters = _parameters(optimizer)
+        pieces = {name: tensors[name].split([parameter.numel() for parameter in parameters]) for name in _MOMENTS}
+        for index, parameter in enumerate(parameters):
+            step = torch.tensor(float(progress.step), dtype=torch.float32)
+            optimizer.state[parameter] = {"step": step, **{name: piece[index].clone() for name, piece in pieces.items()}}
     return progress, tensors.get("best")
+
+
+def _parameters(optimizer: torch.optim.AdamW) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

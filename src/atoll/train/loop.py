@@ -1,4 +1,4 @@
-"""Train one LoRA adapter over a frozen base.
+"""Train one adapter over a frozen base: LoRA, ReFT or both.
 
 The state of a job is a step count and three vectors; everything else (row order, dropout, learning rate) is a function of the config and the step. So
 a run that is killed and resumed from its last checkpoint takes the same steps again and ends with the same weights, bit for bit on a CPU in float32.
@@ -9,11 +9,8 @@ The loss is the mean over the label tokens of the whole effective batch, however
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,16 +22,19 @@ from atoll.data.batches import epoch_batches, micro_batches
 from atoll.data.encode import EncodedRow
 from atoll.errors import Interrupted, TrainingError
 from atoll.model.adapter import Adapter
-from atoll.model.batch import AdapterBatch
 from atoll.model.decoder import Decoder
 from atoll.model.loss import label_loss
 from atoll.model.memory import keep_freed_memory, release_memory
 from atoll.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from atoll.train.entering import EnteringStates
+from atoll.train.interrupt import interruptible
 from atoll.train.log import RunLog
-from atoll.train.rows import label_batch
+from atoll.train.rows import adapter_batch, label_batch
 from atoll.train.schedule import learning_rate
-from atoll.train.weights import TrainableLora
+from atoll.train.spec import edited_places
+from atoll.train.weights import TrainableAdapter
 
+MIB = 1 << 20
 Report = Callable[[str, int, int], None]  # (what is going on, steps done, steps in all)
 
 
@@ -52,6 +52,13 @@ def total_steps(num_rows: int, config: TrainerConfig) -> int:
     return config.max_steps or max(1, math.ceil(config.epochs * math.ceil(num_rows / config.batch_size)))
 
 
+def entering_states(decoder: Decoder, first_layer: int, num_rows: int, config: TrainerConfig) -> EnteringStates | None:
+    """Where a job that changes nothing below block first_layer keeps what enters there; None where rows are seen once and keeping pays nothing."""
+    if not first_layer or total_steps(num_rows, config) <= math.ceil(num_rows / config.batch_size):
+        return None
+    return EnteringStates(decoder, first_layer, config.reuse_mib * MIB)
+
+
 class TrainingJob:
     """One adapter's training: make it, then `run`. `folder` receives checkpoint.safetensors, log.jsonl and tensorboard/."""
 
@@ -67,15 +74,21 @@ class TrainingJob:
     ) -> None:
         if not train_rows:
             raise TrainingError("there are no training rows", hint="check the data file and its split column")
+        if not adapter.modules and not any(edited_places(row, adapter.spec) for row in train_rows):
+            raise TrainingError(
+                f"no prompt of the {len(train_rows)} training rows has a token at {adapter.spec.reft[0].positions}, so nothing would be trained",
+                hint="choose other positions, such as l1",
+            )
         self._decoder, self._config, self._folder, self._digest = decoder, config, folder, job_digest
         self._train, self._validation = list(train_rows), list(validation_rows)
         self._lengths = [len(row.token_ids) for row in self._train]
-        self.weights = TrainableLora(adapter, decoder.shape.linears, decoder.device)
+        self.weights = TrainableAdapter(adapter, decoder.shape.linears, decoder.device)
         self._optimizer = torch.optim.AdamW(
-            [self.weights.values], lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+            self.weights.parameter_groups(config), lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
         )
         self.total_steps = total_steps(len(self._train), config)
         self._steps_an_epoch = math.ceil(len(self._train) / config.batch_size)
+        self._entering = entering_states(decoder, self.weights.first_layer, len(self._train), config)
         self._eval_every = config.eval_every or self._steps_an_epoch
         self._best: Tensor | None = None
         self._progress = Progress()
@@ -98,7 +111,7 @@ class TrainingJob:
         if restored is not None:
             self._progress, self._best = restored
         progress, config = self._progress, self._config
-        with RunLog(self._folder, progress.step) as log, _interruptible() as stop_asked:
+        with RunLog(self._folder, progress.step) as log, interruptible() as stop_asked:
             while progress.step < self.total_steps and not progress.stopped_early:
                 self._one_step(log)
                 last = progress.step == self.total_steps
@@ -139,7 +152,8 @@ class TrainingJob:
         for place, micro in enumerate(micro_batches(indices, self._lengths, config.micro_batch_tokens)):
             self.weights.dropout_seed = (config.seed * 1_000_003 + progress.step) * 1024 + place
             loss, num_tokens = self._loss([self._train[index] for index in micro])
-            (loss / labels).backward()
+            if loss.requires_grad:  # not where none of the micro-batch's prompts has a token that is edited
+                (loss / labels).backward()
             total, tokens = total + float(loss.detach()), tokens + num_tokens
         self.weights.dropout_seed = None
         loss_mean = total / labels
@@ -152,8 +166,10 @@ class TrainingJob:
         if config.max_grad_norm and norm > config.max_grad_norm:
             self.weights.grads.mul_(config.max_grad_norm / norm)
         rate = learning_rate(progress.step, self.total_steps, config)
-        self._optimizer.param_groups[0]["lr"] = rate
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * group["share"]
         self._optimizer.step()
+        self.weights.retract()
         seconds = time.perf_counter() - started
         progress.step += 1
         progress.tokens, progress.label_tokens = progress.tokens + tokens, progress.label_tokens + labels
@@ -164,7 +180,9 @@ class TrainingJob:
     def _loss(self, rows: Sequence[EncodedRow]) -> tuple[Tensor, int]:
         """(summed label loss in nats, packed tokens) of some rows under the current weights."""
         packed = label_batch(rows, self._decoder.device)
-        hidden = self._decoder.forward(packed.batch, AdapterBatch.single(self.weights, packed.batch.num_tokens))
+        adapters = adapter_batch(packed, [self.weights] * len(rows))
+        entering = self._entering.of(rows) if self._entering is not None else None
+        hidden = self._decoder.forward(packed.batch, adapters, entering=entering)
         return label_loss(hidden, self._decoder.head, packed.labels), packed.batch.num_tokens
 
     def _validate(self, log: RunLog) -> None:
@@ -192,23 +210,3 @@ class TrainingJob:
             progress.stopped_early = config.early_stop_patience is not None and progress.stale >= config.early_stop_patience
         progress.seconds += time.perf_counter() - started
         log.write(progress.step, validation_loss=loss)
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a question that the loop asks between steps; a second one interrupts at once. Only the main thread gets signals."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def on_signal(number: int, frame: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    previous = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atoll.config import AdapterConfig, TrainConfig
+from atoll.config import TrainConfig
 from atoll.data.batches import epoch_batches, micro_batches
 from atoll.data.encode import Encoded, encode_examples
 from atoll.data.prompt import PromptFormat
 from atoll.data.task import TaskData
-from atoll.errors import ConfigError
-from atoll.model.adapter import AdapterSpec, names
-from atoll.model.sites import TARGETS, Site
+from atoll.model.adapter import AdapterSpec
+from atoll.model.reft import tensor_shapes
+from atoll.train.spec import adapter_spec, edited_places
 
 if TYPE_CHECKING:
     from atoll.model.base import Base
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _MEASURED_TOKENS = 1000
 _FORWARD_SHARE = 0.4  # of a training step's time: what a validation pass costs a token
 _PROCESS_BYTES = 500 << 20  # python, torch and transformers as loaded
+_NO_MATTER = {"checkpoint_every", "logging_every", "device", "reuse_mib"}  # the trainer's keys that do not decide the weights,
+_OF_REFT = {"reft_learning_rate", "reft_weight_decay"}  # and those that do not where there is no ReFT
 _FORMAT = 1  # raise when the same config would train other weights than before, so that old checkpoints are not resumed
 
 
@@ -57,18 +60,32 @@ class TrainingPlan:
     def warnings(self) -> tuple[str, ...]:
         """What the user should know about the rows: how many lost the beginning of their prompt, and where the first one stands."""
         name = self.data.task.name
-        return tuple(
+        cut = tuple(
             f"{name}: {part.num_cut} of {len(part.rows)} {which} rows lost the beginning of their prompt to fit {part.max_length} tokens "
             f"(first: {part.cut[0]})"
             for which, part in (("training", self.train), ("validation", self.validation))
             if part.num_cut
         )
+        return cut + ((f"{name}: {self.num_unedited} of {len(self.train.rows)} training rows have no edited token",) if self.num_unedited else ())
+
+    @property
+    def num_unedited(self) -> int:
+        """Training rows whose prompts have no token at the positions of a ReFT adapter: the base answers them as ever. 0 with LoRA."""
+        return 0 if self.spec.target_modules else sum(not edited_places(row, self.spec) for row in self.train.rows)
 
     @property
     def num_parameters(self) -> int:
-        """Trainable parameters: r (d_in + d_out) a site."""
-        linears = self.base.decoder.shape.linears
-        return sum(self.spec.rank_at(site) * sum(linears[site.target]) for site in self.spec.sites(self.base.decoder.shape.num_layers))
+        """Trainable parameters: r (d_in + d_out) a site of LoRA, and each ReFT site's tensors."""
+        shape = self.base.decoder.shape
+        lora = sum(self.spec.rank_at(site) * sum(shape.linears[site.target]) for site in self.spec.sites(shape.num_layers))
+        shapes = [tensor_shapes(self.spec.reft[site.part], site.layer, shape.hidden) for site in self.spec.edit_sites(shape.num_layers)]
+        return int(lora + sum(math.prod(size) for tensors in shapes for size in tensors.values()))
+
+    @property
+    def first_layer(self) -> int:
+        """The first block that the adapter changes."""
+        num_layers = self.base.decoder.shape.num_layers
+        return min([site.layer for site in self.spec.sites(num_layers)] + [site.layer for site in self.spec.edit_sites(num_layers)])
 
 
 @dataclass(frozen=True)
@@ -100,44 +117,22 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
         for examples, max_length in ((data.train, trainer.max_length), (data.validation, None if trainer.max_length == "p95" else trainer.max_length))
     ]
     prompt = data.task.prompt_format(stop)
-    spec = adapter_spec(base.name, config.adapter)
-    _check_patterns(spec, spec.sites(base.decoder.shape.num_layers))
+    spec = adapter_spec(base.name, config.adapter, base.decoder.shape.num_layers, base.decoder.shape.hidden)
     identity = {
         "format": _FORMAT,
         "base": base.fingerprint.digest,
-        "adapter": config.adapter.model_dump(mode="json"),
-        "trainer": config.trainer.model_dump(mode="json", exclude={"checkpoint_every", "logging_every", "device"}),
+        "adapter": _without_none(config.adapter.model_dump(mode="json"), "reft"),
+        "trainer": config.trainer.model_dump(mode="json", exclude=_NO_MATTER if spec.reft else _NO_MATTER | _OF_REFT),
         "prompt": prompt.to_json(),
-        "rows": [[row.token_ids, row.first_label] for part in encoded for row in part.rows],
+        "rows": [[row.token_ids, row.first_label, *([row.num_prompt] if spec.reft else [])] for part in encoded for row in part.rows],
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     return TrainingPlan(config, base, data, encoded[0], encoded[1], prompt, spec, digest)
 
 
-def _check_patterns(spec: AdapterSpec, sites: list[Site]) -> None:
-    """A pattern key that names no site would be ignored, and the adapter would have another rank than its author thinks."""
-    for field, pattern in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
-        for key in pattern:
-            if not any(names((key,), site) for site in sites):
-                raise ConfigError(
-                    f"adapter.{field} names {key!r}, which is no module that this adapter changes",
-                    hint="name a linear (q_proj) or the end of its path (layers.3.self_attn.q_proj)",
-                )
-
-
-def adapter_spec(base_name: str, config: AdapterConfig) -> AdapterSpec:
-    """The AdapterSpec that a config asks for."""
-    return AdapterSpec(
-        base=base_name,
-        rank=config.r,
-        alpha=config.scaling_alpha,
-        target_modules=tuple(target for target in TARGETS if target in config.targets),
-        dropout=config.dropout,
-        use_rslora=config.use_rslora,
-        rank_pattern=dict(config.rank_pattern),
-        alpha_pattern=dict(config.alpha_pattern),
-        layers_to_transform=config.layers_to_transform,
-    )
+def _without_none(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """A key that came later is left out where it is not given, so that jobs from before it keep their identity."""
+    return {name: value for name, value in values.items() if name != key or value is not None}
 
 
 def run_plan(plan: TrainingPlan, folder: Path, report: Report | None = None) -> TrainResult:
@@ -146,7 +141,7 @@ def run_plan(plan: TrainingPlan, folder: Path, report: Report | None = None) -> 
 
     import torch
 
-    from atoll.model.adapter import Adapter, new_adapter
+    from atoll.model.adapter import new_adapter
     from atoll.train.loop import TrainingJob
 
     decoder = plan.base.decoder
@@ -154,7 +149,7 @@ def run_plan(plan: TrainingPlan, folder: Path, report: Report | None = None) -> 
     start = new_adapter(plan.spec, decoder.shape.linears, decoder.shape.num_layers, generator)
     job = TrainingJob(decoder, start, plan.train.rows, plan.validation.rows, plan.config.trainer, folder, plan.digest)
     result = job.run(report)
-    return dataclasses.replace(result, adapter=Adapter(result.adapter.spec, result.adapter.modules, _manifest(plan, result)))
+    return dataclasses.replace(result, adapter=dataclasses.replace(result.adapter, manifest=_manifest(plan, result)))
 
 
 def _manifest(plan: TrainingPlan, result: TrainResult) -> dict[str, Any]:
@@ -162,7 +157,7 @@ def _manifest(plan: TrainingPlan, result: TrainResult) -> dict[str, Any]:
     progress, task = result.progress, plan.data.task
     return {
         "format": 1,
-        "kind": "lora",
+        "kind": plan.spec.kind,
         "name": plan.config.name or task.name,
         "description": task.title,
         "task": task.name,
@@ -189,40 +184,52 @@ def _manifest(plan: TrainingPlan, result: TrainResult) -> dict[str, Any]:
 def estimate_cost(plan: TrainingPlan) -> CostEstimate:
     """Time forward and backward on the job's first micro-batches, some thousand tokens (after one to warm up), and count what is held at once.
 
-    memory_bytes = process + base + 5 float32 vectors of the adapter (values, gradient, two moments, best) + activations of the largest micro-batch.
+    What a job makes of each row once and keeps (train.entering) is timed apart and counted once a row.
+    memory_bytes = process + base + 5 float32 vectors of the adapter (values, gradient, two moments, best) + activations of the largest micro-batch
+    + what is kept.
     """
     import torch
 
     from atoll.model.adapter import new_adapter
-    from atoll.model.batch import AdapterBatch
     from atoll.model.loss import label_loss
-    from atoll.train.rows import label_batch
-    from atoll.train.weights import TrainableLora
+    from atoll.train.loop import entering_states
+    from atoll.train.rows import adapter_batch, label_batch
+    from atoll.train.weights import TrainableAdapter
 
     decoder, trainer = plan.base.decoder, plan.config.trainer
     shape = decoder.shape
-    weights = TrainableLora(new_adapter(plan.spec, shape.linears, shape.num_layers, torch.Generator().manual_seed(0)), shape.linears, decoder.device)
+    start = new_adapter(plan.spec, shape.linears, shape.num_layers, torch.Generator().manual_seed(0))
+    weights = TrainableAdapter(start, shape.linears, decoder.device)
+    kept = entering_states(decoder, plan.first_layer, len(plan.train.rows), trainer)
     lengths = [len(row.token_ids) for row in plan.train.rows]
     steps = epoch_batches(lengths, trainer.batch_size, trainer.seed, 0)
-    seconds, tokens, warm = 0.0, 0, False
+    seconds, once, tokens, warm = 0.0, 0.0, 0, False
     for micro in [micro for step in steps for micro in micro_batches(step, lengths, trainer.micro_batch_tokens)]:
-        packed = label_batch([plan.train.rows[index] for index in micro], decoder.device)
+        rows = [plan.train.rows[index] for index in micro]
+        packed = label_batch(rows, decoder.device)
         started = time.perf_counter()
-        hidden = decoder.forward(packed.batch, AdapterBatch.single(weights, packed.batch.num_tokens))
-        label_loss(hidden, decoder.head, packed.labels).backward()
+        entering = kept.of(rows) if kept is not None else None
+        entered = time.perf_counter()
+        hidden = decoder.forward(packed.batch, adapter_batch(packed, [weights] * len(rows)), entering=entering)
+        loss = label_loss(hidden, decoder.head, packed.labels)
+        if loss.requires_grad:
+            loss.backward()
         if warm:
-            seconds, tokens = seconds + time.perf_counter() - started, tokens + packed.batch.num_tokens
+            seconds, once = seconds + time.perf_counter() - entered, once + entered - started
+            tokens += packed.batch.num_tokens
         warm = True
         if tokens >= _MEASURED_TOKENS:
             break
     if not tokens:  # one micro-batch in all: it has warmed up, time it as it is
-        tokens, seconds = packed.batch.num_tokens, time.perf_counter() - started
+        tokens, seconds, once = packed.batch.num_tokens, time.perf_counter() - entered, entered - started
     evaluations = len(plan.validation.rows) and max(1, plan.total_steps // (trainer.eval_every or len(steps)))
-    work = sum(lengths) * plan.total_steps / len(steps) + _FORWARD_SHARE * evaluations * sum(len(row.token_ids) for row in plan.validation.rows)
-    return CostEstimate(work * seconds / tokens, _memory_bytes(plan), tokens / seconds, tokens)
+    of_validation = sum(len(row.token_ids) for row in plan.validation.rows)
+    work = sum(lengths) * plan.total_steps / len(steps) + _FORWARD_SHARE * evaluations * of_validation
+    rows_once = (sum(lengths) + of_validation) * once / tokens if kept is not None else 0.0
+    return CostEstimate(work * seconds / tokens + rows_once, _memory_bytes(plan, kept is not None), tokens / (seconds + once), tokens)
 
 
-def _memory_bytes(plan: TrainingPlan) -> int:
+def _memory_bytes(plan: TrainingPlan, keeps: bool) -> int:
     shape, item = plan.base.decoder.shape, plan.base.dtype.itemsize
     lengths = sorted((len(row.token_ids) for row in plan.train.rows), reverse=True)
     tokens = min(lengths[0] * plan.config.trainer.batch_size, max(plan.config.trainer.micro_batch_tokens, lengths[0]))
@@ -231,4 +238,7 @@ def _memory_bytes(plan: TrainingPlan) -> int:
     a_token_a_layer = 2 * 4 * shape.hidden + item * (2 * shape.hidden + 3 * (q + 2 * kv) + 2 * q + 3 * shape.mlp + scores)
     linears = sum(d_out * d_in for d_out, d_in in shape.linears.values()) * shape.num_layers
     base = item * (linears + shape.vocabulary * shape.hidden)
-    return _PROCESS_BYTES + base + 5 * 4 * plan.num_parameters + tokens * shape.num_layers * a_token_a_layer + 256 * shape.vocabulary * 8
+    with_gradients = tokens * (shape.num_layers - plan.first_layer) * a_token_a_layer
+    every_token = sum(lengths) + sum(len(row.token_ids) for row in plan.validation.rows)
+    kept = min(every_token * shape.hidden * 4, plan.config.trainer.reuse_mib << 20) if keeps else 0
+    return _PROCESS_BYTES + base + 5 * 4 * plan.num_parameters + with_gradients + kept + 256 * shape.vocabulary * 8

@@ -1,23 +1,30 @@
-"""Encoded rows as packed training batches: which tokens go in, which hidden states predict a label."""
+"""Encoded rows as packed training batches: which tokens go in, which hidden states predict a label, whose adapter each row uses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from atoll.data.encode import EncodedRow
-from atoll.model.batch import PackedBatch
+from atoll.model.apply_edits import edit_rows
+from atoll.model.batch import AdapterBatch, PackedBatch, Segment
+
+if TYPE_CHECKING:
+    from atoll.train.weights import TrainableAdapter
 
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """A packed batch and the labels [N] int64 of the hidden states it outputs."""
+    """A packed batch, the labels [N] int64 of the hidden states it outputs, and how many tokens of each row are its prompt."""
 
     batch: PackedBatch
     labels: Tensor
+    num_prompts: tuple[int, ...]
 
     @property
     def num_labels(self) -> int:
@@ -35,4 +42,19 @@ def label_batch(rows: Sequence[EncodedRow], device: torch.device | str) -> Label
         labels.extend(row.token_ids[first:])
         start += len(row.token_ids) - 1
     batch = PackedBatch.of([row.token_ids[:-1] for row in rows], outputs=outputs, device=device)
-    return LabelledBatch(batch, torch.tensor(labels, dtype=torch.int64, device=device))
+    return LabelledBatch(batch, torch.tensor(labels, dtype=torch.int64, device=device), tuple(row.num_prompt for row in rows))
+
+
+def adapter_batch(packed: LabelledBatch, weights: Sequence[TrainableAdapter]) -> AdapterBatch:
+    """Row i under weights[i], for one forward and its backward. Several jobs may share a batch: each gets the gradients of its own rows."""
+    batch = packed.batch
+    parts = {id(job): job.parts for job in weights}
+    segments: list[Segment] = []
+    for (start, stop), job in zip(pairwise(batch.row_starts), weights, strict=True):
+        if segments and segments[-1].weights is job and segments[-1].stop == start:
+            segments[-1] = segments[-1]._replace(stop=stop)
+        elif job.has_lora:
+            segments.append(Segment(start, stop, job))
+    edited = zip(batch.row_starts, batch.lengths, packed.num_prompts, weights, strict=False)
+    rows = [(start, 0, count, num_prompt, parts[id(job)]) for start, count, num_prompt, job in edited]
+    return AdapterBatch(tuple(segments), edits=edit_rows(rows, batch.token_ids.device))

@@ -1,89 +1,84 @@
-"""The tensors of one training job: float32 masters in one flat buffer, seen by the forward as fused LoRA factors.
+"""The tensors of one training job, LoRA's, ReFT's or both, over one flat vector of float32 masters.
 
-Every A and B is a leaf whose storage is a slice of one vector, and its gradient a slice of another, so the optimizer, clipping and checkpoints are
-single operations on two vectors instead of a walk over hundreds of small tensors. Factors of linears that share an input are stored fused (see
-model.apply).
-
-Used by train.loop; `Adapter` in, `Adapter` out.
+Used by train.loop; `Adapter` in, `Adapter` out. What the forward reads of them: model.apply.AdapterWeights (`update`) and model.batch.EditWeights
+(the sides of `parts`).
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from atoll.model.adapter import Adapter, LoraModule
-from atoll.model.apply import Part, Update
-from atoll.model.sites import GROUPS, TARGETS, Site
+from atoll.config import TrainerConfig
+from atoll.model.adapter import Adapter
+from atoll.model.apply import Update
+from atoll.model.apply_edits import EditedPart
+from atoll.train.flat import FlatVector
+from atoll.train.lora_masters import LoraMasters
+from atoll.train.reft_masters import ReftMasters
 
 
-class TrainableLora:
+class TrainableAdapter:
     """One adapter's masters. Implements model.apply.AdapterWeights.
 
-    values and grads are flat float32 vectors [P]; `values.grad` is `grads`, so an optimizer over `[values]` trains the adapter.
+    values and grads are flat float32 vectors [P]: LoRA's factors, then ReFT's W's, then its other tensors. `values.grad` is `grads`, so an optimizer
+    over `[values]` trains the adapter; after its step, `retract` is due.
     """
 
     def __init__(self, adapter: Adapter, linears: Mapping[str, tuple[int, int]], device: torch.device | str = "cpu") -> None:
         self.spec, self._manifest = adapter.spec, adapter.manifest
-        self.values = torch.nn.Parameter(torch.zeros(adapter.num_parameters, dtype=torch.float32, device=device))
-        self.grads = torch.zeros_like(self.values)
-        self.values.grad = self.grads
+        self._flat = FlatVector(adapter.num_parameters, device)
+        self.values, self.grads = self._flat.values, self._flat.grads
         self.dropout_seed: int | None = None  # set by the loop before each training forward; None: no dropout (evaluation)
-        self._sites = sorted(adapter.modules, key=lambda site: (site.layer, TARGETS.index(site.target)))
-        self._updates: dict[tuple[int, int], Update] = {}
-        self._slices: dict[Site, tuple[Tensor, Tensor, float]] = {}
-        self._offset = 0
-        for layer in sorted({site.layer for site in self._sites}):
-            for group, targets in enumerate(GROUPS):
-                self._fuse(adapter, linears, layer, group, [t for t in targets if Site(layer, t) in adapter.modules])
+        self.first_layer = min([site.layer for site in adapter.modules] + [site.layer for site in adapter.edits])
+        self._lora = LoraMasters(adapter, linears, self._flat) if adapter.modules else None
+        self._num_lora = self._flat.taken
+        self._reft = ReftMasters(adapter, self._flat) if adapter.edits else None
 
-    def _leaf(self, *shape: int) -> Tensor:
-        """The next `shape` elements of the flat vectors, as a leaf that accumulates into its slice of `grads`."""
-        start, self._offset = self._offset, self._offset + int(torch.Size(shape).numel())
-        leaf = self.values.detach()[start : self._offset].view(shape).requires_grad_()
-        leaf.grad = self.grads[start : self._offset].view(shape)
-        return leaf
-
-    def _fuse(self, adapter: Adapter, linears: Mapping[str, tuple[int, int]], layer: int, group: int, members: list[str]) -> None:
-        if not members:
-            return
-        modules = [adapter.modules[Site(layer, target)] for target in members]
-        a = self._leaf(sum(module.rank for module in modules), modules[0].a.shape[1])
-        starts, column = {}, 0
-        for target in GROUPS[group]:
-            starts[target] = column
-            column += linears[target][0]
-        parts, row = [], 0
-        for target, module in zip(members, modules, strict=True):
-            d_out = module.b.shape[0]
-            b = self._leaf(module.rank, d_out)
-            with torch.no_grad():
-                a[row : row + module.rank].copy_(module.a)
-                b.copy_(module.b.T)
-            parts.append(Part(row, row + module.rank, starts[target], starts[target] + d_out, b, module.scaling))
-            self._slices[Site(layer, target)] = (a.detach()[row : row + module.rank], b.detach(), module.scaling)
-            row += module.rank
-        self._updates[layer, group] = Update(a, tuple(parts))
+    @property
+    def has_lora(self) -> bool:
+        """Whether it changes any linear; without, `update` is None everywhere."""
+        return self._lora is not None
 
     def update(self, layer: int, group: int) -> Update | None:
-        found = self._updates.get((layer, group))
-        if found is None or self.dropout_seed is None or not self.spec.dropout:
-            return found
-        # Mixed down to 32 bits here, because torch's CPU generator ignores the higher bits of a seed: steps 1024 apart would share their masks.
-        seed = zlib.crc32(f"{self.dropout_seed} {layer} {group}".encode())
-        return found._replace(dropout=self.spec.dropout, dropout_seed=seed)
+        """LoRA's factors at (layer, group); None where it changes nothing."""
+        return None if self._lora is None else self._lora.update(layer, group, self.spec.dropout, self.dropout_seed)
+
+    @property
+    def parts(self) -> Sequence[EditedPart]:
+        """ReFT's parts for one forward, fused from the masters at the time of asking: ask once a forward, and again after each step."""
+        return () if self._reft is None else self._reft.parts(self.dropout_seed)
+
+    def retract(self) -> None:
+        """After an optimizer step: R's that must have orthonormal rows get them back."""
+        if self._reft is not None:
+            self._reft.retract()
+
+    def parameter_groups(self, config: TrainerConfig) -> list[dict[str, object]]:
+        """AdamW's groups: slices of the vector, in its order, that differ in learning rate or weight decay. Only LoRA's factors and ReFT's W decay.
+
+        Each has its "lr" and its "share" of config.learning_rate, by which schedules scale. Beside a LoRA, ReFT has a rate of its own.
+        """
+        size, share = self.values.numel(), 1.0
+        wanted = [(0, self._num_lora, share, config.weight_decay)]
+        if self._reft is not None:
+            share = config.reft_learning_rate / config.learning_rate if self.has_lora else 1.0
+            wanted += [(self._num_lora, self._reft.first_kept, share, config.reft_weight_decay), (self._reft.first_kept, size, share, 0.0)]
+        merged: list[tuple[int, int, float, float]] = []
+        for start, stop, *settings in wanted:
+            if merged and merged[-1][2:] == tuple(settings):
+                merged[-1] = (merged[-1][0], stop, *merged[-1][2:])
+            elif stop > start:
+                merged.append((start, stop, settings[0], settings[1]))
+        return [
+            {"params": [self._flat.part(start, stop)], "lr": config.learning_rate * share, "share": share, "weight_decay": decay}
+            for start, stop, share, decay in merged
+        ]
 
     def adapter(self, values: Tensor | None = None) -> Adapter:
-        """A copy of the factors as they are now, or as they were in `values` [P] (the best step's)."""
-        shift = self.values.detach() if values is None else values
-        base = self.values.detach().storage_offset()
-
-        def copy(leaf: Tensor) -> Tensor:
-            start = leaf.storage_offset() - base
-            return shift[start : start + leaf.numel()].view(leaf.shape).clone()
-
-        modules = {site: LoraModule(copy(a), copy(b).T.contiguous(), scaling) for site in self._sites for a, b, scaling in [self._slices[site]]}
-        return Adapter(self.spec, modules, self._manifest)
+        """A copy of the tensors as they are now, or as they were in `values` [P] (the best step's)."""
+        modules = {} if self._lora is None else self._lora.modules(values)
+        edits = {} if self._reft is None else self._reft.edits(values)
+        return Adapter(self.spec, modules, self._manifest, edits)

@@ -1,7 +1,8 @@
-"""Resident adapters for the compiled forward: each in one block of memory, in the order in which its sites are read.
+"""Resident adapters for the compiled forward: each in one block of memory, in the order in which its sites are read, and one more for each side of
+a ReFT part.
 
 Ranks stay what they are (padded to pairs, and to 16 where linears share an input), so a small adapter takes little. Nothing is gathered: the forward
-takes a pointer a row.
+takes a pointer a row, and one for each group of edited tokens.
 
 Used by the engine's pool through `CompiledDecoder.new_bank`; the plain version is model/bank.py.
 """
@@ -11,26 +12,52 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from atoll.errors import EngineError
 from atoll.model.adapter import Adapter
+from atoll.model.apply_edits import edited_parts
+from atoll.model.positions import Positions
+from atoll.model.reft import ACTIVATIONS, COMPONENTS, fused_bytes
 from atoll.model.sites import GROUPS, TARGETS, Site
 
 if TYPE_CHECKING:
     from atoll.model.apply import BankRows, Update
+    from atoll.model.batch import EditWeights
+    from atoll.model.reft import Edit
 
 
-class Packed:
-    """An adapter in the library's memory, which goes with it."""
+class CompiledEdits:
+    """One side's edits in the library's memory, which goes with them. Never asked for an Edit: the compiled forward reads its memory."""
 
     def __init__(self, library: Any, handle: int) -> None:
         self._library, self.handle = library, handle
 
     def __del__(self) -> None:
-        self._library.atoll_adapter_free(ctypes.c_void_p(self.handle))
+        self._library.atoll_edits_free(ctypes.c_void_p(self.handle))
+
+    def edit(self, layer: int, component: int) -> Edit | None:
+        raise AssertionError("compiled edits were given to the plain forward")
+
+
+class CompiledPart(NamedTuple):
+    """One ReFT part of a resident adapter, for apply_edits.edit_rows; `sides` holds the same object twice where they share their tensors."""
+
+    positions: Positions
+    sides: tuple[CompiledEdits, CompiledEdits]
+
+
+class Packed:
+    """An adapter in the library's memory, which goes with it. handle: its LoRA factors, None without any."""
+
+    def __init__(self, library: Any, handle: int | None, parts: tuple[CompiledPart, ...] = ()) -> None:
+        self._library, self.handle, self.parts = library, handle, parts
+
+    def __del__(self) -> None:
+        if self.handle is not None:
+            self._library.atoll_adapter_free(ctypes.c_void_p(self.handle))
 
 
 @dataclass(frozen=True)
@@ -40,6 +67,11 @@ class CompiledSlot:
     index: int
     packed: Packed
     bucket: int = 0  # a bank of this kind has no rank buckets
+
+    @property
+    def parts(self) -> tuple[CompiledPart, ...]:
+        """Its ReFT edits."""
+        return self.packed.parts
 
     def update(self, layer: int, group: int) -> Update | None:
         raise AssertionError("a compiled adapter was given to the plain forward")
@@ -59,7 +91,8 @@ class CompiledBank:
 
     def slot_bytes(self, adapter: Adapter) -> int:
         """Bytes that an adapter takes here."""
-        return int(self._library.atoll_adapter_size(ctypes.c_void_p(self._model), self._ranks(adapter)))
+        edits = sum(fused_bytes(adapter.spec.reft[site.part], found) for site, found in adapter.edits.items())
+        return edits + int(self._library.atoll_adapter_size(ctypes.c_void_p(self._model), self._ranks(adapter)))
 
     def pack(self, adapter: Adapter) -> Packed:
         """Bring an adapter into the library's layout: the slow part of `load`, which any thread may do beside a running forward.
@@ -67,10 +100,13 @@ class CompiledBank:
         Raises BaseMismatch where it does not fit the base, EngineError where there is no room.
         """
         adapter.check_fits(self.shapes, self.num_layers)
+        parts = self._pack_edits(adapter)
+        if not adapter.modules:
+            return Packed(self._library, None, parts)
         handle = self._library.atoll_adapter(ctypes.c_void_p(self._model), self._ranks(adapter))
         if not handle:
             raise EngineError("no memory for an adapter's factors", hint="lower adapter_bytes")
-        packed = Packed(self._library, handle)
+        packed = Packed(self._library, handle, parts)
         for site, module in adapter.modules.items():
             group = next(i for i, targets in enumerate(GROUPS) if site.target in targets)
             a, b = (t.detach().to("cpu", torch.float32).contiguous() for t in (module.a, module.b))
@@ -84,6 +120,34 @@ class CompiledBank:
                 ctypes.c_void_p(b.data_ptr()),
                 module.rank,
                 ctypes.c_float(module.scaling),
+            )
+        return packed
+
+    def _pack_edits(self, adapter: Adapter) -> tuple[CompiledPart, ...]:
+        parts = []
+        for part in edited_parts(adapter):
+            prefix, suffix = part.sides
+            packed = self._pack_side(prefix)
+            parts.append(CompiledPart(part.positions, (packed, packed if suffix is prefix else self._pack_side(suffix))))
+        return tuple(parts)
+
+    def _pack_side(self, weights: EditWeights) -> CompiledEdits:
+        places = [(layer, component) for layer in range(self.num_layers) for component in range(len(COMPONENTS))]
+        edits = {place: edit for place in places if (edit := weights.edit(*place)) is not None}
+        ranks = (ctypes.c_int32 * len(places))(*(len(edits[place].b) if place in edits else 0 for place in places))
+        handle = self._library.atoll_edits(ctypes.c_void_p(self._model), ranks)
+        if not handle:
+            raise EngineError("no memory for an adapter's edits", hint="lower adapter_bytes")
+        packed = CompiledEdits(self._library, handle)
+        for (layer, component), edit in edits.items():
+            self._library.atoll_edits_set(
+                ctypes.c_void_p(self._model),
+                ctypes.c_void_p(handle),
+                layer,
+                component,
+                *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (edit.a, edit.b, edit.u)),
+                ACTIVATIONS.index(edit.activation) + 1 if edit.activation is not None else 0,
+                edit.activated,
             )
         return packed
 

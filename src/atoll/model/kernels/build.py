@@ -23,7 +23,7 @@ from pathlib import Path
 
 from atoll.config import atoll_home
 
-INTERFACE = 3  # atoll_interface() of the sources beside this file
+INTERFACE = 4  # atoll_interface() of the sources beside this file
 _BUILD_TIMEOUT_S = 300
 
 _log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from torch import Tensor
 from atoll.errors import EngineError
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
 from atoll.model.decoder import Decoder
-from atoll.model.kernels.bank import CompiledBank, CompiledSlot
+from atoll.model.kernels.bank import CompiledBank, CompiledEdits, CompiledSlot
 from atoll.model.kernels.build import Target, compiler_path, load_library, usable_targets
 from atoll.model.kv_cache import PAGE_TOKENS
 
@@ -34,12 +34,18 @@ class _Batch(ctypes.Structure):
     """Batch of forward.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("num_rows", "num_tokens", "num_outputs", "max_pages")),
+        *((name, ctypes.c_int32) for name in ("num_rows", "num_tokens", "num_outputs", "max_pages", "num_edits")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("token_ids", "row_starts", "context", "pages", "cos", "sin", "outputs", "adapters", "cache", "hidden")
+            for name in ("token_ids", "row_starts", "context", "pages", "cos", "sin", "outputs", "adapters", "edits", "cache", "hidden")
         ),
     )
+
+
+class _EditedTokens(ctypes.Structure):
+    """EditedTokens of edits.h."""
+
+    _fields_ = (("edits", ctypes.c_void_p), ("tokens", ctypes.c_void_p), ("count", ctypes.c_int64))
 
 
 class _Draw(ctypes.Structure):
@@ -105,14 +111,16 @@ class CompiledDecoder:
         pages = torch.tensor([[*row, *([0] * (widest - len(row)))] for row in batch.pages], dtype=torch.int32)
         starts, context = torch.tensor(batch.row_starts, dtype=torch.int32), torch.tensor(batch.context, dtype=torch.int32)
         hidden = torch.empty(outputs.shape[0], self.shape.hidden, dtype=torch.bfloat16)
-        handles = _handles(batch, adapters)
+        handles, edits = _handles(batch, adapters), _edited(adapters)
         call = _Batch(
             batch.num_rows,
             batch.num_tokens,
             outputs.shape[0],
             widest,
+            len(adapters.edits),
             *(t.data_ptr() for t in (tokens, starts, context, pages, cos, sin, outputs)),
             ctypes.cast(handles, ctypes.c_void_p) if handles is not None else None,
+            ctypes.cast(edits, ctypes.c_void_p) if edits is not None else None,
             cache.memory.data_ptr(),
             hidden.data_ptr(),
         )
@@ -191,7 +199,7 @@ def compiled(decoder: Decoder) -> CompiledDecoder | None:
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    for name in ("atoll_model", "atoll_adapter"):
+    for name in ("atoll_model", "atoll_adapter", "atoll_edits"):
         getattr(library, name).restype = ctypes.c_void_p
     for name in ("atoll_page_size", "atoll_adapter_size"):
         getattr(library, name).restype = ctypes.c_long
@@ -234,6 +242,7 @@ def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]
 def _handles(batch: PackedBatch, adapters: AdapterBatch) -> ctypes.Array[ctypes.c_void_p] | None:
     """Each row's adapter in the library's memory; None if all rows use the base alone."""
     assert adapters.bank_rows is None, "the compiled forward gathers no rows"
+    assert adapters.blocks is None, "the compiled forward has packed the base's own weights"
     if not adapters.segments:
         return None
     handles = (ctypes.c_void_p * batch.num_rows)()
@@ -246,3 +255,15 @@ def _handles(batch: PackedBatch, adapters: AdapterBatch) -> ctypes.Array[ctypes.
             handles[row] = weights.packed.handle
             row += 1
     return handles
+
+
+def _edited(adapters: AdapterBatch) -> ctypes.Array[_EditedTokens] | None:
+    """The tokens that ReFT edits, by the tensors that edit them; None if there are none."""
+    if not adapters.edits:
+        return None
+    groups = (_EditedTokens * len(adapters.edits))()
+    for group, (tokens, weights) in zip(groups, adapters.edits, strict=True):
+        assert isinstance(weights, CompiledEdits)
+        assert tokens.dtype == torch.int64 and tokens.is_contiguous() and tokens.device.type == "cpu"
+        group.edits, group.tokens, group.count = weights.handle, tokens.data_ptr(), len(tokens)
+    return groups

@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "adapter.h"
+#include "edits.h"
 #include "model.h"
 
 namespace kernels {
@@ -22,6 +23,7 @@ constexpr int QUERIES = 12;             // of one key head that go through its p
 // What one call works on. Lengths in comments; D hidden size, K head size.
 struct Batch {
     int num_rows, num_tokens, num_outputs, max_pages;
+    int num_edits;               // groups of tokens that ReFT edits; 0 in a step that only decodes
     const int32_t* token_ids;    // [T]
     const int32_t* row_starts;   // [rows + 1]
     const int32_t* context;      // [rows]
@@ -30,6 +32,7 @@ struct Batch {
     const float* sin;            // [T][K / 2]
     const int32_t* outputs;      // [num_outputs] tokens whose hidden states are wanted
     Adapter* const* adapters;    // [rows], null where a row uses the base alone
+    const EditedTokens* edits;   // [num_edits], a token's parts in order
     bf16* cache;                 // the pages
     bf16* hidden;                // [num_outputs][D], written
 };
@@ -61,6 +64,7 @@ struct Forward {
     std::vector<int> row_of;
     bool any_adapter = false;
     int z_stride = 0, most_keys = 0;
+    BatchEdits edits;
 
     float *residual, *qkv;
     bf16 *x, *q, *attended, *gated, *z;
@@ -68,7 +72,7 @@ struct Forward {
     std::vector<char*> own;  // each thread's scratch
     size_t own_size;
 
-    Forward(Model& m, const Batch& b) : model(m), s(m.shape), batch(b) {
+    Forward(Model& m, const Batch& b) : model(m), s(m.shape), batch(b), edits(s, b.num_tokens, b.edits, b.num_edits) {
         int shared = s.heads / s.kv_heads;
         for (int row = 0; row < b.num_rows; row++) {
             int start = b.row_starts[row], stop = b.row_starts[row + 1];
@@ -93,7 +97,7 @@ struct Forward {
         x_stride = up_to(s.hidden, PANEL);
         attended_stride = up_to(s.q_width(), PANEL);
         gated_stride = up_to(s.columns(GATE_UP) / 2, PANEL);
-        qkv_stride = s.columns(QKV);
+        qkv_stride = std::max(s.columns(QKV), x_stride);
         residual = arena.take<float>((size_t)tokens * x_stride);
         qkv = arena.take<float>((size_t)tokens * qkv_stride);
         x = arena.take<bf16>((size_t)tokens * x_stride);
@@ -103,6 +107,7 @@ struct Forward {
         z = arena.take<bf16>((size_t)tokens * z_stride + 2 * LANES);
         int width = up_to(s.head_size, PANEL);
         own_size = std::max((size_t)ROW_BLOCK * 16 * PANEL * 4, (size_t)QUERIES * (width * 2 + width * 4 + (size_t)most_keys * 6)) + 4096;
+        own_size = std::max(own_size, (size_t)x_stride * sizeof(float) + edits.scratch_size());
         own.resize(num_threads);
         for (char*& part : own) part = arena.take<char>(own_size);
         return arena.used;
@@ -121,6 +126,7 @@ struct Forward {
                 const bf16* from = model.embedding + (long)batch.token_ids[t] * s.hidden;
                 float* to = residual + (long)t * x_stride;
                 for (int i = 0; i < s.hidden; i++) to[i] = widen(from[i]);
+                for (int i = s.hidden; i < x_stride; i++) to[i] = 0;
             }
         });
     }
@@ -137,14 +143,39 @@ struct Forward {
                    z + (long)rows.start * z_stride, z_stride);
     }
 
+    float* residual_of(int t) { return residual + (long)t * x_stride; }
+    // Where a linear's output waits for its edit: q, k and v are read by then, and not yet written again.
+    float* parked(int t) { return qkv + (long)t * qkv_stride; }
+    // The first x_stride floats of a thread's scratch are for a copy of the row that is edited.
+    float* edit_scratch() { return (float*)mine() + x_stride; }
+    static int place_of(int layer, int component) { return layer * COMPONENTS + component; }
+
+    // What is left to do for an edited token's residual behind a block.
+    void edit_block_output(int t, int layer, float* row) {
+        edits.add_output(t, place_of(layer, MLP_OUTPUT), edit_scratch(), parked(t), row);
+        edits.edit(t, place_of(layer, BLOCK_OUTPUT), edit_scratch(), row);
+    }
+
+    void edit_before_norm(int t, int layer, int group) {
+        float* row = residual_of(t);
+        if (group == GATE_UP) return edits.add_output(t, place_of(layer, ATTENTION_OUTPUT), edit_scratch(), parked(t), row);
+        if (layer) edit_block_output(t, layer - 1, row);
+        edits.edit(t, place_of(layer, BLOCK_INPUT), edit_scratch(), row);
+    }
+
     // x = norm of the residual, and z for the linear that reads it.
     void norm_and_shrink(int layer, int group, const std::vector<float>& weight) {
         int step = batch.num_tokens > 256 ? 8 : 1;
         team->share(((int)groups.size() + step - 1) / step, [&](int task) {
             for (int g = task * step; g < std::min((int)groups.size(), task * step + step); g++) {
                 const Rows& rows = groups[g];
-                for (int t = rows.start; t < rows.start + rows.count; t++)
-                    rms_norm(residual + (long)t * x_stride, weight.data(), s.hidden, s.norm_eps, x + (long)t * x_stride, x_stride);
+                for (int t = rows.start; t < rows.start + rows.count; t++) {
+                    bool edited = edits.has(t);
+                    bf16* normed = x + (long)t * x_stride;
+                    if (edited) edit_before_norm(t, layer, group);
+                    rms_norm(residual_of(t), weight.data(), s.hidden, s.norm_eps, normed, x_stride);
+                    if (edited) edits.edit(t, place_of(layer, group == QKV ? ATTENTION_INPUT : MLP_INPUT), edit_scratch(), normed);
+                }
                 shrink_rows(rows, layer, group, x, x_stride);
             }
         });
@@ -329,16 +360,21 @@ struct Forward {
 
     void layer(int index) {
         const Layer& weights = model.layers[index];
-        auto add = [&](int t, int column, const float* sums, int count) {
-            float* row = residual + (long)t * x_stride + column;
-            for (int i = 0; i < count; i += LANES) store(row + i, load(row + i) + load(sums + i));
+        auto add_or_park = [&](int component) {
+            int place = place_of(index, component);
+            bool parks = edits.anywhere(place);
+            return [=, this](int t, int column, const float* sums, int count) {
+                if (parks && edits.at(t, place)) { memcpy(parked(t) + column, sums, count * 4); return; }
+                float* row = residual_of(t) + column;
+                for (int i = 0; i < count; i += LANES) store(row + i, load(row + i) + load(sums + i));
+            };
         };
         norm_and_shrink(index, QKV, weights.input_norm);
         linear(index, QKV, x, x_stride, [&](int t, int column, const float* sums, int count) { memcpy(qkv + (long)t * qkv_stride + column, sums, count * 4); });
         rotate_and_store(index);
         attend(index);
         shrink_all(index, OUT, attended, attended_stride);
-        linear(index, OUT, attended, attended_stride, add);
+        linear(index, OUT, attended, attended_stride, add_or_park(ATTENTION_OUTPUT));
         norm_and_shrink(index, GATE_UP, weights.post_norm);
         linear(index, GATE_UP, x, x_stride, [&](int t, int column, const float* sums, int count) {
             bf16* row = gated + (long)t * gated_stride + column / 2;
@@ -348,12 +384,21 @@ struct Forward {
             }
         });
         shrink_all(index, DOWN, gated, gated_stride);
-        linear(index, DOWN, gated, gated_stride, add);
+        linear(index, DOWN, gated, gated_stride, add_or_park(MLP_OUTPUT));
     }
 
+    // A token may be wanted more than once, so the last block's edits go into a copy.
     void outputs() {
         team->share(batch.num_outputs, [&](int n) {
-            rms_norm(residual + (long)batch.outputs[n] * x_stride, model.final_norm.data(), s.hidden, s.norm_eps, batch.hidden + (long)n * s.hidden, s.hidden);
+            int t = batch.outputs[n];
+            const float* row = residual_of(t);
+            if (edits.has(t)) {
+                float* copy = (float*)mine();
+                memcpy(copy, row, (size_t)x_stride * sizeof(float));
+                edit_block_output(t, s.layers - 1, copy);
+                row = copy;
+            }
+            rms_norm(row, model.final_norm.data(), s.hidden, s.norm_eps, batch.hidden + (long)n * s.hidden, s.hidden);
         });
     }
 

@@ -10,7 +10,7 @@ using namespace kernels;
 extern "C" {
 
 // What this library was built for, so that a stale file is never used: changes with the functions below.
-int atoll_interface() { return 3; }
+int atoll_interface() { return 4; }
 
 int atoll_usable() {
 #if defined(ATOLL_AMX)
@@ -83,6 +83,25 @@ void atoll_adapter_free(Adapter* adapter) { delete adapter; }
 // One linear's factors: a [rank][d_in], b [d_out][rank], float32; members count within their group.
 void atoll_adapter_set(Model* model, Adapter* adapter, int layer, int group, int member, const float* a, const float* b, int rank, float scaling) {
     set_factors(*adapter, model->shape, layer, group, member, a, b, rank, scaling);
+}
+
+// Edits with these ranks: [layers][6] in the order of Component, 0 where nothing is edited. As an adapter's, they may be made beside a forward.
+Edits* atoll_edits(Model* model, const int32_t* ranks) {
+    try {
+        auto edits = std::make_unique<Edits>();
+        lay_out(*edits, model->shape, ranks);
+        edits->memory = (float*)zeroed((size_t)edits->size * 4);
+        return edits->memory ? edits.release() : nullptr;
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
+
+void atoll_edits_free(Edits* edits) { delete edits; }
+
+// One place's tensors: a and u [rank][D], b [rank], float32; the first `activated` ranks go through the activation.
+void atoll_edits_set(Model* model, Edits* edits, int layer, int component, const float* a, const float* b, const float* u, int activation, int activated) {
+    set_edit(*edits, model->shape, layer * COMPONENTS + component, a, b, u, activation, activated);
 }
 
 // 0, or 1 when there is no memory for the batch.

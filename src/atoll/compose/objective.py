@@ -1,0 +1,170 @@
+"""What a search minimises: the scores of some examples, weighted and summed, plus a regulariser of the weights.
+
+    value(w) = Σₑ cₑ scoreₑ(w) + regulariser(w)
+
+By default cₑ = 1/k and the regulariser is 0.05 mean|w|: a true mean of losses, and a strength that means the same for any number of examples and
+adapters. LoraHub divides a mean loss by the number of examples once more, in batches: `lorahub_importance` gives the cₑ that do the same.
+
+Some examples may be held out: they are in no value, only in the decision when to stop. With very few examples that costs too many of them; folds then
+let every example be held out from a search of its own beside the real one (gradient.py). Nothing here is ever chosen on the test set.
+
+Used by search.py. Scores come from losses.py and metrics.py, or from any object with the same four members.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from atoll.compose.losses import check_rows
+from atoll.data.encode import EncodedRow
+from atoll.errors import ConfigError
+
+NOT_FINITE = 1e9  # what a candidate is worth whose score is not a number: optimisers rank it last, and do not compute with infinities
+
+Regulariser = Callable[[Tensor], Tensor]  # weights [P, …] -> [P], differentiable
+
+
+class Scores(Protocol):
+    """How good candidates are on examples; smaller is better."""
+
+    differentiable: bool
+
+    @property
+    def num_adapters(self) -> int: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def num_examples(self) -> int: ...
+
+    def at_once(self, examples: Sequence[int]) -> int:
+        """How many candidates are scored together on these examples: a search looks at the clock and for Ctrl-C in between."""
+        ...
+
+    def portions(self, examples: Sequence[int], num_candidates: int) -> list[list[int]]:
+        """The examples in groups that can be differentiated at a time. Asked only where `differentiable`."""
+        ...
+
+    def scores(self, weights: Tensor, examples: Sequence[int]) -> Tensor:
+        """[P, len(examples)] float32 of weights [P, N] or [P, N, L]; differentiable where gradients are enabled and the weights ask for them."""
+        ...
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """The examples of the new task, encoded as for training: prompt, completion, EOS."""
+
+    rows: Sequence[EncodedRow]
+
+    def __post_init__(self) -> None:
+        check_rows(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 in hex over the tokens, for the manifest of what is composed from them."""
+        content = [[list(row.token_ids), row.first_label] for row in self.rows]
+        return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+    def hold_out(self, share: float, seed: int) -> tuple[int, ...]:
+        """Examples to hold out: at least one and not all, drawn by `seed`. Raises ConfigError where there are too few for that."""
+        if not 0 < share < 1:
+            raise ConfigError(f"the share of examples to hold out is {share}, expected a number between 0 and 1", hint="0.25 is a good start")
+        if len(self.rows) < 2:
+            raise ConfigError("one example cannot be held out of one", hint="give more examples, or hold none out")
+        num = min(len(self.rows) - 1, max(1, round(share * len(self.rows))))
+        return tuple(sorted(self._shuffled(seed)[:num]))
+
+    def folds(self, num: int, seed: int) -> tuple[tuple[int, ...], ...]:
+        """The examples in `num` groups of nearly equal size, drawn by `seed`. Raises ConfigError for fewer examples than groups, or one group."""
+        if not 2 <= num <= len(self.rows):
+            raise ConfigError(f"{len(self.rows)} examples cannot be cut into {num} folds", hint="use 2 folds or more, and no more than examples")
+        order = self._shuffled(seed)
+        return tuple(tuple(sorted(order[place::num])) for place in range(num))
+
+    def _shuffled(self, seed: int) -> list[int]:
+        order = list(range(len(self.rows)))
+        random.Random(f"atoll few-shot {seed}").shuffle(order)
+        return order
+
+
+def l1(strength: float = 0.05) -> Regulariser:
+    """strength * mean|w|: keeps weights small and many of them near zero. LoraHub's own, of which its article writes the sum."""
+    return lambda weights: strength * weights.flatten(1).abs().mean(1)
+
+
+def l2(strength: float = 0.05) -> Regulariser:
+    """strength * mean w²: keeps weights small, and alike adapters at like weights."""
+    return lambda weights: strength * weights.flatten(1).square().mean(1)
+
+
+def unregularised() -> Regulariser:
+    return lambda weights: weights.new_zeros(len(weights))
+
+
+def lorahub_importance(rows: Sequence[EncodedRow], batch_size: int | None = None) -> tuple[float, ...]:
+    """The cₑ of lorahub 0.1.0: the token-mean losses of the batches, summed, divided by the number of examples. batch_size: None takes all at once.
+
+    With one batch the mean is divided by the number of examples a second time, so against 0.05 mean|w| the loss counts for 1/k of what it says.
+    """
+    found: list[float] = []
+    size = batch_size or len(rows)
+    for batch in (rows[start : start + size] for start in range(0, len(rows), size)):
+        labels = sum(row.num_labels for row in batch)
+        found += [row.num_labels / labels / len(rows) for row in batch]
+    return tuple(found)
+
+
+class Objective:
+    """Scores, what each example counts, the regulariser, and which examples are kept for the decision when to stop."""
+
+    def __init__(
+        self,
+        scores: Scores,
+        regulariser: Regulariser | None = None,
+        *,
+        importance: Sequence[float] | None = None,
+        held_out: Sequence[int] = (),
+        folds: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """regulariser: l1() if None. importance: cₑ, 1/k each if None. held_out, folds: see FewShot; not both."""
+        num = scores.num_examples
+        self.scores, self.regulariser = scores, regulariser or l1()
+        self.importance = torch.tensor(list(importance) if importance is not None else [1 / num] * num, dtype=torch.float32)
+        self.held_out, self.folds = tuple(held_out), tuple(tuple(fold) for fold in folds)
+        self.searched = tuple(example for example in range(num) if example not in set(self.held_out))
+        assert len(self.importance) == num, "one importance for each example"
+        assert not (self.held_out and self.folds), "examples are held out once, or in folds"
+        if not self.searched:
+            raise ConfigError("all examples are held out, so there is nothing to search on", hint="hold fewer out")
+
+    @property
+    def num_adapters(self) -> int:
+        return self.scores.num_adapters
+
+    @property
+    def num_layers(self) -> int:
+        return self.scores.num_layers
+
+    def coefficients(self, examples: Sequence[int]) -> Tensor:
+        """[k]: what each example counts in a value that stands for the whole but is made of `examples` alone; 0 for the others."""
+        chosen = torch.zeros_like(self.importance)
+        chosen[list(examples)] = self.importance[list(examples)]
+        return chosen * (self.importance.sum() / chosen.sum())
+
+    def value(self, scores: Tensor, examples: Sequence[int], weights: Tensor) -> Tensor:
+        """[P] of scores [P, len(examples)]: as if the examples left out scored like those given."""
+        values = scores @ self.coefficients(examples)[list(examples)] + self.regulariser(weights)
+        return torch.where(torch.isfinite(values), values, NOT_FINITE)

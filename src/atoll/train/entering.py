@@ -1,0 +1,40 @@
+"""What the base makes of each row below the first block that a job changes: made once, kept from epoch to epoch.
+
+No step moves it, so a job that changes only the upper blocks need not run the lower ones again. A row is always run alone, because in a packed batch
+its last bits depend on the rows beside it: whether a row was kept, or made again because the memory was full, the job ends with the same bits.
+
+Used by loop.py and by plan.py, which measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from atoll.data.encode import EncodedRow
+from atoll.model.batch import PackedBatch
+from atoll.model.decoder import Decoder
+
+
+class EnteringStates:
+    """The residual streams [t, D] float32 that enter block `layer`, kept in up to budget_bytes, first come, first kept."""
+
+    def __init__(self, decoder: Decoder, layer: int, budget_bytes: int) -> None:
+        self._decoder, self._layer = decoder, layer
+        self._room = budget_bytes
+        self._kept: dict[tuple[int, ...], Tensor] = {}
+
+    def of(self, rows: Sequence[EncodedRow]) -> tuple[int, Tensor]:
+        """(layer, [T, D]) of rows packed without their last token, for `Decoder.forward`."""
+        return self._layer, torch.cat([self._row(tuple(row.token_ids[:-1])) for row in rows])
+
+    def _row(self, token_ids: tuple[int, ...]) -> Tensor:
+        found = self._kept.get(token_ids)
+        if found is None:
+            found = self._decoder.residual_before(self._layer, PackedBatch.of([token_ids], device=self._decoder.device))
+            if found.nbytes <= self._room:
+                self._room -= found.nbytes
+                self._kept[token_ids] = found
+        return found

@@ -1,0 +1,45 @@
+"""One flat float32 vector for everything a job trains, and one for its gradients, cut into leaves.
+
+Every tensor that is trained is a leaf whose storage is a slice of the one vector, and its gradient a slice of the other, so the optimizer, clipping
+and checkpoints are single operations on two vectors instead of a walk over hundreds of small tensors.
+
+Used by weights.py and the two kinds of masters, lora_masters.py and reft_masters.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class FlatVector:
+    """`values` and `grads`, both [P] float32. `values.grad` is `grads`, so an optimizer over `[values]` trains every leaf."""
+
+    def __init__(self, size: int, device: torch.device | str) -> None:
+        self.values = torch.nn.Parameter(torch.zeros(size, dtype=torch.float32, device=device))
+        self.grads = torch.zeros_like(self.values)
+        self.values.grad = self.grads
+        self.taken = 0
+
+    def leaf(self, *shape: int) -> Tensor:
+        """The next `shape` elements, as a leaf that accumulates into its slice of `grads`."""
+        start, self.taken = self.taken, self.taken + int(torch.Size(shape).numel())
+        assert self.taken <= self.values.numel(), "the vector is shorter than its leaves"
+        leaf = self.values.detach()[start : self.taken].view(shape).requires_grad_()
+        leaf.grad = self.grads[start : self.taken].view(shape)
+        return leaf
+
+    def part(self, start: int, stop: int) -> torch.nn.Parameter:
+        """Elements start to stop as a parameter of an optimizer, with their slice of `grads`; all of them: `values` itself."""
+        if (start, stop) == (0, self.values.numel()):
+            return self.values
+        part = torch.nn.Parameter(self.values.detach()[start:stop])
+        part.grad = self.grads[start:stop]
+        return part
+
+    def copy_of(self, leaf: Tensor, values: Tensor | None = None) -> Tensor:
+        """A copy of what a leaf, or a view of one, holds now, or held when `values` [P] (the best step's) was copied."""
+        if values is None:
+            return leaf.detach().clone()
+        start = leaf.storage_offset() - self.values.storage_offset()
+        return values.as_strided(leaf.shape, leaf.stride(), values.storage_offset() + start).clone()

@@ -1,0 +1,97 @@
+"""From the adapter section of a config to the AdapterSpec over one base: layers counted from the end become numbers, names are checked.
+
+Used by plan.py, and by loop.py and the dry run to know which tokens a spec edits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from atoll.config_adapter import AdapterConfig, ReftAdapterConfig
+from atoll.errors import ConfigError
+from atoll.model.adapter import AdapterSpec, names
+from atoll.model.positions import Positions
+from atoll.model.reft import ReftSpec
+from atoll.model.sites import TARGETS, Site
+
+if TYPE_CHECKING:
+    from atoll.data.encode import EncodedRow
+
+
+def adapter_spec(base_name: str, config: AdapterConfig, num_layers: int, hidden: int) -> AdapterSpec:
+    """The AdapterSpec that a config asks for over a base of num_layers blocks and hidden states of that size.
+
+    Raises ConfigError for what this base does not have: layers, modules that a pattern names, as many dimensions as a ReFT rank; BaseMismatch for
+    layers_to_transform.
+    """
+    spec = _spec(base_name, config, num_layers)
+    _check_patterns(spec, spec.sites(num_layers))
+    for part in spec.reft:
+        if part.max_rank > hidden:  # no more rows of that length can be orthonormal, and no method's edit would be low in rank
+            raise ConfigError(f"the ReFT rank is {part.max_rank}, but the base's hidden states have {hidden} dimensions", hint="4 is a good start")
+    return spec
+
+
+def _spec(base_name: str, config: AdapterConfig, num_layers: int) -> AdapterSpec:
+    if isinstance(config, ReftAdapterConfig):
+        return AdapterSpec.reft_only(base_name, [reft_spec(config, num_layers)])
+    return AdapterSpec(
+        base=base_name,
+        rank=config.r,
+        alpha=config.scaling_alpha,
+        target_modules=tuple(target for target in TARGETS if target in config.targets),
+        dropout=config.dropout,
+        use_rslora=config.use_rslora,
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+        layers_to_transform=config.layers_to_transform,
+        reft=() if config.reft is None else (reft_spec(config.reft, num_layers),),
+    )
+
+
+def reft_spec(config: ReftAdapterConfig, num_layers: int) -> ReftSpec:
+    """The ReftSpec that a config asks for: layers counted from the end become numbers. Raises ConfigError for layers that the base does not have."""
+    listed = [num_layers - 1] if config.layers == "last" else None if config.layers == "all" else [_layer(n, num_layers) for n in config.layers]
+    pattern = {_layer(number, num_layers): rank for number, rank in config.rank_pattern.items()}
+    if listed is not None and len(set(listed)) < len(listed):
+        raise ConfigError(f"the ReFT layers name a block twice: {list(config.layers)} of {num_layers} blocks are {listed}")
+    if len(pattern) < len(config.rank_pattern):
+        raise ConfigError(f"the ReFT rank_pattern names a block twice: {list(config.rank_pattern)} of {num_layers} blocks")
+    outside = sorted(set(pattern) - set(listed)) if listed is not None else []
+    if outside:
+        raise ConfigError(f"the ReFT rank_pattern names block {outside[0]}, which is not edited", hint=f"edited: {', '.join(map(str, listed or []))}")
+    return ReftSpec(
+        method=config.type,
+        rank=config.rank,
+        layers=None if listed is None else tuple(sorted(listed)),
+        component=config.component,
+        positions=Positions.parse(config.positions),
+        tied=config.tied,
+        activation=None if config.activation == "none" else config.activation,
+        dropout=config.dropout,
+        bias=config.bias,
+        rank_pattern=pattern,
+    )
+
+
+def _layer(number: int, num_layers: int) -> int:
+    """A block's number from 0; negative ones count from the end."""
+    if not -num_layers <= number < num_layers:
+        raise ConfigError(f"the ReFT part names block {number}, but the base has {num_layers} (0 to {num_layers - 1}, or -{num_layers} to -1)")
+    return number % num_layers
+
+
+def _check_patterns(spec: AdapterSpec, sites: list[Site]) -> None:
+    """A pattern key that names no site would be ignored, and the adapter would have another rank than its author thinks."""
+    for field, pattern in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        for key in pattern:
+            if not any(names((key,), site) for site in sites):
+                raise ConfigError(
+                    f"adapter.{field} names {key!r}, which is no module that this adapter changes",
+                    hint="name a linear (q_proj) or the end of its path (layers.3.self_attn.q_proj)",
+                )
+
+
+def edited_places(row: EncodedRow, spec: AdapterSpec) -> list[int]:
+    """The places of a row's prompt that the ReFT parts of a spec edit, ascending."""
+    return sorted({place for part in spec.reft for side in part.positions.resolve(row.num_prompt) for place in side})
