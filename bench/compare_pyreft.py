@@ -32,7 +32,7 @@ from atoll.model.apply_edits import edit_rows
 from atoll.model.batch import AdapterBatch, PackedBatch
 from atoll.model.decoder import Decoder
 from atoll.reft import ReftModel, get_intervention_locations
-from atoll.reft.convert import import_adapter
+from atoll.reft.convert import import_adapter, to_adapter
 from atoll.reft.positions import NO_EDIT
 
 LIMIT = 1e-5  # float32 logits of spread 0.6; a sum in another order moves them by about 1e-6
@@ -118,7 +118,9 @@ def compare(folder: Path, case: dict[str, Any], rows: list[list[int]]) -> dict[s
     act_fn = case["options"].get("act_fn")
     model = ReftModel.load(str(folder / case["name"]), base, act_fn=act_fn)
     decoder = Decoder.from_state_dict(base.config, base.state_dict(), torch.float32)
-    slot = decoder.new_bank().load(import_adapter(folder / case["name"], "tiny", POSITIONS, act_fn=act_fn))
+    straight = case["name"] in (kind.lower() for kind in KINDS)  # the others come by way of the model, which saves reading the folder again
+    adapter = import_adapter(folder / case["name"], "tiny", POSITIONS) if straight else to_adapter(model, "tiny", POSITIONS)
+    slot = decoder.new_bank().load(adapter)
     found = {"reft_model": 0.0, "adapter": 0.0, "loss": 0.0, "moved": 0.0, "tokens_equal": True}
     for number, (row, places) in enumerate(zip(rows, case["locations"], strict=True)):
         ids, locations = torch.tensor([row]), {"sources->base": (None, [[one] for one in places])}

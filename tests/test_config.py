@@ -195,7 +195,7 @@ def test_the_learning_rate_follows_the_kind_of_adapter_unless_it_is_given() -> N
     assert rate() == rate(adapter={"reft": {"rank": 2}}) == rate(adapter=LoraAdapterConfig()) == 5e-4
     assert rate(adapter={"type": "loreft"}) == rate(adapter=ReftAdapterConfig(), trainer={"epochs": 1}) == settings.REFT_LEARNING_RATE
     assert rate(adapter={"type": "loreft"}, trainer={"learning_rate": 5e-4}) == 5e-4
-    assert TrainerConfig().reft_learning_rate == settings.REFT_LEARNING_RATE
+    assert TrainerConfig().reft_learning_rate == settings.REFT_RATE_BESIDE_LORA < settings.REFT_LEARNING_RATE
 
 
 def test_names_are_file_names_that_stay_in_their_folder() -> None:

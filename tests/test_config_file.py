@@ -147,7 +147,7 @@ def test_settings_that_an_adapter_has_no_use_for_are_named(tmp_path: Path) -> No
         return "\n".join(load_config(write(tmp_path, f"base: tiny\nadapter: {adapter}\ntrainer: {trainer}\n")).warnings)
 
     assert "trainer.weight_decay has no effect" in warned("{type: loreft}", "{weight_decay: 0.1}")
-    assert "trainer.reft_learning_rate has no effect" in warned("{type: loreft}", "{reft_learning_rate: 1e-3}")
+    assert "trainer.reft_learning_rate has no effect" in warned("{type: loreft}", "{reft_learning_rate: 2e-3}")
     assert "trainer.reft_weight_decay has no effect" in warned("{r: 4}", "{reft_weight_decay: 0.1}")
     assert "tied: false has no effect: positions l1" in warned("{type: loreft, tied: false, positions: l1}", "{}")
     assert warned("{r: 4, reft: {tied: false}}", "{weight_decay: 0.1, reft_learning_rate: 1e-3, reft_weight_decay: 0.1}") == ""

@@ -24,7 +24,8 @@ from atoll.errors import ConfigError
 from atoll.model_errors import config_error
 from atoll.yaml_file import nearest
 
-REFT_LEARNING_RATE = 4e-3  # of ReFT's tensors where the user gives none; docs/notebook.md has the runs behind it
+REFT_LEARNING_RATE = 4e-3  # of a ReFT adapter where the user gives none
+REFT_RATE_BESIDE_LORA = 1e-3  # of a ReFT part beside a LoRA, which moves the same states: at 4e-3 the two overshoot together
 METRICS = (
     "accuracy",
     "exact_match",
@@ -192,7 +193,10 @@ class TrainerConfig(Section):
         description=f"Highest learning rate, after the warmup. Where it is not given, an adapter of a ReFT type gets {REFT_LEARNING_RATE:g}.",
     )
     reft_learning_rate: float = Field(
-        default=REFT_LEARNING_RATE, gt=0, le=1, description="The same for a ReFT part trained together with a LoRA; learning_rate is the LoRA's then."
+        default=REFT_RATE_BESIDE_LORA,
+        gt=0,
+        le=1,
+        description="The same for a ReFT part trained together with a LoRA; learning_rate is the LoRA's then.",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Learning rate after the warmup; the first two end at 0.")
     warmup_fraction: float = Field(default=0.03, ge=0, lt=1, description="Share of all steps in which the learning rate rises from 0.")

@@ -19,7 +19,7 @@ from typing import Any, Generic, Literal, TypeVar, overload
 
 from pydantic import ValidationError
 
-from atoll.config import BUILTIN, REFT_LEARNING_RATE, LandConfig, QuantizationConfig, TaskEntry, TrainConfig
+from atoll.config import BUILTIN, REFT_RATE_BESIDE_LORA, LandConfig, QuantizationConfig, TaskEntry, TrainConfig
 from atoll.config_adapter import ReftAdapterConfig
 from atoll.errors import ConfigError
 from atoll.files import write_file
@@ -236,7 +236,7 @@ def _reft_notes(config: TrainConfig) -> Iterator[str]:
         yield "trainer.reft_weight_decay has no effect: the adapter has no ReFT part"
     if reft is adapter and trainer.weight_decay:
         yield "trainer.weight_decay has no effect: it is LoRA's; trainer.reft_weight_decay decays ReFT's W"
-    if (reft is None or reft is adapter) and trainer.reft_learning_rate != REFT_LEARNING_RATE:
+    if (reft is None or reft is adapter) and trainer.reft_learning_rate != REFT_RATE_BESIDE_LORA:
         yield "trainer.reft_learning_rate has no effect: it is for a ReFT part beside a LoRA; trainer.learning_rate counts"
     if reft is not None and not reft.tied and not Positions.parse(reft.positions).has_sides:
         yield f"tied: false has no effect: positions {reft.positions} have no second side"

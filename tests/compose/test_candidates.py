@@ -10,7 +10,7 @@ from tests.conftest import tiny_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from atoll.compose.candidates import Candidates, cheaper_way, merged_flops, mixed_flops
+from atoll.compose.candidates import Candidates, cheaper_way, merged_cost, mixed_cost
 from atoll.compose.pool import Pool
 from atoll.compose.result import compose
 from atoll.errors import BaseMismatch, ConfigError, UnsupportedAdapter
@@ -154,10 +154,11 @@ def flops_of(decoder: Decoder, adapters: AdapterBatch, batch: PackedBatch) -> in
 @pytest.mark.parametrize("num", [1, 6])
 def test_the_counted_costs_are_the_ones_that_are_paid(decoder: Decoder, pool: Pool, num: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice between the two ways is by count, so the counts must be those of the products that run."""
-    monkeypatch.setattr("atoll.compose.candidates._ELEMENT_FLOPS", 0)
+    monkeypatch.setattr("atoll.compose.candidates._ELEMENT", 2)  # the base's own term
+    monkeypatch.setattr("atoll.compose.candidates._THIN", 1)
     batch, weights, candidates = PackedBatch.of(ROWS * num), random_weights(num, pool.num), Candidates(pool)
     plain = flops_of(decoder, BASE_ONLY, batch)
-    for way, counted in (("mixed", mixed_flops(pool, batch.num_tokens // num)), ("merged", merged_flops(pool, num))):
+    for way, counted in (("mixed", mixed_cost(pool, batch.num_tokens // num)), ("merged", merged_cost(pool, num))):
         paid = flops_of(decoder, candidates.batch(weights, batch.num_tokens, way=way), batch) - plain
         assert paid == counted * num, way
 

@@ -17,6 +17,7 @@ from tests.damaged import change_config, change_header, change_tensors, refused
 from tests.written_reft import EVERY_FORM
 
 from atoll.errors import AdapterFormatError, AtollError, UnsupportedAdapter
+from atoll.model import reft_files
 from atoll.model.adapter import Adapter
 from atoll.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
 from atoll.model.composed import cat
@@ -238,6 +239,18 @@ def test_a_layer_of_the_config_that_the_file_lacks_is_named(decoder: Decoder, tm
     write_adapter(tmp_path, random_reft(decoder, layers=(0, 1)))
     change_part(tmp_path, layers=[0, 1, 7])
     refused(tmp_path, AdapterFormatError, "has no tensor reft.0.layers.7")
+
+
+def test_a_small_file_that_claims_many_layers_is_refused_at_its_first_gap(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen parts of "all" layers and one tensor of layer 9999 mean a million tensors; none of them is written down before one is missed."""
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    change_config(folder, reft=config["reft"] * MAX_PARTS)
+    change_tensors(folder, lambda tensors: tensors.update({R0.replace("layers.0", "layers.9999"): torch.zeros(4, 64)}))
+    asked = list[str]()
+    write = reft_files.edit_key
+    monkeypatch.setattr(reft_files, "edit_key", lambda *site: asked.append(write(*site)) or asked[-1])
+    refused(folder, AdapterFormatError, "has no tensor reft.0.layers.3.")
+    assert len(asked) < 50
 
 
 # --- the config -----------------------------------------------------------------------------------------------------------------------------------

@@ -162,5 +162,7 @@ def test_rows_without_an_edited_token_are_counted(base: Base) -> None:
     lengths = [row.num_prompt for row in plan.train.rows]
     assert plan.num_unedited == sum(length <= 300 for length in lengths) > 0
     assert f"{plan.num_unedited} of 20 training rows have no edited token" in plan.warnings[-1]
-    assert plan_of(base, adapter={"reft": {"positions": [300]}}).num_unedited == 0
+    assert plan_of(base, adapter={"reft": {"positions": [300]}}).num_unedited == 0, "a LoRA learns from them"
+    dead = plan_of(base, adapter={"reft": {"positions": [90_000]}})
+    assert "20 of 20 training rows have no edited token" in dead.warnings[-1]
     assert plan_of(base, adapter={"type": "loreft"}).num_unedited == 0

@@ -24,6 +24,7 @@ from atoll.model.loss import label_loss
 from atoll.model.positions import PREFIX, Positions
 from atoll.model.reft import COMPONENTS, METHODS, ORTHONORMAL, EditSite, Intervention, ReftSpec
 from atoll.train.loop import TrainingJob
+from atoll.train.reft_masters import ReftMasters
 from atoll.train.rows import adapter_batch, label_batch
 from atoll.train.weights import TrainableAdapter
 
@@ -115,6 +116,15 @@ def test_jobs_in_one_batch_get_the_gradients_of_each_alone(decoder: Decoder) -> 
         assert_close(job.grads, alone.grads, rtol=1e-5)
 
 
+def test_edits_are_fused_once_a_forward(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows a job has in a batch."""
+    weights = TrainableAdapter(toy_reft(), decoder.shape.linears)
+    fuse, calls = ReftMasters.parts, list[int | None]()
+    monkeypatch.setattr(ReftMasters, "parts", lambda self, seed: calls.append(seed) or fuse(self, seed))
+    adapter_batch(label_batch(ROWS, "cpu"), [weights] * 3)
+    assert len(calls) == 1
+
+
 def test_nothing_below_the_first_changed_block_has_a_gradient(decoder: Decoder) -> None:
     """The backward pass ends where the job begins: an edit of the last block must not cost a walk through the base."""
     weights = TrainableAdapter(toy_reft(layers=(2,)), decoder.shape.linears)
@@ -166,7 +176,7 @@ def test_training_forwards_are_those_of_the_served_adapter(decoder: Decoder) -> 
 def groups_of(adapter: Adapter, **config: Any) -> list[tuple[int, float, float]]:
     """(elements, learning rate, weight decay) of each group of the optimizer."""
     weights = TrainableAdapter(adapter, toy_decoder().shape.linears)
-    return [(group["params"][0].numel(), group["lr"], group["weight_decay"]) for group in weights.parameter_groups(TrainerConfig(**config))]  # type: ignore[attr-defined, index, misc]
+    return [(group["params"][0].numel(), group["lr"], group["weight_decay"]) for group in weights.parameter_groups(TrainerConfig(**config))]
 
 
 def test_only_factors_and_w_decay_and_reft_beside_lora_has_its_own_rate() -> None:

@@ -22,8 +22,10 @@ from atoll.model.apply import Part, Update
 from atoll.model.batch import AdapterBatch, Segment
 
 FORMS = ("cat", "product")
-_ELEMENT_FLOPS = 512  # what writing and reading one element of a merged weight costs in FLOPs of a large product, as measured on CPUs
-_PIECE = 1 << 20  # elements of a merged weight that are built at a time, so that they are still in the cache when they are summed
+# What merging costs beside its FLOPs, measured on CPUs in FLOPs of a large product: B A of a low rank runs at a quarter of its speed, and every
+# element of a merged weight is written and read.
+_THIN, _ELEMENT = 4.0, 128.0
+_PIECE = 3 << 20  # elements of updates that are built at a time: enough for a product to be fast, few enough to be in the cache when they are summed
 
 
 class Candidates:
@@ -66,22 +68,22 @@ def of_layer(weights: Tensor, layer: int) -> Tensor:
 
 def cheaper_way(pool: Pool, num: int, tokens_each: int) -> str:
     """How the cat form costs least for `num` candidates of so many tokens each: "mixed" or "merged"."""
-    return "mixed" if mixed_flops(pool, tokens_each) <= merged_flops(pool, num) else "merged"
+    return "mixed" if mixed_cost(pool, tokens_each) <= merged_cost(pool, num) else "merged"
 
 
-def mixed_flops(pool: Pool, tokens_each: int) -> float:
-    """What running all adapters adds to the base's work for one candidate: x Aᵀ once, z B for each member."""
+def mixed_cost(pool: Pool, tokens_each: int) -> float:
+    """FLOPs that running all adapters adds to the base's work for one candidate: x Aᵀ once, z B for each member."""
     per_token = sum(stack.a.numel() + sum(part.b.numel() for part in stack.parts) for stack in pool.stacks.values())
     return 2.0 * tokens_each * per_token
 
 
-def merged_flops(pool: Pool, num: int) -> float:
-    """What merging adds for one of `num` candidates: its share of the products B A, one term for each adapter, and the memory that this moves."""
+def merged_cost(pool: Pool, num: int) -> float:
+    """FLOPs that merging adds for one of `num` candidates: its share of the products B A, a term for each adapter, and what counts as FLOPs."""
     total = 0.0
     for stack in pool.stacks.values():
         for part, runs in zip(stack.parts, stack.runs, strict=True):
             rank, d_out = part.b.shape
-            total += d_out * stack.a.shape[1] * (2.0 * rank / num + 2.0 * len(runs) + _ELEMENT_FLOPS)
+            total += d_out * stack.a.shape[1] * (_THIN * 2.0 * rank / num + 2.0 * len(runs) + _ELEMENT)
     return total
 
 
@@ -110,21 +112,21 @@ class _Merged:
             return None
         num, d_in = len(self._weights), weight.shape[1]
         out = self._candidates.space(weight, num, *weight.shape)
-        weights = of_layer(self._weights, layer).to(weight.dtype)
+        weights = torch.cat([of_layer(self._weights, layer).to(weight.dtype), weight.new_ones(num, 1)], 1)  # the last one is the base's own
         done = 0  # columns of the fused output that are written
         for part, runs in zip(stack.parts, stack.runs, strict=True):
             out[:, done : part.out_start] = weight[done : part.out_start]
             done = part.out_stop
-            here = weights if len(runs) == weights.shape[1] else weights[:, [index for index, _, _ in runs]]
-            step = max(16, _PIECE // (d_in * max(num, len(runs))))
+            here = weights[:, [*(index for index, _, _ in runs), -1]]
+            step = max(16, _PIECE // (d_in * max(num, len(runs) + 1)))
             for start in range(part.out_start, part.out_stop, step):
                 stop = min(part.out_stop, start + step)
-                updates = weight.new_empty(len(runs), stop - start, d_in)
+                terms = weight.new_empty(len(runs) + 1, stop - start, d_in)
                 for place, (_, first, last) in enumerate(runs):
                     b = part.b[first:last, start - part.out_start : stop - part.out_start]
-                    torch.mm(b.T, stack.a[part.rank_start + first : part.rank_start + last], out=updates[place])
-                summed = torch.addmm(weight[start:stop].reshape(1, -1), here, updates.view(len(runs), -1))
-                out[:, start:stop] = summed.view(num, stop - start, d_in)
+                    torch.mm(b.T, stack.a[part.rank_start + first : part.rank_start + last], out=terms[place])
+                terms[-1] = weight[start:stop]
+                torch.mm(here, terms.view(len(terms), -1), out=out[:, start:stop].view(num, -1))
         out[:, done:] = weight[done:]
         return out
 

@@ -65,7 +65,8 @@ class AdapterSpec:
                 f"layers_to_transform names layer {outside[0]}, but the base has {num_layers} layers (0 to {num_layers - 1})",
                 hint="leave the layer out, or use the base that the adapter was made for",
             )
-        return [site for layer in layers for target in TARGETS if names(self.target_modules, site := Site(layer, target)) is not None]
+        wanted = frozenset(self.target_modules)
+        return [site for layer in layers for target in TARGETS if not wanted.isdisjoint(_ends(site := Site(layer, target)))]
 
     def rank_at(self, site: Site | str) -> int:
         """The rank at a site or at a linear's path: rank_pattern's entry that names it best, else `rank`."""
@@ -84,12 +85,19 @@ def names(keys: Iterable[str], site: Site | str) -> str | None:
 
     Keys are literal here; PEFT also reads them as regular expressions, which adapter_files.py refuses.
     """
-    path = site if isinstance(site, str) else module_path(site)
-    return next((key for key in keys if path == key or path.endswith("." + key)), None)
+    ends = _ends(site)
+    return next((key for key in keys if key in ends), None)
+
+
+def _ends(site: Site | str) -> set[str]:
+    """All that a key may call a site by: its path and the dotted ends of it."""
+    parts = (site if isinstance(site, str) else module_path(site)).split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
 
 
 def _by_pattern(pattern: Mapping[str, Any], site: Site | str, default: Any) -> Any:
-    key = names(pattern, site)
+    found = [end for end in _ends(site) if end in pattern] if pattern else []
+    key = names(pattern, site) if len(found) > 1 else found[0] if found else None  # a stranger's pattern may be long: walked where it must be
     return default if key is None else pattern[key]
 
 

@@ -55,7 +55,7 @@ def load_base(name: str, *, dtype: str = "bfloat16", device: str = "cpu", home: 
     """
     from atoll.model.decoder import Decoder
 
-    torch_dtype, torch_device = _checked_dtype(dtype), _checked_device(device)
+    torch_dtype, torch_device = checked_dtype(dtype), _checked_device(device)
     path = pull(name, home=home, progress=progress)
     if progress is not None:
         progress(f"loading {name}", 0, 1)
@@ -125,7 +125,8 @@ def find_eos_ids(path: Path, config: Any, tokenizer: Any) -> tuple[int, ...]:
     return ids
 
 
-def _checked_dtype(name: str) -> torch.dtype:
+def checked_dtype(name: str) -> torch.dtype:
+    """The dtype of that name. Raises ConfigError for one that no base is loaded in."""
     import torch
 
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -19,6 +19,7 @@ from atoll.model.adapter import AdapterSpec
 from atoll.model.sites import TARGETS
 
 _MAX_RANK = 1024
+_MAX_PATTERNS = 10_000  # entries of one; the deepest bases have about a thousand linears
 _LITERAL = re.compile(r"[A-Za-z0-9_.]+")
 
 # What PEFT's config may hold beside the fields of AdapterSpec, and the values that change nothing. Any other value is refused by name.
@@ -134,7 +135,9 @@ def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | No
 def _mapping(config: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
     value = config.get(key) or {}
     if not isinstance(value, dict):
-        raise AdapterFormatError(f"{path}: {key} is {value!r}, but an object was expected")
+        raise AdapterFormatError(f"{path}: {key} is {value!r:.60}, but an object was expected")
+    if len(value) > _MAX_PATTERNS:
+        raise AdapterFormatError(f"{path}: {key} has {len(value)} entries, but at most {_MAX_PATTERNS} are read")
     return value
 
 

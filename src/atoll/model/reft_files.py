@@ -31,6 +31,7 @@ _FIELDS = {field.name for field in fields(ReftSpec)}
 _MAX_LAYER = 9_999
 _TOLERANCE = 1e-2  # of R Rᵀ - I; rounding to bfloat16 leaves about 1e-3
 _SIDES = ("prefix", "suffix", "both")
+_OTHER_CONFIG = "the file is incomplete or belongs to another config"
 _KEY = re.compile(rf"reft\.(0|[1-9][0-9]?)\.layers\.(0|[1-9][0-9]{{0,3}})\.({'|'.join(COMPONENTS)})\.({'|'.join(_SIDES)})\.([{''.join(TENSORS)}])")
 
 
@@ -127,17 +128,17 @@ def edit_key(spec: AdapterSpec, site: EditSite, tensor: str) -> str:
 def check_edit_shapes(shapes: Mapping[str, tuple[int, ...]], spec: AdapterSpec, num_layers: int, path: Path) -> None:
     """Raise AdapterFormatError unless these tensors of edits are those that the spec means in a base of `num_layers` blocks, and of their shapes."""
     hidden = next((shape[1] for name, shape in shapes.items() if name.endswith(".r") and len(shape) == 2), 0)
-    expected = {
-        edit_key(spec, site, name): shape
-        for site in spec.edit_sites(num_layers)
-        for name, shape in tensor_shapes(spec.reft[site.part], site.layer, hidden).items()
-    }
-    for name in sorted(expected.keys() ^ shapes.keys()):
-        what = "has no tensor" if name in expected else "has a tensor that its config does not cover:"
-        raise AdapterFormatError(f"{path} {what} {name}", hint="the file is incomplete or belongs to another config")
-    for name, shape in expected.items():
-        if shapes[name] != shape or 0 in shape:
-            raise AdapterFormatError(f"{path}: {name} has shape {shapes[name]}, but the config and the other tensors say {shape}")
+    expected: set[str] = set()
+    for place in (place for part, own in enumerate(spec.reft) for place in own.sites(part, num_layers)):  # ends at the first tensor that is not there
+        for tensor, shape in tensor_shapes(spec.reft[place.part], place.layer, hidden).items():
+            name = edit_key(spec, place, tensor)
+            if name not in shapes:
+                raise AdapterFormatError(f"{path} has no tensor {name}", hint=_OTHER_CONFIG)
+            if shapes[name] != shape or 0 in shape:
+                raise AdapterFormatError(f"{path}: {name} has shape {shapes[name]}, but the config and the other tensors say {shape}")
+            expected.add(name)
+    for name in sorted(shapes.keys() - expected):
+        raise AdapterFormatError(f"{path} has a tensor that its config does not cover: {name}", hint=_OTHER_CONFIG)
 
 
 def edits_of(tensors: Mapping[str, Tensor], spec: AdapterSpec, num_layers: int, path: Path) -> dict[EditSite, Intervention]:

@@ -90,7 +90,7 @@ def to_adapter(reft_model: ReftModel, base: str, positions: str | Sequence[int])
     if not hasattr(model, "peft_config"):
         return edits
     with tempfile.TemporaryDirectory(prefix="atoll-peft-") as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_embedding_layers=False)  # or PEFT asks the hub for the base
         lora = read_adapter(Path(folder))
     return Adapter(replace(lora.spec, base=base, reft=edits.spec.reft), lora.modules, edits=edits.edits)
 

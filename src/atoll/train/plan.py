@@ -23,7 +23,7 @@ from atoll.data.prompt import PromptFormat
 from atoll.data.task import TaskData
 from atoll.model.adapter import AdapterSpec
 from atoll.model.reft import tensor_shapes
-from atoll.train.spec import adapter_spec, edited_places
+from atoll.train.spec import adapter_spec, edited_places, first_layer
 
 if TYPE_CHECKING:
     from atoll.model.base import Base
@@ -70,8 +70,14 @@ class TrainingPlan:
 
     @property
     def num_unedited(self) -> int:
-        """Training rows whose prompts have no token at the positions of a ReFT adapter: the base answers them as ever. 0 with LoRA."""
-        return 0 if self.spec.target_modules else sum(not edited_places(row, self.spec) for row in self.train.rows)
+        """Training rows whose prompts have no token at the positions of a ReFT adapter: the base answers them as ever.
+
+        Beside a LoRA, which learns from them all the same, they count only where all are such and the ReFT part stays as it was made.
+        """
+        if not self.spec.reft:
+            return 0
+        count = sum(not edited_places(row, self.spec) for row in self.train.rows)
+        return count if not self.spec.target_modules or count == len(self.train.rows) else 0
 
     @property
     def num_parameters(self) -> int:
@@ -84,8 +90,7 @@ class TrainingPlan:
     @property
     def first_layer(self) -> int:
         """The first block that the adapter changes."""
-        num_layers = self.base.decoder.shape.num_layers
-        return min([site.layer for site in self.spec.sites(num_layers)] + [site.layer for site in self.spec.edit_sites(num_layers)])
+        return first_layer(self.spec, self.base.decoder.shape.num_layers)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
     ]
     prompt = data.task.prompt_format(stop)
     spec = adapter_spec(base.name, config.adapter, base.decoder.shape.num_layers, base.decoder.shape.hidden)
-    identity = {
+    identity: dict[str, Any] = {
         "format": _FORMAT,
         "base": base.fingerprint.digest,
         "adapter": _without_none(config.adapter.model_dump(mode="json"), "reft"),
@@ -126,6 +131,9 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
         "prompt": prompt.to_json(),
         "rows": [[row.token_ids, row.first_label, *([row.num_prompt] if spec.reft else [])] for part in encoded for row in part.rows],
     }
+    lowest = first_layer(spec, base.decoder.shape.num_layers)
+    if lowest:  # then rows enter there one by one (train.entering), which decides last bits
+        identity["first_layer"] = lowest
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     return TrainingPlan(config, base, data, encoded[0], encoded[1], prompt, spec, digest)
 

@@ -48,7 +48,7 @@ def label_batch(rows: Sequence[EncodedRow], device: torch.device | str) -> Label
 def adapter_batch(packed: LabelledBatch, weights: Sequence[TrainableAdapter]) -> AdapterBatch:
     """Row i under weights[i], for one forward and its backward. Several jobs may share a batch: each gets the gradients of its own rows."""
     batch = packed.batch
-    parts = {id(job): job.parts for job in weights}
+    parts = {key: job.parts for key, job in {id(job): job for job in weights}.items()}  # fused once a job, not once a row
     segments: list[Segment] = []
     for (start, stop), job in zip(pairwise(batch.row_starts), weights, strict=True):
         if segments and segments[-1].weights is job and segments[-1].stop == start:

@@ -92,6 +92,11 @@ def _check_patterns(spec: AdapterSpec, sites: list[Site]) -> None:
                 )
 
 
+def first_layer(spec: AdapterSpec, num_layers: int) -> int:
+    """The first block that an adapter changes."""
+    return min([site.layer for site in spec.sites(num_layers)] + [site.layer for site in spec.edit_sites(num_layers)])
+
+
 def edited_places(row: EncodedRow, spec: AdapterSpec) -> list[int]:
     """The places of a row's prompt that the ReFT parts of a spec edit, ascending."""
     return sorted({place for part in spec.reft for side in part.positions.resolve(row.num_prompt) for place in side})

@@ -1,0 +1,194 @@
+"""Is it the same as LoraHub? lorahub_learning with compatible=True against lorahub 0.1.0.
+
+    .venv/bin/python bench/compare_lorahub.py --lorahub VENV
+
+VENV is a virtual environment with lorahub 0.1.0 (whose own pins are older than they need be) and the libraries that Atoll is tested with:
+
+    python -m venv VENV && VENV/bin/pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 nevergrad==1.0.12 datasets pandas tqdm
+    VENV/bin/pip install --no-deps lorahub==0.1.0
+
+Both search on the same tiny random T5 in float32 with five modules that share nothing but their shape, and five examples. Compared are the weights,
+every evaluation on the way (candidate and loss), the merged parameters and the answers. Beside them stand the losses that Atoll's own search reaches
+with as many evaluations. A table goes to stderr, one JSON line to stdout; the exit code is 1 where weights differ by 1e-4 or an answer differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers.utils.logging import disable_progress_bar
+
+from atoll.lorahub import default_get_loss, default_l1_regularization, lorahub_inference, lorahub_learning
+from atoll.model.adapter import AdapterSpec, LoraModule
+from atoll.model.generic import linears_of
+from atoll.model.generic_adapter import GenericAdapter, write_generic_adapter
+
+LIMIT = 1e-4
+EXAMPLES = [
+    ("add 2 and 3", "5"),
+    ("what is red", "a colour"),
+    ("the opposite of hot", "cold"),
+    ("spell cat", "c a t"),
+    ("capital of france", "paris"),
+]
+INPUTS, OUTPUTS = [given for given, _ in EXAMPLES], [wanted for _, wanted in EXAMPLES]
+STEPS = 40
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--lorahub", type=Path, required=True, help="virtual environment with lorahub 0.1.0")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix="atoll-lorahub-") as name:
+        folder = Path(name)
+        os.environ["ATOLL_HOME"] = str(folder / "home")
+        write_base(folder / "base")
+        equal = [write_module(folder, f"equal{number}", number, alpha=8.0) for number in range(5)]
+        unequal = [write_module(folder, f"unequal{number}", number, alpha=alpha) for number, alpha in enumerate((8.0, 4.0, 16.0, 8.0, 32.0))]
+        wide = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
+        every = [write_module(folder, f"every{number}", number, alpha=8.0, targets=wide) for number in range(5)]
+        cases = [
+            case("one_batch", equal),
+            case("batches_of_2", equal, batch_size=2),
+            case("batches_of_1", equal, batch_size=1),
+            case("unequal_alphas", unequal),
+            case("all_linears", every),
+            case("another_seed", equal, seed=7),
+            case("one_module_twice", [*equal[:3], equal[1]]),
+            case("more_steps_than_cobyla_gets", equal[:2], steps=420),  # from 200 N on, NGOpt chooses an optimiser that draws random numbers
+        ]
+        job = {"out": str(folder), "inputs": INPUTS, "outputs": OUTPUTS, "cases": cases}
+        run_reference(arguments.lorahub, job)
+        found = {asked["name"]: compare(folder, asked) for asked in cases}
+        ours = {form: own_loss(equal, form) for form in ("product", "cat")}
+    worst = max(result["weights"] for result in found.values())
+    ok = worst < LIMIT and all(result["answers_equal"] for result in found.values())
+    say(f"largest difference of weights: {worst:.1e}; mean losses that Atoll's own search reaches on the first case's modules: {ours}")
+    print(json.dumps({"max_abs_diff": worst, "cases": found, "own_search": ours, "ok": ok}))
+    sys.exit(0 if ok else 1)
+
+
+def case(name: str, modules: list[str], *, steps: int = STEPS, batch_size: int | None = None, seed: int = 42) -> dict[str, Any]:
+    """One search for both sides."""
+    return {"name": name, "modules": modules, "steps": steps, "batch_size": batch_size, "seed": seed}
+
+
+def write_base(folder: Path) -> None:
+    """A tiny random T5 and a tokenizer of one token a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+    ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=320, tie_word_embeddings=False, **shape, **ids)).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(folder)
+    special = ["<pad>", "</s>", "<unk>"]
+    vocabulary = {token: index for index, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+
+
+def write_module(folder: Path, name: str, seed: int, *, alpha: float, targets: tuple[str, ...] = ("q", "v")) -> str:
+    """A module of rank 4 with random factors, strong enough to move the losses."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    generator = torch.Generator().manual_seed(100 + seed)
+    shapes = linears_of(T5ForConditionalGeneration(T5Config.from_pretrained(folder / "base")))
+    spec = AdapterSpec(base=str(folder / "base"), rank=4, alpha=alpha, target_modules=targets, dropout=0.1)
+    modules = {}
+    for place, linear in shapes.items():
+        if place.rsplit(".", 1)[-1] in targets:
+            a = torch.randn(4, linear.in_features, generator=generator) * 0.2
+            modules[place] = LoraModule(a, torch.randn(linear.out_features, 4, generator=generator) * 0.2, alpha / 4)
+    write_generic_adapter(folder / name, GenericAdapter(spec, modules))
+    return str(folder / name)
+
+
+def run_reference(venv: Path, job: dict[str, Any]) -> None:
+    """The other side's half, in its own environment."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    program = [str(venv / "bin" / "python"), str(Path(__file__).resolve().parent / "peers" / "lorahub_reference.py")]
+    done = subprocess.run(program, input=json.dumps(job), text=True, capture_output=True, env=environment, cwd=job["out"], check=False)
+    if done.returncode:
+        sys.exit(f"the comparison in {venv} failed:\n{done.stderr[-4000:]}")
+
+
+def compare(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """The same search here, and the largest differences."""
+    theirs, parameters = json.loads((folder / f"{asked['name']}.json").read_text()), load_file(folder / f"{asked['name']}.safetensors")
+    trace: list[list[Any]] = []
+
+    def loss(dataset: Any, model: Any, batch_size: int | None) -> float:
+        trace.append([default_get_loss(dataset, model, batch_size)])
+        return float(trace[-1][0])
+
+    def regular(weights: Any) -> float:
+        trace[-1].append([float(weight) for weight in weights])
+        return default_l1_regularization(weights)
+
+    weights, model, tokenizer = lorahub_learning(
+        asked["modules"],
+        INPUTS,
+        OUTPUTS,
+        asked["steps"],
+        batch_size=asked["batch_size"],
+        get_loss=loss,
+        get_regular=regular,
+        seed=asked["seed"],
+        compatible=True,
+    )
+    answers, accuracy = lorahub_inference(INPUTS, model, tokenizer, 2, OUTPUTS)
+    mine = dict(model.named_parameters())
+    found = {
+        "weights": largest(weights, theirs["weights"]),
+        "evaluations": len(trace),
+        "candidates": max(largest(ours[1], other[1]) for ours, other in zip(trace, theirs["trace"], strict=True)),
+        "losses": max(largest([ours[0]], [other[0]]) for ours, other in zip(trace, theirs["trace"], strict=True)),
+        "merged": max(float((mine[name].detach() - tensor).abs().max()) for name, tensor in parameters.items()),
+        "answers_equal": answers == theirs["answers"] and accuracy == theirs["accuracy"],
+    }
+    numbers = " ".join(f"{name} {found[name]:.1e}" for name in ("weights", "candidates", "losses", "merged"))
+    say(f"{asked['name']:<28} {found['evaluations']:>4} evaluations: {numbers}  answers {'equal' if found['answers_equal'] else 'DIFFER'}")
+    return found
+
+
+def own_loss(modules: list[str], form: str) -> float:
+    """The mean loss of the examples, regulariser included, after Atoll's own search."""
+    values: list[float] = []
+
+    def report(headline: str, done: int, total: int) -> None:
+        values.append(float(headline.split()[1].rstrip(",")))
+
+    lorahub_learning(modules, INPUTS, OUTPUTS, STEPS, form=form, report=report)
+    return min(values)
+
+
+def largest(ours: Any, theirs: Any) -> float:
+    return max(abs(float(one) - float(other)) for one, other in zip(ours, theirs, strict=True))
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
