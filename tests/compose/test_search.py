@@ -71,7 +71,7 @@ def planted(decoder: Decoder) -> tuple[Pool, list[EncodedRow]]:
     return Pool.of(adapters, decoder), [EncodedRow(row, 6, f"few.jsonl:{index + 1}") for index, row in enumerate(rows)]
 
 
-@pytest.mark.parametrize(("method", "budget"), [("gradient", 60), ("gradient_per_layer", 60), ("cma", 160), ("nevergrad:NGOpt", 60)])
+@pytest.mark.parametrize(("method", "budget"), [("gradient", 90), ("gradient_per_layer", 90), ("cma", 160), ("nevergrad:NGOpt", 60)])
 def test_a_planted_mixture_is_found(decoder: Decoder, planted: tuple[Pool, list[EncodedRow]], method: str, budget: int) -> None:
     """The whole way through the model: the search must do as well as the composition that wrote the labels, and find its weights."""
     pool, rows = planted
@@ -162,7 +162,7 @@ def test_seeds_differ_where_a_search_draws(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("method", SEARCHES)
 @pytest.mark.parametrize("budget", [13, 40])
 def test_a_budget_is_kept(method: str, budget: int) -> None:
-    """Counted in rows that were really run: an evaluation is one candidate on all examples, and a gradient step is two."""
+    """Counted in rows that were really run: an evaluation is one candidate on all examples, and a gradient step is three."""
     objective = bowl()
     found = search(objective, 3, method, budget=budget)
     rows = objective.scores.rows  # type: ignore[attr-defined]
@@ -316,7 +316,7 @@ def test_folds_hold_every_example_out_without_losing_one() -> None:
     """The real search uses all examples; the searches beside it only say how long it should go."""
     scores = Bowl([1.0, 0.0], num_examples=4, spread=0.4)
     folds = FewShot(examples(4)).folds(4, seed=0)
-    found = search(Objective(scores, unregularised(), folds=folds), 2, budget=400, settings=Settings(start="zero", patience=1000))
+    found = search(Objective(scores, unregularised(), folds=folds), 2, budget=900, settings=Settings(start="zero", patience=1000))
     assert found.held_out is not None
     assert found.held_out == min(point.held_out for point in found.history if point.held_out is not None)
     mean = scores.targets.mean(0)
@@ -324,7 +324,7 @@ def test_folds_hold_every_example_out_without_losing_one() -> None:
     # The mean of the others is further from an example than the mean of all: (n/(n-1))² times the variance.
     variance = float((scores.targets - mean).square().sum(1).mean())
     at_end = [point.held_out for point in found.history][-1]
-    assert at_end == pytest.approx(variance * (4 / 3) ** 2, rel=0.05)
+    assert at_end == pytest.approx(variance * (4 / 3) ** 2, rel=0.1)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------------------------------

@@ -323,6 +323,7 @@ def test_a_strangers_pattern_is_never_run(changes: dict[str, Any], words: tuple[
         ({"use_rslora": "false"}, ("use_rslora is 'false'", "true or false")),
         ({"rank_pattern": {"q_proj": 0}}, ("rank_pattern.q_proj is 0",)),
         ({"rank_pattern": [["q_proj", 2]]}, ("rank_pattern is", "object")),
+        ({"rank_pattern": {f"layers.{i}.q_proj": 2 for i in range(10_001)}}, ("rank_pattern has 10001 entries", "at most 10000")),
         ({"alpha_pattern": {"q_proj": "x"}}, ("q_proj is 'x'",)),
         ({"target_modules": None}, ("target_modules is None",)),
         ({"target_modules": []}, ("target_modules is []",)),

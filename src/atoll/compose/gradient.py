@@ -1,7 +1,7 @@
 """Search by gradient: Adam on the composition weights, one an adapter or one an adapter and layer.
 
-A forward and its backward give the exact derivative of the loss by all weights at once, for the price of about two evaluations, whatever the number
-of adapters; a search without gradients must try each of them.
+A forward and its backward give the exact derivative of the loss by all weights at once, for the price of three evaluations, whatever the number of
+adapters; a search without gradients must try each of them.
 
 When to stop is read from held-out examples, or, where there are too few to hold any out, from folds: beside the real search runs one search for each
 fold without its examples, as further candidates of the same batch. The mean loss of the folds' own examples says how far the real search should go.
@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from atoll.compose.run import Ended, Run
+from atoll.compose.run import GRADIENT_COST, Ended, Run
 from atoll.errors import TrainingError
 
 _BETAS = (0.9, 0.99)
@@ -28,7 +28,7 @@ def search_gradient(run: Run) -> None:
     objective, settings = run.objective, run.settings
     coefficients = torch.stack([objective.coefficients(examples) for examples in _searched(run)])
     weights = run.starts(coefficients)
-    steps = max(1, int((run.budget - run.evaluations - len(weights)) // (2 * len(weights))))
+    steps = max(1, int((run.budget - run.evaluations - len(weights)) // (GRADIENT_COST * len(weights))))
     first, second = torch.zeros_like(weights), torch.zeros_like(weights)
     for step in range(steps):
         scores, gradient = run.gradient(weights, coefficients)

@@ -30,7 +30,7 @@ from atoll.model.memory import keep_freed_memory, release_memory
 from atoll.train.interrupt import interruptible
 
 METHODS = ("gradient", "gradient_per_layer", "cma", "nevergrad:<name>", "uniform", "best_single")
-BUDGETS = {"gradient": 100, "gradient_per_layer": 100, "cma": 240, "nevergrad": 40}  # evaluations; 40 is LoraHub's
+BUDGETS = {"gradient": 120, "gradient_per_layer": 120, "cma": 240, "nevergrad": 40}  # evaluations; 40 is LoraHub's
 _NEEDS_GRADIENTS = ("gradient", "gradient_per_layer")
 
 
@@ -38,8 +38,9 @@ _NEEDS_GRADIENTS = ("gradient", "gradient_per_layer")
 class Found:
     """What a search found: weights [N] or [N, L] float32 on the CPU, the best by held_out where examples are held out, else by value.
 
-    evaluations counts candidates scored on all examples, twice where gradients were taken. stopped_by: "budget", "time", "interrupted", "held out",
-    "converged", or "done" where there was nothing to search. recommendation: what a nevergrad optimiser itself recommends, which LoraHub takes.
+    evaluations counts candidates scored on all examples, each as three where gradients were taken. stopped_by: "budget", "time", "interrupted",
+    "held out", "converged", or "done" where there was nothing to search. recommendation: what a nevergrad optimiser itself recommends, which LoraHub
+    takes.
     """
 
     method: str
