@@ -315,6 +315,24 @@ def test_positions_that_no_prompt_has_are_refused_before_the_first_step(tmp_path
     toy_job(tmp_path, adapter=toy_reft(lora=2, positions=Positions(listed=(400,))), max_steps=1).run()
 
 
+def test_edits_that_no_answer_depends_on_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    """Behind the last block's keys and values a token is its own reader: its gradient is zero, and the loss would stand still without a word."""
+    first = Positions(first=1)
+    for component in ("attention_output", "mlp_input", "mlp_output", "block_output"):
+        with pytest.raises(TrainingError, match=f"no answer depends on the tokens at f1 behind the last block's {component}"):
+            toy_job(tmp_path, adapter=toy_reft(layers=(2,), component=component, positions=first))
+    whole = [dataclasses.replace(row, train_on_prompt=True) for row in toy_rows()]
+    for name, rows, part in (
+        ("input", None, {"component": "attention_input"}),
+        ("lower", None, {"layers": (1, 2)}),
+        ("last", None, {"positions": Positions(first=1, last=1)}),
+        ("prompt", whole, {}),
+    ):
+        adapter = toy_reft(**{"layers": (2,), "positions": first, **part})
+        toy_job(tmp_path / name, adapter=adapter, rows=rows, max_steps=1, batch_size=24).run()
+        assert log_lines(tmp_path / name)[0]["grad_norm"] > 0, name
+
+
 # ---- What enters the first changed block
 
 

@@ -31,7 +31,7 @@ from atoll.train.interrupt import interruptible
 from atoll.train.log import RunLog
 from atoll.train.rows import adapter_batch, label_batch
 from atoll.train.schedule import learning_rate
-from atoll.train.spec import edited_places
+from atoll.train.spec import edited_places, is_taught
 from atoll.train.weights import TrainableAdapter
 
 MIB = 1 << 20
@@ -78,6 +78,12 @@ class TrainingJob:
             raise TrainingError(
                 f"no prompt of the {len(train_rows)} training rows has a token at {adapter.spec.reft[0].positions}, so nothing would be trained",
                 hint="choose other positions, such as l1",
+            )
+        if not adapter.modules and not any(is_taught(row, adapter.spec, decoder.shape.num_layers) for row in train_rows):
+            part = adapter.spec.reft[0]
+            raise TrainingError(
+                f"no answer depends on the tokens at {part.positions} behind the last block's {part.component}, so nothing would be trained",
+                hint="edit a block below it, or the last prompt token too, such as l1",
             )
         self._decoder, self._config, self._folder, self._digest = decoder, config, folder, job_digest
         self._train, self._validation = list(train_rows), list(validation_rows)

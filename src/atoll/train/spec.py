@@ -17,6 +17,8 @@ from atoll.model.sites import TARGETS, Site
 if TYPE_CHECKING:
     from atoll.data.encode import EncodedRow
 
+_BEHIND_KEYS = ("attention_output", "mlp_input", "mlp_output", "block_output")  # components behind what other tokens of the block see
+
 
 def adapter_spec(base_name: str, config: AdapterConfig, num_layers: int, hidden: int) -> AdapterSpec:
     """The AdapterSpec that a config asks for over a base of num_layers blocks and hidden states of that size.
@@ -100,3 +102,16 @@ def first_layer(spec: AdapterSpec, num_layers: int) -> int:
 def edited_places(row: EncodedRow, spec: AdapterSpec) -> list[int]:
     """The places of a row's prompt that the ReFT parts of a spec edit, ascending."""
     return sorted({place for part in spec.reft for side in part.positions.resolve(row.num_prompt) for place in side})
+
+
+def is_taught(row: EncodedRow, spec: AdapterSpec, num_layers: int) -> bool:
+    """Whether any edit of a row's prompt changes what one of its labels is predicted from.
+
+    All do, but those of the last block that stand behind its keys and values: there a token's edit changes what follows that token alone.
+    """
+    for part in spec.reft:
+        is_last = min(part.layers or (0,)) == num_layers - 1 and part.component in _BEHIND_KEYS
+        first = row.first_label - 1 if is_last else 0
+        if any(side and side[-1] >= first for side in part.positions.resolve(row.num_prompt)):
+            return True
+    return False
