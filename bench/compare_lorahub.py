@@ -66,7 +66,6 @@ def main() -> None:
             case("all_linears", every),
             case("another_seed", equal, seed=7),
             case("one_module_twice", [*equal[:3], equal[1]]),
-            case("more_steps_than_cobyla_gets", equal[:2], steps=420),  # from 200 N on, NGOpt chooses an optimiser that draws random numbers
         ]
         job = {"out": str(folder), "inputs": INPUTS, "outputs": OUTPUTS, "cases": cases}
         run_reference(arguments.lorahub, job)

@@ -25,7 +25,7 @@ from peers.workers import Contestant, OrderFailed, WorkerFailed, Workers
 
 PROMPT_TOKENS, NEW_TOKENS, RANK, POSITIONS = 128, 128, 4, "f7+l7"
 SERVING = {"base32": (32, 0), "reft32": (32, 1), "base64": (64, 0), "reft64": (64, 64)}  # requests, adapters
-ROWS, BATCH, TASK, LEARNING_RATE = 160, 16, "builtin:support_intents", 4e-3
+ROWS, BATCH, TASK, LEARNING_RATE = 96, 16, "builtin:support_intents", 4e-3
 
 _PEERS = Path(__file__).parent / "peers"
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import builtins
 import importlib
 import math
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,6 +58,19 @@ def search_cma(run: Run) -> None:
     raise Ended("budget")
 
 
+@contextmanager
+def threads_ended() -> Iterator[None]:
+    """At the end, end the threads that nevergrad's step-by-step optimisers run in; else an error on the way keeps the process from ever exiting."""
+    before = set(threading.enumerate())
+    try:
+        yield
+    finally:
+        for thread in set(threading.enumerate()) - before:
+            if type(thread).__name__ == "_MessagingThread":
+                cast(Any, thread).stop()
+
+
+@threads_ended()
 def search_nevergrad(run: Run, name: str) -> None:
     """Any optimiser of nevergrad's registry, with as many candidates out at once as it can use. run.recommendation is its own last word.
 
