@@ -41,7 +41,7 @@ def main() -> None:
             get_regular=regular,
             seed=case["seed"],
         )
-        answers, accuracy = lorahub_inference(job["inputs"], model, tokenizer, 2, job["outputs"])
+        answers, accuracy = lorahub_inference(job["inputs"], model, tokenizer, 1, job["outputs"])
         tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.named_parameters()}
         save_file(tensors, Path(job["out"]) / f"{case['name']}.safetensors")
         found = {"weights": [float(weight) for weight in weights], "trace": trace, "answers": answers, "accuracy": accuracy}

@@ -360,6 +360,20 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
         assert "atoll[compose]" in error.value.hint
 
 
+def test_an_adapter_that_overflows_is_no_start() -> None:
+    """A search begins with the best of those whose scores are numbers."""
+    scores = Bowl([0.0, 1.0, 0.0])
+    original = scores.scores
+
+    def broken(weights: Tensor, rows: Sequence[int]) -> Tensor:
+        return torch.where(weights[:, :1] > 0.5, float("nan"), original(weights, rows))
+
+    scores.scores = broken  # type: ignore[method-assign]
+    for method in ("gradient", "cma"):
+        found = search(Objective(scores, unregularised()), 3, method, budget=9)
+        assert found.weights.tolist() == [0.0, 1.0, 0.0]
+
+
 def test_scores_that_are_never_finite_are_an_error() -> None:
     """Rather than a composition of nothing."""
     objective = Objective(Bowl([float("nan"), 0.0]))

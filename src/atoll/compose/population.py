@@ -11,12 +11,11 @@ from __future__ import annotations
 import builtins
 import importlib
 import math
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,19 +57,6 @@ def search_cma(run: Run) -> None:
     raise Ended("budget")
 
 
-@contextmanager
-def threads_ended() -> Iterator[None]:
-    """At the end, end the threads that nevergrad's step-by-step optimisers run in; else an error on the way keeps the process from ever exiting."""
-    before = set(threading.enumerate())
-    try:
-        yield
-    finally:
-        for thread in set(threading.enumerate()) - before:
-            if type(thread).__name__ == "_MessagingThread":
-                cast(Any, thread).stop()
-
-
-@threads_ended()
 def search_nevergrad(run: Run, name: str) -> None:
     """Any optimiser of nevergrad's registry, with as many candidates out at once as it can use. run.recommendation is its own last word.
 
@@ -97,7 +83,7 @@ class _Nevergrad:
         import numpy as np
 
         self._run, self._name, self._apart = run, name, _Apart(run.seed)
-        ng = _nevergrad()
+        ng = nevergrad_package()
         if name not in ng.optimizers.registry:
             near = get_close_matches(name, sorted(ng.optimizers.registry), n=1)
             hint = f"did you mean {near[0]!r}?" if near else "NGOpt is what LoraHub uses; CMA and DE are others"
@@ -181,7 +167,7 @@ def _candidates(points: list[Any], run: Run) -> Tensor:
     return torch.stack([torch.as_tensor(point, dtype=torch.float32) for point in points]).view(len(points), *run.shape)
 
 
-def _nevergrad() -> Any:
+def nevergrad_package() -> Any:
     """nevergrad, fit for numpy 2.4: its surrogate models turn arrays of one element into numbers with float(), which numpy no longer allows."""
     ng = _required("nevergrad")
     metamodel = importlib.import_module("nevergrad.optimization.metamodel")

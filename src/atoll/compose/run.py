@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from atoll.compose.objective import Objective
+from atoll.compose.objective import NOT_FINITE, Objective
 
 Report = Callable[[str, int, int], None]  # (what is going on, evaluations done, evaluations in all)
 
@@ -112,7 +112,7 @@ class Run:
         if asked == "best":
             simple = torch.cat([torch.zeros(1, num), torch.full((1, num), 1 / num), torch.eye(num)]).clamp(*self.settings.bounds)
             scores = self._scores_of_simple(self._shaped(simple))
-            values = scores @ coefficients.T + self.objective.regulariser(simple).unsqueeze(1)
+            values = scores.nan_to_num(NOT_FINITE, NOT_FINITE) @ coefficients.T + self.objective.regulariser(simple).unsqueeze(1)
             return self._shaped(simple[1 + values[1:].argmin(0)])
         if asked == "uniform":
             weights = torch.full((num,), 1 / num)
