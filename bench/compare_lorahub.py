@@ -184,7 +184,7 @@ def true_value(weights: Any, model: Any, tokenizer: Any) -> float:
     """The mean of the examples' mean losses, and the regulariser."""
     alone = [encode_pairs(tokenizer, [given], [wanted]) for given, wanted in EXAMPLES]
     losses = [default_get_loss(example, model, 1) for example in alone]
-    return round(sum(losses) / len(losses) + default_l1_regularization(weights), 4)
+    return round(float(sum(losses) / len(losses) + default_l1_regularization(weights)), 4)
 
 
 def largest(ours: Any, theirs: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,20 @@ def test_callables_are_called_once_for_each_step(t5_modules: list[str]) -> None:
     weights, _, _ = lorahub_learning(t5_modules, INPUTS, OUTPUTS, 7, None, 3, get_loss, compatible=True)
     assert calls == [3] * 7
     assert np.array_equal(weights, lorahub_learning(t5_modules, INPUTS, OUTPUTS, 7, None, 3, compatible=True)[0])
+
+
+def test_an_error_in_a_callable_leaves_no_thread_behind(t5_modules: list[str]) -> None:
+    """nevergrad's COBYLA waits for a value in a thread of its own, which would keep the process from ever exiting."""
+
+    def get_loss(dataset: Any, model: Any, batch_size: int | None) -> float:
+        raise ZeroDivisionError("mine")
+
+    before = set(threading.enumerate())
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        lorahub_learning(t5_modules[:2], INPUTS, OUTPUTS, 4, get_loss=get_loss, compatible=True)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_what_lorahub_cannot_do_is_refused(t5_modules: list[str], llama_modules: list[str], tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def lorahub_learning(
     form: str | None = None,
     method: str | None = None,
     dtype: str = "float32",
+    device: str = "cpu",
     hub: Hub | None = None,
     save_to: str | Path | None = None,
     report: Report | None = None,
@@ -88,7 +89,7 @@ def lorahub_learning(
     sum is minimised; see examples.ExampleDataset and decoders.DecoderModel. compatible: as lorahub 0.1.0, see compatible.py; encoder-decoder only.
     form: "cat" (None), the exact sum Σ wᵢ Bᵢ Aᵢ, which takes modules of any rank, or "product", LoraHub's (Σ wᵢ Bᵢ)(Σ wᵢ Aᵢ), in which w and -w are
     the same and every two modules add a term that neither was trained for. method: of compose.search; None is "gradient", or "nevergrad:NGOpt"
-    where a callable of one's own has no gradients. save_to: a folder that the composed adapter is written to.
+    where a callable of one's own has no gradients. dtype and device are the base's. save_to: a folder that the composed adapter is written to.
 
     Raises ConfigError (no modules, unknown options, unequal ranks in the product form), DataError, BaseMismatch (modules of different bases), and
     what loading raises.
@@ -106,7 +107,7 @@ def lorahub_learning(
             "compatible=True takes no form but the product, and no method: they are LoraHub's", hint="leave them out, or leave compatible out"
         )
     modules = find_modules(lora_module_list, hub)
-    learner = _learner(model_name_or_path or base_of(modules), dtype, modules, example_inputs, example_outputs, form)
+    learner = _learner(model_name_or_path or base_of(modules), dtype, device, modules, example_inputs, example_outputs, form)
     record: dict[str, Any] = {"form": form}
     if compatible:
         if not isinstance(learner, PairLearner):
@@ -162,10 +163,10 @@ def _plain(text: str) -> str:
     return text.strip().lower().replace(".", "")
 
 
-def _learner(name: str, dtype: str, modules: Sequence[Module], inputs: Sequence[str], outputs: Sequence[str], form: str) -> Learner:
+def _learner(name: str, dtype: str, device: str, modules: Sequence[Module], inputs: Sequence[str], outputs: Sequence[str], form: str) -> Learner:
     if _reads_with_an_encoder(name):
-        return PairLearner(load_encoder_decoder(name, dtype=dtype), modules, inputs, outputs, form)
-    return DecoderLearner(load_base(name, dtype=dtype), modules, inputs, outputs, form)
+        return PairLearner(load_encoder_decoder(name, dtype=dtype, device=device), modules, inputs, outputs, form)
+    return DecoderLearner(load_base(name, dtype=dtype, device=device), modules, inputs, outputs, form)
 
 
 def _search(

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atoll.errors import AdapterNotFound, BaseMismatch, ConfigError, HubError, NameRefused
+from atoll.errors import AdapterFormatError, AdapterNotFound, BaseMismatch, ConfigError, HubError, NameRefused
 from atoll.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_object
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _fetched(repository: str) -> Path:
     if all(isinstance(path, str) for path in cached):
         return Path(str(cached[0])).parent
     try:
-        return Path(snapshot_download(repository, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        folder = Path(snapshot_download(repository, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except Exception as error:
         # The client lets its HTTP library's errors through, and which library that is depends on its version.
         if not isinstance(error, OSError | ValueError) and not type(error).__module__.startswith(("httpx", "requests", "urllib3", "huggingface_hub")):
@@ -119,3 +119,9 @@ def _fetched(repository: str) -> Path:
             f"module {repository!r} could not be fetched from the Hugging Face hub: {str(error).strip().splitlines()[0]}",
             hint="check the name and the connection, or give a folder",
         ) from error
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise AdapterFormatError(
+            f"module {repository!r} has no {WEIGHTS_FILE} on the Hugging Face hub",
+            hint="modules from before 2024 may be pickles, which can run code: save it anew by PEFT in a place you trust, and give the folder",
+        )
+    return folder

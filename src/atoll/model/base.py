@@ -55,7 +55,7 @@ def load_base(name: str, *, dtype: str = "bfloat16", device: str = "cpu", home: 
     """
     from atoll.model.decoder import Decoder
 
-    torch_dtype, torch_device = checked_dtype(dtype), _checked_device(device)
+    torch_dtype, torch_device = checked_dtype(dtype), checked_device(device)
     path = pull(name, home=home, progress=progress)
     if progress is not None:
         progress(f"loading {name}", 0, 1)
@@ -135,7 +135,8 @@ def checked_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def _checked_device(name: str) -> torch.device:
+def checked_device(name: str) -> torch.device:
+    """The device of that name. Raises ConfigError for one that is not there."""
     import torch
 
     try:

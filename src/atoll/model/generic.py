@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atoll.errors import BaseFormatError, BaseNotFound
-from atoll.model.base import checked_dtype, load_tokenizer
+from atoll.model.base import checked_device, checked_dtype, load_tokenizer
 from atoll.model.fingerprint import read_json, weight_files
 from atoll.model.generic_adapter import GenericAdapter
 from atoll.model.pull import HUB_FILES, hub_snapshot
@@ -194,11 +194,12 @@ def is_encoder_decoder(path: Path) -> bool:
 def load_encoder_decoder(name: str, *, dtype: str = "float32", device: str = "cpu") -> GenericModel:
     """Load an encoder-decoder base by transformers, from safetensors, without running code from its folder.
 
-    Raises BaseNotFound, BaseFormatError where the folder is damaged or holds another kind of model, and ConfigError for an unknown dtype.
+    Raises BaseNotFound, BaseFormatError where the folder is damaged or holds another kind of model, and ConfigError for a dtype or device that is
+    not there.
     """
     from transformers import AutoModelForSeq2SeqLM
 
-    torch_dtype, path = checked_dtype(dtype), base_folder(name)
+    torch_dtype, torch_device, path = checked_dtype(dtype), checked_device(device), base_folder(name)
     if not is_encoder_decoder(path):
         raise BaseFormatError(f"{path} is no encoder-decoder model, such as T5", hint="give the folder of an encoder-decoder base")
     if not weight_files(path):
@@ -207,7 +208,7 @@ def load_encoder_decoder(name: str, *, dtype: str = "float32", device: str = "cp
         model = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch_dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers and its Rust readers raise what they like for a damaged file
         raise BaseFormatError(f"{path} cannot be loaded: {error}", hint="restore the files from where the base came from") from error
-    return GenericModel(name, path, model.to(device), load_tokenizer(path))
+    return GenericModel(name, path, model.to(torch_device), load_tokenizer(path))
 
 
 def _hook(change: Change) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
