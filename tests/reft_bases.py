@@ -1,4 +1,7 @@
-"""Toy transformers models of the families that atoll.reft meets, each 3 blocks, 32 wide, float32, seeded. Used by tests/reft."""
+"""Toy transformers models of the families that atoll.reft meets, each 3 blocks, 32 wide, float32, seeded; and what their tests ask of them.
+
+Used by tests/reft.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from atoll.reft import LoreftIntervention, ReftConfig, ReftModel, get_reft_model
+
 WIDTH, BLOCKS, VOCABULARY = 32, 3, 96
 DECODERS = ("llama", "qwen2", "gpt2", "gpt_neox", "opt")
 ENCODERS = ("bert", "roberta")
+Places = list[list[int]]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -111,3 +117,37 @@ def by_hand(model: Any, base: dict[str, Tensor], edits: list[tuple[nn.Module, nn
     finally:
         for handle in handles:
             handle.remove()
+
+
+def loreft(seed: int = 0, cls: Any = LoreftIntervention, **kwargs: Any) -> Any:
+    """An intervention of rank 4 in float32, seeded."""
+    torch.manual_seed(seed)
+    return cls(**{"embed_dim": WIDTH, "low_rank_dimension": 4, "dtype": torch.float32, **kwargs})
+
+
+def reft_of(model: Any, *layers: int, component: str = "block_output", cls: Any = LoreftIntervention, **kwargs: Any) -> ReftModel:
+    """A ReftModel with one intervention a layer (0 and 2 where none is named), each of its own seed."""
+    entries = [
+        {"layer": layer, "component": component, "intervention": loreft(number, cls, **kwargs)} for number, layer in enumerate(layers or (0, 2))
+    ]
+    return get_reft_model(model, ReftConfig(representations=entries))
+
+
+def at(*places: Places) -> dict[str, Any]:
+    """unit_locations of places[intervention][row]."""
+    return {"sources->base": (None, [*places])}
+
+
+def logits(reft_model: ReftModel, base: dict[str, Tensor], unit_locations: Any, **kwargs: Any) -> Tensor:
+    """What the edited model says, without gradients."""
+    with torch.no_grad():
+        _, outputs = reft_model(base, unit_locations=unit_locations, **kwargs)
+    found: Tensor = outputs.logits
+    return found
+
+
+def plain(model: Any, base: dict[str, Tensor]) -> Tensor:
+    """What a model says as it is."""
+    with torch.no_grad():
+        found: Tensor = model(**base).logits
+    return found

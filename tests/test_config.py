@@ -48,6 +48,7 @@ def problem(**values: Any) -> ConfigError:
         ({"adapter": {"target_modules": "q_proj"}}, "must be all-linear or a list such as [q_proj, v_proj], but this is text"),
         ({"adapter": {"target_modules": ["q_proj", "q_proj"]}}, "names a layer twice"),
         ({"adapter": {"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 4}}}, "rank_pattern names 'v_proj', which is none of the target"),
+        ({"adapter": {"rank_pattern": {"3": 8}}}, "a layer number is ReFT's: give its type too"),
         ({"adapter": {"rank_pattern": {"v_proj": 0}}}, "must be from 1 to 1024"),
         ({"adapter": {"alpha_pattern": {"v_proj": -1.0}}}, "must be above 0"),
         ({"adapter": {"rank_pattern": {"v_proj": True}}}, "must be a number, not true or false"),

@@ -179,7 +179,8 @@ class LoraAdapterConfig(Section):
         for field, pattern, most in (("rank_pattern", self.rank_pattern, MAX_RANK), ("alpha_pattern", self.alpha_pattern, None)):
             for name, value in pattern.items():
                 if not name.endswith(self.targets):
-                    raise ValueError(f"{field} names {name!r}, which is none of the target modules {', '.join(self.targets)}")
+                    hint = "; a layer number is ReFT's: give its type too, such as loreft" if name.isdigit() else ""
+                    raise ValueError(f"{field} names {name!r}, which is none of the target modules {', '.join(self.targets)}{hint}")
                 if value <= 0 or (most is not None and value > most):
                     raise ValueError(f"{field} gives {name!r} the value {value:g}; must be {'above 0' if most is None else f'from 1 to {most}'}")
         return self

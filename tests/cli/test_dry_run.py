@@ -84,3 +84,5 @@ def test_a_reft_job_shows_which_tokens_are_edited(atoll, job):
     assert "LoRA of rank 2 on 21 linears and loreft of rank 4 at block_output of 3 of 3 blocks, positions [200]\n" in shown
     job.write_text(json.dumps({**config, "adapter": {"type": "loreft", "positions": [200]}}))
     assert "32 of 32 training rows have no token at positions [200]" in atoll("train", job, "--dry-run").err
+    job.write_text(json.dumps({**config, "adapter": {"type": "loreft", "layers": "last", "positions": "f1"}}))
+    assert "training will be refused: no answer depends on the tokens at f1" in atoll("train", job, "--dry-run").err

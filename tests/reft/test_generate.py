@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atoll.errors import RequestRefused, UnsupportedAdapter
 from atoll.reft import LoreftIntervention, ReftConfig, ReftModel, get_reft_model
-from reft_bases import WIDTH, batch, block, tokens, toy
+from reft_bases import WIDTH, at, batch, block, tokens, toy
 
 NEW = 6
 
@@ -23,10 +23,6 @@ def reft_of(model: Any, *layers: int) -> ReftModel:
         for intervention in reft_model.interventions.values():
             intervention.learned_source.bias.mul_(20)  # edits that change what is said
     return reft_model
-
-
-def at(*places: list[list[int]]) -> dict[str, Any]:
-    return {"sources->base": (None, [*places])}
 
 
 def said(reft_model: ReftModel, base: dict[str, Tensor], unit_locations: Any, **kwargs: Any) -> Tensor:

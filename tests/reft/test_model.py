@@ -9,42 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from atoll.errors import RequestRefused
-from atoll.reft import LoreftIntervention, ReftConfig, ReftModel, get_reft_model
+from atoll.reft import ReftConfig, get_reft_model
 from atoll.reft.interventions import CLASSES
-from reft_bases import BLOCKS, DECODERS, ENCODERS, WIDTH, batch, block, by_hand, toy
+from reft_bases import BLOCKS, DECODERS, ENCODERS, WIDTH, at, batch, block, by_hand, logits, plain, reft_of, toy
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
-Places = list[list[int]]
-
-
-def loreft(seed: int = 0, cls: Any = LoreftIntervention, **kwargs: Any) -> Any:
-    torch.manual_seed(seed)
-    return cls(**{"embed_dim": WIDTH, "low_rank_dimension": 4, "dtype": torch.float32, **kwargs})
-
-
-def reft_of(model: Any, *layers: int, component: str = "block_output", cls: Any = LoreftIntervention, **kwargs: Any) -> ReftModel:
-    entries = [
-        {"layer": layer, "component": component, "intervention": loreft(number, cls, **kwargs)} for number, layer in enumerate(layers or (0, 2))
-    ]
-    return get_reft_model(model, ReftConfig(representations=entries))
-
-
-def at(*places: Places) -> dict[str, Any]:
-    """unit_locations of places[intervention][row]."""
-    return {"sources->base": (None, [*places])}
-
-
-def logits(reft_model: ReftModel, base: dict[str, Tensor], unit_locations: Any, **kwargs: Any) -> Tensor:
-    with torch.no_grad():
-        _, outputs = reft_model(base, unit_locations=unit_locations, **kwargs)
-    found: Tensor = outputs.logits
-    return found
-
-
-def plain(model: Any, base: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(**base).logits
-    return found
 
 
 @pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])

@@ -8,44 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from atoll.errors import ConfigError, RequestRefused, UnsupportedAdapter
-from atoll.reft import ConsreftIntervention, LoreftIntervention, NodireftIntervention, ReftConfig, ReftModel, get_reft_model
-from reft_bases import BLOCKS, WIDTH, batch, block, tokens, toy, with_lora
+from atoll.reft import ConsreftIntervention, LoreftIntervention, NodireftIntervention, ReftConfig, get_reft_model
+from reft_bases import BLOCKS, WIDTH, at, batch, block, logits, loreft, plain, reft_of, tokens, toy, with_lora
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
-Places = list[list[int]]
-
-
-def loreft(seed: int = 0, cls: Any = LoreftIntervention, **kwargs: Any) -> Any:
-    torch.manual_seed(seed)
-    return cls(**{"embed_dim": WIDTH, "low_rank_dimension": 4, "dtype": torch.float32, **kwargs})
-
-
-def reft_of(model: Any, *layers: int, component: str = "block_output", cls: Any = LoreftIntervention, **kwargs: Any) -> ReftModel:
-    entries = [
-        {"layer": layer, "component": component, "intervention": loreft(number, cls, **kwargs)} for number, layer in enumerate(layers or (0, 2))
-    ]
-    return get_reft_model(model, ReftConfig(representations=entries))
-
-
-def at(*places: Places) -> dict[str, Any]:
-    """unit_locations of places[intervention][row]."""
-    return {"sources->base": (None, [*places])}
-
-
-def logits(reft_model: ReftModel, base: dict[str, Tensor], unit_locations: Any, **kwargs: Any) -> Tensor:
-    with torch.no_grad():
-        _, outputs = reft_model(base, unit_locations=unit_locations, **kwargs)
-    found: Tensor = outputs.logits
-    return found
-
-
-def plain(model: Any, base: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(**base).logits
-    return found
 
 
 def _all_hooks(model: nn.Module) -> list[Any]:

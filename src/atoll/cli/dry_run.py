@@ -48,8 +48,12 @@ def show_plan(loaded: LoadedConfig[TrainConfig], as_json: bool) -> None:
 
 
 def plan_warnings(plan: TrainingPlan) -> list[str]:
-    """What is allowed but probably not meant."""
+    """What is allowed but probably not meant, and what training will refuse."""
+    from atoll.train.spec import nothing_taught
+
     warnings = []
+    if (refused := nothing_taught(plan.train.rows, plan.spec, plan.base.decoder.shape.num_layers)) is not None:
+        warnings.append(f"training will be refused: {refused.message}")
     if plan.train.num_cut:
         share = plan.train.num_cut / len(plan.train.rows)
         warnings.append(f"{plan.train.num_cut} training rows ({share:.0%}) lose the beginning of their prompt at {plan.train.max_length} tokens")

@@ -31,7 +31,7 @@ from atoll.train.interrupt import interruptible
 from atoll.train.log import RunLog
 from atoll.train.rows import adapter_batch, label_batch
 from atoll.train.schedule import learning_rate
-from atoll.train.spec import edited_places, is_taught
+from atoll.train.spec import nothing_taught
 from atoll.train.weights import TrainableAdapter
 
 MIB = 1 << 20
@@ -74,17 +74,8 @@ class TrainingJob:
     ) -> None:
         if not train_rows:
             raise TrainingError("there are no training rows", hint="check the data file and its split column")
-        if not adapter.modules and not any(edited_places(row, adapter.spec) for row in train_rows):
-            raise TrainingError(
-                f"no prompt of the {len(train_rows)} training rows has a token at {adapter.spec.reft[0].positions}, so nothing would be trained",
-                hint="choose other positions, such as l1",
-            )
-        if not adapter.modules and not any(is_taught(row, adapter.spec, decoder.shape.num_layers) for row in train_rows):
-            part = adapter.spec.reft[0]
-            raise TrainingError(
-                f"no answer depends on the tokens at {part.positions} behind the last block's {part.component}, so nothing would be trained",
-                hint="edit a block below it, or the last prompt token too, such as l1",
-            )
+        if (refused := nothing_taught(train_rows, adapter.spec, decoder.shape.num_layers)) is not None:
+            raise refused
         self._decoder, self._config, self._folder, self._digest = decoder, config, folder, job_digest
         self._train, self._validation = list(train_rows), list(validation_rows)
         self._lengths = [len(row.token_ids) for row in self._train]

@@ -5,10 +5,11 @@ Used by plan.py, and by loop.py and the dry run to know which tokens a spec edit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from atoll.config_adapter import AdapterConfig, ReftAdapterConfig
-from atoll.errors import ConfigError
+from atoll.errors import ConfigError, TrainingError
 from atoll.model.adapter import AdapterSpec, names
 from atoll.model.positions import Positions
 from atoll.model.reft import ReftSpec
@@ -104,7 +105,25 @@ def edited_places(row: EncodedRow, spec: AdapterSpec) -> list[int]:
     return sorted({place for part in spec.reft for side in part.positions.resolve(row.num_prompt) for place in side})
 
 
-def is_taught(row: EncodedRow, spec: AdapterSpec, num_layers: int) -> bool:
+def nothing_taught(rows: Sequence[EncodedRow], spec: AdapterSpec, num_layers: int) -> TrainingError | None:
+    """Why none of the rows could teach an adapter that is edits alone anything: what TrainingJob raises and the dry run shows."""
+    if spec.target_modules or not rows:
+        return None
+    part = spec.reft[0]
+    if not any(edited_places(row, spec) for row in rows):
+        return TrainingError(
+            f"no prompt of the {len(rows)} training rows has a token at {part.positions}, so nothing would be trained",
+            hint="choose other positions, such as l1",
+        )
+    if not any(_is_taught(row, spec, num_layers) for row in rows):
+        return TrainingError(
+            f"no answer depends on the tokens at {part.positions} behind the last block's {part.component}, so nothing would be trained",
+            hint="edit a block below it, or the last prompt token too, such as l1",
+        )
+    return None
+
+
+def _is_taught(row: EncodedRow, spec: AdapterSpec, num_layers: int) -> bool:
     """Whether any edit of a row's prompt changes what one of its labels is predicted from.
 
     All do, but those of the last block that stand behind its keys and values: there a token's edit changes what follows that token alone.
