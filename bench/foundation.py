@@ -94,7 +94,7 @@ def run_atoll(work: dict[str, Any]) -> dict[str, float]:
     from atoll.model.adapter import AdapterSpec, new_adapter
     from atoll.model.adapter_files import read_adapter
     from atoll.model.base import load_base
-    from atoll.train.loop import TrainingJob
+    from atoll.train.job import TrainingJob
 
     base = load_base(work["base"])
     shape = base.decoder.shape

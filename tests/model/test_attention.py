@@ -8,8 +8,8 @@ from tests.adapters import CLOSE, decoder_of, packed_logits, reference
 from tests.conftest import tiny_model
 from torch import Tensor
 
-from atoll.model import attention as attention_module
-from atoll.model.attention import Attention, _BlockAttention, _mask
+from atoll.model import fresh_attention
+from atoll.model.attention import Attention
 from atoll.model.batch import PackedBatch
 from atoll.model.kv_cache import PAGE_TOKENS, KvCache
 
@@ -63,19 +63,11 @@ def test_gradients_are_autograds_own(window: int | None) -> None:
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
 
 
-def test_block_attention_passes_gradcheck() -> None:
-    """Finite differences, so that the formula itself is no shared mistake."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 4, 3, generator=generator, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2))
-    mask = _mask(torch.arange(4), 4, 3, torch.float64)
-    assert torch.autograd.gradcheck(lambda q, k, v: _BlockAttention.apply(q, k, v, mask), (q, k, v))
-
-
 def test_long_rows_take_the_memory_efficient_kernel_with_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond a length the weights are not stored; both sides of that line must train alike."""
     grads = []
     for limit in (512, 4):
-        monkeypatch.setattr(attention_module, "_STORED_SCORES_LIMIT", limit)
+        monkeypatch.setattr(fresh_attention, "_STORED_SCORES_LIMIT", limit)
         for window in (None, 3):
             leaves = [t.requires_grad_() for t in draw(15)]
             out = Attention(PackedBatch.of([[5] * n for n in (5, 1, 9)]), None)(0, *leaves, window)

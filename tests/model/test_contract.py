@@ -22,7 +22,7 @@ from atoll.model.adapter_files import read_adapter, write_adapter
 from atoll.model.decoder import Decoder
 from atoll.model.positions import Positions
 from atoll.model.reft import ReftSpec
-from atoll.train.loop import TrainingJob
+from atoll.train.job import TrainingJob
 
 
 @dataclass(frozen=True)

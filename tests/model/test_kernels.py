@@ -246,7 +246,7 @@ def test_a_target_that_cannot_be_built_gives_way_to_the_next(monkeypatch: pytest
     if len(names) < 2:
         pytest.skip("this processor has one target")
     load = build.load_library
-    monkeypatch.setattr("atoll.model.kernels.decoder.load_library", lambda target: None if target.name == names[0] else load(target))
+    monkeypatch.setattr("atoll.model.kernels.decoder.load_library", lambda target, source: None if target.name == names[0] else load(target, source))
     found = compiled(decoder_of(model_of("llama"), torch.bfloat16))
     assert found is not None
     assert found.kernel == names[1]

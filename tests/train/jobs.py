@@ -31,7 +31,7 @@ from atoll.model.decoder import Decoder
 from atoll.model.positions import Positions
 from atoll.model.reft import ReftSpec
 from atoll.train.checkpoint import FILE
-from atoll.train.loop import TrainingJob
+from atoll.train.job import TrainingJob
 
 NUM_KILLS = {"lora": 8, "lora+reft": 5}
 INTERRUPTED = 3  # exit status of a fork whose run raised Interrupted

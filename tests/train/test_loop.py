@@ -21,7 +21,7 @@ from atoll.model.batch import AdapterBatch
 from atoll.model.decoder import Decoder
 from atoll.model.loss import label_loss
 from atoll.train.checkpoint import FILE
-from atoll.train.loop import total_steps
+from atoll.train.job import total_steps
 from atoll.train.rows import label_batch
 from atoll.train.schedule import learning_rate
 from atoll.train.weights import TrainableAdapter

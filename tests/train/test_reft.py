@@ -23,9 +23,9 @@ from atoll.model.decoder import Decoder
 from atoll.model.loss import label_loss
 from atoll.model.positions import PREFIX, Positions
 from atoll.model.reft import COMPONENTS, METHODS, ORTHONORMAL, EditSite, Intervention, ReftSpec
-from atoll.train.loop import TrainingJob
+from atoll.train.job import TrainingJob
 from atoll.train.reft_masters import ReftMasters
-from atoll.train.rows import adapter_batch, label_batch
+from atoll.train.rows import RowGroup, adapter_batch, label_batch, pack_groups
 from atoll.train.weights import TrainableAdapter
 
 # Prompts of 6, 3 and 1 tokens, so that sides are cut; the first learns its prompt too, since first tokens behind the last block decide nothing else.
@@ -54,7 +54,7 @@ def gradients(decoder: Decoder, adapter: Adapter, rows: list[EncodedRow]) -> Tra
 
 
 def summed_loss(decoder: Decoder, weights: list[TrainableAdapter], rows: list[EncodedRow]) -> Tensor:
-    packed = label_batch(rows, "cpu")
+    packed = pack_groups([RowGroup([row]) for row in rows], "cpu")
     return label_loss(decoder.forward(packed.batch, adapter_batch(packed, weights)), decoder.head, packed.labels)
 
 
@@ -350,7 +350,7 @@ def test_kept_states_change_no_bit_of_the_end(kind: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(Decoder, "residual_before", counted)
     ends, counts = [], []
     for name, budget in (("all", 1 << 20), ("some", 4096), ("none", 0)):
-        monkeypatch.setattr("atoll.train.loop.MIB", 1)  # so that the budget below is in bytes
+        monkeypatch.setattr("atoll.train.job.MIB", 1)  # so that the budget below is in bytes
         calls.clear()
         job = toy_job(tmp_path / name, adapter=adapter, validation=toy_rows(5, shift=33), epochs=3, reuse_mib=budget)
         job.run()
@@ -368,7 +368,7 @@ def test_kept_states_are_the_forwards_own(tmp_path: Path, monkeypatch: pytest.Mo
     ends = []
     for name, keeps in (("kept", True), ("whole", False)):
         if not keeps:
-            monkeypatch.setattr("atoll.train.loop.entering_states", lambda *_: None)
+            monkeypatch.setattr("atoll.train.job.entering_states", lambda *_: None)
         job = toy_job(tmp_path / name, adapter=toy_reft(layers=(2,), component="block_input"), validation=toy_rows(5), epochs=2)
         result = job.run()
         ends.append((job.weights.values.detach().clone(), result.progress.best_loss))

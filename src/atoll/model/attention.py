@@ -1,8 +1,7 @@
 """Causal attention over packed rows: with gradients, over a prompt, and over a KV cache.
 
-Rows of a packed batch must not see each other. Without a cache the rows are laid into one padded block (training batches are sorted by length, so it
-is nearly full) and attention runs once for all. With a cache, new keys and values are stored first; then rows of few new tokens (decode, options)
-gather their pages into one padded call, and each longer row (a prompt's chunk) is a call of its own.
+Rows of a packed batch must not see each other. Without a cache it is fresh_attention.py's. With a cache, new keys and values are stored first; then
+rows of few new tokens (decode, options) gather their pages into one padded call, and each longer row (a prompt's chunk) is a call of its own.
 
 Used by decoder.py, once a layer. Grouped heads: H query heads share num_kv_heads key heads. A window limits how far back a token sees (Mistral,
 Qwen2).
@@ -11,47 +10,16 @@ Qwen2).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from atoll.model.batch import PackedBatch
+from atoll.model.fresh_attention import FreshAttention, causal_mask
 from atoll.model.kv_cache import PAGE_TOKENS, KvCache
 
-_STORED_SCORES_LIMIT = 512  # tokens; up to here the training version keeps the [L, L] weights, beyond it torch's memory-efficient kernel is used
 _SHORT_ROW = 16  # new tokens up to which rows are padded to one another: a call of its own costs more than the padding
-
-
-@dataclass(frozen=True)
-class _Padded:
-    """Where packed tokens stand in a [B, L] block and back. Rows start at column 0, so a causal mask also hides the padding behind them."""
-
-    take: Tensor  # [B * L] packed index of each place (0 where there is none)
-    back: Tensor  # [T] place of each packed token
-    longest: int
-
-
-def _padded(batch: PackedBatch) -> _Padded:
-    longest, device = max(batch.lengths), batch.token_ids.device
-    starts = torch.tensor(batch.row_starts[:-1], device=device).unsqueeze(1)
-    columns = torch.arange(longest, device=device)
-    inside = columns < torch.tensor(batch.lengths, device=device).unsqueeze(1)
-    take = torch.where(inside, starts + columns, 0)
-    back = torch.nonzero(inside.view(-1)).squeeze(1)
-    return _Padded(take.view(-1), back, longest)
-
-
-def _mask(places: Tensor, total: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[..., t, total] for tokens at places [..., t] of sequences of at most `total` tokens: 0 where a token may look, -inf elsewhere."""
-    keys = torch.arange(total, device=places.device)
-    places = places.unsqueeze(-1)
-    hidden = keys > places
-    if window is not None:
-        hidden |= keys <= places - window
-    return torch.zeros(hidden.shape, dtype=dtype, device=places.device).masked_fill_(hidden, float("-inf"))
 
 
 class _Block:
@@ -77,7 +45,7 @@ class _Block:
     def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
         """[n, 1, groups * L, reach] for query heads that share a key head, standing behind one another as queries."""
         places = self._context + torch.arange(self.length, device=self.take.device)
-        return _mask(places, self.reach, window, dtype).repeat(1, groups, 1).unsqueeze(1)
+        return causal_mask(places, self.reach, window, dtype).repeat(1, groups, 1).unsqueeze(1)
 
 
 def _blocks(batch: PackedBatch) -> tuple[list[list[int]], list[int]]:
@@ -104,9 +72,8 @@ class Attention:
     def __init__(self, batch: PackedBatch, cache: KvCache | None) -> None:
         self.batch, self.cache = batch, cache
         self._masks: dict[tuple[object, ...], Tensor] = {}
+        self.fresh = FreshAttention(batch) if cache is None else None
         if cache is None:
-            same = len(set(batch.lengths)) == 1
-            self._block = None if same else _padded(batch)
             return
         assert batch.pages is not None
         needed = [_pages_for(context + new) for context, new in zip(batch.context, batch.lengths, strict=True)]
@@ -122,39 +89,16 @@ class Attention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """q [T, H, K], k and v [T, num_kv_heads, K], all rotated; returns [T, H * K]."""
-        if self.cache is None:
-            return self._fresh(q, k, v, window)
+        if self.fresh is not None:
+            return self.fresh(q, k, v, window)
         return self._cached(layer, q, k, v, window)
 
     def _mask_of(self, context: int, new: int, window: int | None, like: Tensor) -> Tensor:
         key = (context, new, window, like.dtype)
         if key not in self._masks:
             places = torch.arange(context, context + new, device=like.device)
-            self._masks[key] = _mask(places, context + new, window, like.dtype)
+            self._masks[key] = causal_mask(places, context + new, window, like.dtype)
         return self._masks[key]
-
-    def _fresh(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """No cache: every row attends to itself only, all rows in one block."""
-        num_tokens, heads, size = q.shape
-        rows = self.batch.num_rows
-        if self._block is not None:
-            q, k, v = (_Spread.apply(t, self._block.take, self._block.back) for t in (q, k, v))
-            longest = self._block.longest
-        else:
-            longest = num_tokens // rows
-        q, k, v = (t.view(rows, longest, t.shape[1], size).transpose(1, 2) for t in (q, k, v))
-        if torch.is_grad_enabled() and q.requires_grad and longest <= _STORED_SCORES_LIMIT:
-            mask = self._mask_of(0, longest, window, q)
-            out: Tensor = _BlockAttention.apply(q, k, v, mask)
-        elif window is None or window >= longest:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask_of(0, longest, window, q), enable_gqa=True)
-        out = out.transpose(1, 2).reshape(rows * longest, heads * size)
-        if self._block is None:
-            return out
-        gathered: Tensor = _Gather.apply(out, self._block.back)
-        return gathered
 
     def _cached(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         assert self.cache is not None
@@ -200,66 +144,3 @@ class Attention:
         mask = self._mask_of(context, tokens, window, q).repeat(heads // kv_heads, 1)
         out = F.scaled_dot_product_attention(queries.reshape(kv_heads, -1, size)[None], seen_keys, seen_values, attn_mask=mask)[0]
         return out.reshape(heads, tokens, size).transpose(0, 1).flatten(1)
-
-
-class _Spread(torch.autograd.Function):
-    """Packed tokens to the places of a block. What stands in padding gets no gradient (no query sees it, its own output is dropped), so the backward
-    is the way back, and not the sum over places that torch would make of repeated indices."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, take: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return x.index_select(0, take)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (back,) = ctx.saved_tensors
-        return grads[0].index_select(0, back), None, None
-
-
-class _Gather(torch.autograd.Function):
-    """The places of a block that hold a token, packed again; each is taken once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.num_places = x.shape[0]
-        return x.index_select(0, back)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (back,) = ctx.saved_tensors
-        return grads[0].new_zeros(ctx.num_places, grads[0].shape[1]).index_copy_(0, back, grads[0]), None
-
-
-class _BlockAttention(torch.autograd.Function):
-    """softmax(Q Kᵀ / sqrt(K) + mask) V over [B, H, L, K] with the backward by hand.
-
-    Written out because torch's fused CPU kernel is slow backwards in bfloat16 (see docs/notebook.md). The H / num_kv_heads query heads that share a
-    key head are laid behind one another, so grouped heads cost no copy of keys. The weights P [B * num_kv_heads, G * L, L] are kept for the backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        rows, heads, length, size = q.shape
-        kv_heads = k.shape[1]
-        shared = heads // kv_heads
-        scale = size**-0.5
-        q3 = q.reshape(rows * kv_heads, shared * length, size)
-        k3, v3 = k.reshape(rows * kv_heads, length, size), v.reshape(rows * kv_heads, length, size)
-        scores = torch.baddbmm(mask.repeat(shared, 1), q3, k3.transpose(1, 2), alpha=scale)
-        weights = torch.softmax(scores, -1)
-        ctx.save_for_backward(q3, k3, v3, weights)
-        ctx.shape, ctx.scale = (rows, heads, kv_heads, length, size), scale
-        return torch.bmm(weights, v3).view(rows, heads, length, size)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q3, k3, v3, weights = ctx.saved_tensors
-        rows, heads, kv_heads, length, size = ctx.shape
-        dout = grads[0].reshape(rows * kv_heads, (heads // kv_heads) * length, size)
-        dv = torch.bmm(weights.transpose(1, 2), dout)
-        dscores = torch._softmax_backward_data(torch.bmm(dout, v3.transpose(1, 2)), weights, -1, weights.dtype)
-        dq = torch.bmm(dscores, k3).mul_(ctx.scale)
-        dk = torch.bmm(dscores.transpose(1, 2), q3).mul_(ctx.scale)
-        return dq.view(rows, heads, length, size), dk.view(rows, kv_heads, length, size), dv.view(rows, kv_heads, length, size), None

@@ -30,7 +30,8 @@ class PackedBatch:
     already has in the cache; pages B page tables, each naming the pages of the row's context and new tokens in order (None: no cache);
     output_index [N] int64, the tokens whose hidden states are wanted (None: all). Rows may share pages of their contexts, never one that a row
     writes into. final_lengths: each row's length once all of its prompt is in, where the prompt comes in chunks; rope types that depend on the
-    length need it.
+    length need it. follows, without a cache: for each row, the row whose tokens stand before its own and are `context` many (a beginning that several
+    rows share, computed once), or -1; a row that is followed follows none itself.
     """
 
     token_ids: Tensor
@@ -40,6 +41,7 @@ class PackedBatch:
     pages: tuple[tuple[int, ...], ...] | None = None
     output_index: Tensor | None = None
     final_lengths: tuple[int, ...] | None = None
+    follows: tuple[int, ...] | None = None
 
     @classmethod
     def of(
@@ -50,6 +52,7 @@ class PackedBatch:
         pages: Sequence[Sequence[int]] | None = None,
         outputs: str | Sequence[int] = "all",
         final_lengths: Sequence[int] | None = None,
+        follows: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> PackedBatch:
         """Pack token lists. outputs: "all", "last" (each row's last token), or indices into the packed tokens."""
@@ -70,6 +73,7 @@ class PackedBatch:
             tuple(map(tuple, pages)) if pages is not None else None,
             index,
             tuple(final_lengths) if final_lengths is not None else None,
+            tuple(follows) if follows is not None else None,
         )
 
     @property

@@ -23,6 +23,7 @@ from atoll.model.apply_edits import apply_edits
 from atoll.model.attention import Attention
 from atoll.model.bank import LoraBank
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
+from atoll.model.kernels.training import TrainingOps, training_ops
 from atoll.model.kv_cache import KvCache
 from atoll.model.reft import ATTENTION_INPUT, ATTENTION_OUTPUT, BLOCK_INPUT, BLOCK_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from atoll.model.rope import RotaryTable, rotate
@@ -175,29 +176,37 @@ class Decoder:
     def _blocks(self, layers: range, residual: Tensor, batch: PackedBatch, adapters: AdapterBatch, cache: KvCache | None) -> Tensor:
         cos, sin = self.rotary.cos_sin(batch)
         attention = Attention(batch, cache)
+        ops = training_ops(self.embedding) if torch.is_grad_enabled() and cache is None else None
         edits = adapters.edits
+        out: Tensor | None = None  # what the block before adds to the residual stream, where nothing has to see the sum before the norm does
         for index in layers:
             layer = self.layers[index]
             if edits:
                 residual = apply_edits(residual, index, BLOCK_INPUT, edits)
-            hidden = rms_norm(residual, layer.input_norm, self.shape.norm_eps, self.dtype)
+            residual, hidden = self._add_norm(residual, out, layer.input_norm, ops)
             if edits:
                 hidden = apply_edits(hidden, index, ATTENTION_INPUT, edits)
-            attended = self._attend(index, layer, hidden, cos, sin, attention, adapters)
+            attended = self._attend(index, layer, hidden, cos, sin, attention, adapters, ops)
             if edits:
                 attended = apply_edits(attended, index, ATTENTION_OUTPUT, edits)
-            residual = residual + attended
-            hidden = rms_norm(residual, layer.post_norm, self.shape.norm_eps, self.dtype)
+            residual, hidden = self._add_norm(residual, attended, layer.post_norm, ops)
             if edits:
                 hidden = apply_edits(hidden, index, MLP_INPUT, edits)
             gate_up = linear(hidden, layer.weights[GATE_UP], layer.biases[GATE_UP], index, GATE_UP, adapters)
-            out = linear(_gated(gate_up), layer.weights[DOWN], layer.biases[DOWN], index, DOWN, adapters)
+            gated = ops.gated(gate_up) if ops is not None else _gated(gate_up)
+            out = linear(gated, layer.weights[DOWN], layer.biases[DOWN], index, DOWN, adapters)
             if edits:
                 out = apply_edits(out, index, MLP_OUTPUT, edits)
+                residual, out = apply_edits(residual + out, index, BLOCK_OUTPUT, edits), None
+        return residual if out is None else residual + out
+
+    def _add_norm(self, residual: Tensor, out: Tensor | None, weight: Tensor, ops: TrainingOps | None) -> tuple[Tensor, Tensor]:
+        """The residual stream [T, D] float32 with a block's output [T, D] added, and its norm in the compute dtype."""
+        if ops is not None:
+            return ops.add_norm(residual, out, weight, self.shape.norm_eps)
+        if out is not None:
             residual = residual + out
-            if edits:
-                residual = apply_edits(residual, index, BLOCK_OUTPUT, edits)
-        return residual
+        return residual, rms_norm(residual, weight, self.shape.norm_eps, self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] hidden states to [N, V] float32 logits."""
@@ -208,16 +217,30 @@ class Decoder:
         values, ids = self.logits(hidden).max(-1)
         return values, ids
 
-    def _attend(self, index: int, layer: _Layer, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention, adapters: AdapterBatch) -> Tensor:
-        shape = self.shape
+    def _attend(
+        self,
+        index: int,
+        layer: _Layer,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        adapters: AdapterBatch,
+        ops: TrainingOps | None,
+    ) -> Tensor:
+        shape, window = self.shape, self.shape.windows[index]
         heads, kv_heads, size = shape.num_heads, shape.num_kv_heads, shape.head_size
-        qkv = linear(hidden, layer.weights[QKV], layer.biases[QKV], index, QKV, adapters).view(-1, heads + 2 * kv_heads, size)
+        fused = linear(hidden, layer.weights[QKV], layer.biases[QKV], index, QKV, adapters)
+        if ops is not None and layer.q_norm is None and attention.fresh is not None and attention.fresh.stores_scores:
+            out = ops.attend(attention.fresh, fused, cos, sin, heads, kv_heads, window)
+            return linear(out, layer.weights[OUT], layer.biases[OUT], index, OUT, adapters)
+        qkv = fused.view(-1, heads + 2 * kv_heads, size)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = rotate(rms_norm(qkv[:, :heads].float(), layer.q_norm, shape.norm_eps, qkv.dtype), cos, sin)
             k = rotate(rms_norm(qkv[:, heads : heads + kv_heads].float(), layer.k_norm, shape.norm_eps, qkv.dtype), cos, sin)
         else:
             q, k = _rotate_both(qkv[:, : heads + kv_heads], cos, sin).split((heads, kv_heads), 1)
-        out = attention(index, q, k, qkv[:, heads + kv_heads :], shape.windows[index])
+        out = attention(index, q, k, qkv[:, heads + kv_heads :], window)
         return linear(out, layer.weights[OUT], layer.biases[OUT], index, OUT, adapters)
 
 

@@ -26,9 +26,10 @@ class EnteringStates:
         self._room = budget_bytes
         self._kept: dict[tuple[int, ...], Tensor] = {}
 
-    def of(self, rows: Sequence[EncodedRow]) -> tuple[int, Tensor]:
-        """(layer, [T, D]) of rows packed without their last token, for `Decoder.forward`."""
-        return self._layer, torch.cat([self._row(tuple(row.token_ids[:-1])) for row in rows])
+    def of(self, rows: Sequence[EncodedRow], shared: int = 0) -> tuple[int, Tensor]:
+        """(layer, [T, D]) of rows packed as train.rows does with a shared beginning, for `Decoder.forward`."""
+        states = [self._row(tuple(row.token_ids[:-1])) for row in rows]
+        return self._layer, torch.cat([states[0][:shared], *(state[shared:] for state in states)])
 
     def _row(self, token_ids: tuple[int, ...]) -> Tensor:
         found = self._kept.get(token_ids)

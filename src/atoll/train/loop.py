@@ -1,209 +1,281 @@
-"""Train one adapter over a frozen base: LoRA, ReFT or both.
+"""Many adapters' training over one frozen base in one process: each job by its own rules, all through the same forwards.
 
-The state of a job is a step count and three vectors; everything else (row order, dropout, learning rate) is a function of the config and the step. So
-a run that is killed and resumed from its last checkpoint takes the same steps again and ends with the same weights, bit for bit on a CPU in float32.
+Every round each job takes one optimizer step. A step's groups of rows that are too small to keep the processor busy are joined with those of other
+jobs, for one forward and backward; the gradients of each job come from its own rows alone (train.rows.adapter_batch). So memory is one base, one
+forward's activations, and the adapters; and a job ends with the weights that it would have alone, to the rounding of products of another height.
 
-The loss is the mean over the label tokens of the whole effective batch, however it is cut into micro-batches. Used by workflows.
+A job that diverges, fails or is cancelled ends alone: what it shared with others is computed again without it. Used by plan.py and workflows.
 """
 
 from __future__ import annotations
 
-import math
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from atoll.config import TrainerConfig
-from atoll.data.batches import epoch_batches, micro_batches
-from atoll.data.encode import EncodedRow
-from atoll.errors import Interrupted, TrainingError
-from atoll.model.adapter import Adapter
+from atoll.errors import AtollError, Interrupted, TrainingError
 from atoll.model.decoder import Decoder
-from atoll.model.loss import label_loss
+from atoll.model.loss import label_losses
 from atoll.model.memory import keep_freed_memory, release_memory
-from atoll.train.checkpoint import Progress, load_checkpoint, save_checkpoint
-from atoll.train.entering import EnteringStates
 from atoll.train.interrupt import interruptible
-from atoll.train.log import RunLog
-from atoll.train.rows import adapter_batch, label_batch
-from atoll.train.schedule import learning_rate
-from atoll.train.spec import nothing_taught
-from atoll.train.weights import TrainableAdapter
+from atoll.train.job import Report, TrainingJob, TrainResult
+from atoll.train.rows import RowGroup, adapter_batch, pack_groups
 
-MIB = 1 << 20
-Report = Callable[[str, int, int], None]  # (what is going on, steps done, steps in all)
+JOBS_AT_ONCE = 8
+_JOINED_TOKENS = 1024  # padded tokens of a forward that several jobs share,
+_JOINED_BELOW = 512  # and of a group that is worth joining: beyond, a product is bound by arithmetic and gains nothing
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TrainResult:
-    """The adapter of the best step (of the last, without validation rows) and how it came about."""
+class JobStatus:
+    """One running job between two rounds. index: its place among the jobs that were asked for. seconds_left: at the pace of this run."""
 
-    adapter: Adapter
-    progress: Progress
+    index: int
+    headline: str
+    step: int
     total_steps: int
+    tokens_per_s: float
+    seconds_left: float
 
 
-def total_steps(num_rows: int, config: TrainerConfig) -> int:
-    """Optimizer steps of a job: max_steps, or else as many as `epochs` over the rows take in batches of batch_size."""
-    return config.max_steps or max(1, math.ceil(config.epochs * math.ceil(num_rows / config.batch_size)))
+class _Item(NamedTuple):
+    """A group of a job's step, and its number within the step."""
+
+    job: TrainingJob
+    group: RowGroup
+    place: int
+
+    @property
+    def padded_tokens(self) -> int:
+        return len(self.group.rows) * max(len(row.token_ids) - self.group.shared for row in self.group.rows)
 
 
-def entering_states(decoder: Decoder, first_layer: int, num_rows: int, config: TrainerConfig) -> EnteringStates | None:
-    """Where a job that changes nothing below block first_layer keeps what enters there; None where rows are seen once and keeping pays nothing."""
-    if not first_layer or total_steps(num_rows, config) <= math.ceil(num_rows / config.batch_size):
-        return None
-    return EnteringStates(decoder, first_layer, config.reuse_mib * MIB)
+def train(job: TrainingJob, report: Report | None = None) -> TrainResult:
+    """Train one job from its last checkpoint, or from the start.
+
+    Ctrl-C ends the step at hand, writes a checkpoint and raises Interrupted. Raises TrainingError when a loss is not finite, StorageError when a
+    checkpoint cannot be written.
+    """
+    found: list[TrainResult | Exception] = []
+
+    def told(statuses: Sequence[JobStatus]) -> None:
+        if report is not None:
+            for status in statuses:
+                report(status.headline, status.step, status.total_steps)
+
+    train_jobs([lambda: job], lambda index, outcome: found.append(outcome), report=told)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
-class TrainingJob:
-    """One adapter's training: make it, then `run`. `folder` receives checkpoint.safetensors, log.jsonl and tensorboard/."""
+def train_jobs(
+    makers: Sequence[Callable[[], TrainingJob]],
+    on_result: Callable[[int, TrainResult | Exception], None],
+    *,
+    at_once: int = JOBS_AT_ONCE,
+    report: Callable[[Sequence[JobStatus]], None] | None = None,
+    cancelled: Callable[[int], bool] = lambda index: False,
+) -> None:
+    """Train jobs of one base, at most `at_once` together; each is made when its turn comes, and the next joins as soon as one has ended.
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        adapter: Adapter,
-        train_rows: Sequence[EncodedRow],
-        validation_rows: Sequence[EncodedRow],
-        config: TrainerConfig,
-        folder: Path,
-        job_digest: str,
-    ) -> None:
-        if not train_rows:
-            raise TrainingError("there are no training rows", hint="check the data file and its split column")
-        if (refused := nothing_taught(train_rows, adapter.spec, decoder.shape.num_layers)) is not None:
-            raise refused
-        self._decoder, self._config, self._folder, self._digest = decoder, config, folder, job_digest
-        self._train, self._validation = list(train_rows), list(validation_rows)
-        self._lengths = [len(row.token_ids) for row in self._train]
-        self.weights = TrainableAdapter(adapter, decoder.shape.linears, decoder.device)
-        self._optimizer = torch.optim.AdamW(
-            self.weights.parameter_groups(config), lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
-        )
-        self.total_steps = total_steps(len(self._train), config)
-        self._steps_an_epoch = math.ceil(len(self._train) / config.batch_size)
-        self._entering = entering_states(decoder, self.weights.first_layer, len(self._train), config)
-        self._eval_every = config.eval_every or self._steps_an_epoch
-        self._best: Tensor | None = None
-        self._progress = Progress()
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])
-
-    def run(self, report: Report | None = None) -> TrainResult:
-        """Train from the last checkpoint, or from the start. Ctrl-C ends the step at hand, writes a checkpoint and raises Interrupted.
-
-        Raises TrainingError when a loss is not finite, StorageError when a checkpoint cannot be written.
-        """
-        keep_freed_memory()
-        try:
-            return self._run(report)
-        finally:
-            release_memory()
-
-    def _run(self, report: Report | None) -> TrainResult:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        restored = load_checkpoint(self._folder, self._digest, self.weights.values, self._optimizer)
-        if restored is not None:
-            self._progress, self._best = restored
-        progress, config = self._progress, self._config
-        with RunLog(self._folder, progress.step) as log, interruptible() as stop_asked:
-            while progress.step < self.total_steps and not progress.stopped_early:
-                self._one_step(log)
-                last = progress.step == self.total_steps
-                if self._validation and (last or progress.step % self._eval_every == 0):
-                    self._validate(log)
-                if last or progress.stopped_early or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
-                    self._checkpoint()
+    on_result gets each job's result, or the error that ended it, the moment it ends; an error that on_result raises ends all. Ctrl-C ends the round
+    at hand, writes every running job's checkpoint and raises Interrupted. cancelled(index) is asked between rounds: such a job keeps its checkpoint
+    and ends with Interrupted.
+    """
+    keep_freed_memory()
+    running: dict[int, _Running] = {}
+    waiting = iter(enumerate(makers))
+    try:
+        with interruptible() as stop_asked:
+            while True:
+                _admit(running, waiting, at_once, on_result)
+                if not running:
+                    return
+                _round([entry.job for entry in running.values()], {id(entry.job): entry for entry in running.values()})
+                statuses = [entry.status() for entry in running.values()]
                 if report is not None:
-                    report(self._headline(), progress.step, self.total_steps)
-                if stop_asked():
-                    self._checkpoint()
-                    raise Interrupted(
-                        f"training stopped after step {progress.step} of {self.total_steps}", hint="run the same command again to go on from there"
-                    )
-        return TrainResult(self.weights.adapter(self._best), progress, self.total_steps)
+                    report(statuses)
+                stopping = stop_asked()
+                for index, entry in list(running.items()):
+                    outcome = _outcome(entry, stopping, cancelled(index))
+                    if outcome is not None and not (stopping and isinstance(outcome, Interrupted)):
+                        del running[index]
+                        entry.job.close()
+                        on_result(index, outcome)
+                if stopping and (running or next(waiting, None) is not None):
+                    raise _interrupted(list(running.values()), len(makers))
+    finally:
+        for entry in running.values():
+            entry.job.close()
+        release_memory()
 
-    def _headline(self) -> str:
-        progress = self._progress
-        best = "" if progress.best_loss is None else f", validation {progress.best_loss:.3f}"
-        return f"loss {progress.train_loss:.3f}{best}"
 
-    def _checkpoint(self) -> None:
-        save_checkpoint(self._folder, self._digest, self._progress, self.weights.values, self._optimizer, self._best)
+class _Running:
+    """A job in the loop: since when, and what ended it, if anything has."""
 
-    def _rows_of_step(self, step: int) -> list[int]:
-        epoch, place = divmod(step, self._steps_an_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, epoch_batches(self._lengths, self._config.batch_size, self._config.seed, epoch))
-        return self._epoch[1][place]
+    def __init__(self, index: int, job: TrainingJob) -> None:
+        self.index, self.job = index, job
+        self.error: Exception | None = None
+        self._since, self._from_step, self._from_tokens = time.perf_counter(), job.progress.step, job.progress.tokens
 
-    def _one_step(self, log: RunLog) -> None:
-        """One optimizer step: the gradient of the mean label loss of the effective batch, clipped, then AdamW."""
-        progress, config, started = self._progress, self._config, time.perf_counter()
-        indices = self._rows_of_step(progress.step)
-        labels = sum(self._train[index].num_labels for index in indices)
-        self.weights.grads.zero_()
-        total, tokens = 0.0, 0
-        for place, micro in enumerate(micro_batches(indices, self._lengths, config.micro_batch_tokens)):
-            self.weights.dropout_seed = (config.seed * 1_000_003 + progress.step) * 1024 + place
-            loss, num_tokens = self._loss([self._train[index] for index in micro])
-            if loss.requires_grad:  # not where none of the micro-batch's prompts has a token that is edited
-                (loss / labels).backward()
-            total, tokens = total + float(loss.detach()), tokens + num_tokens
-        self.weights.dropout_seed = None
-        loss_mean = total / labels
-        norm = float(torch.linalg.vector_norm(self.weights.grads))
-        if not (math.isfinite(loss_mean) and math.isfinite(norm)):
-            raise TrainingError(
-                f"the loss at step {progress.step + 1} is {loss_mean} with a gradient norm of {norm}: training diverged",
-                hint=f"lower trainer.learning_rate (now {config.learning_rate}); the last checkpoint is kept",
-            )
-        if config.max_grad_norm and norm > config.max_grad_norm:
-            self.weights.grads.mul_(config.max_grad_norm / norm)
-        rate = learning_rate(progress.step, self.total_steps, config)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate * group["share"]
-        self._optimizer.step()
-        self.weights.retract()
-        seconds = time.perf_counter() - started
-        progress.step += 1
-        progress.tokens, progress.label_tokens = progress.tokens + tokens, progress.label_tokens + labels
-        progress.seconds, progress.train_loss = progress.seconds + seconds, loss_mean
-        if progress.step % config.logging_every == 0:
-            log.write(progress.step, loss=loss_mean, learning_rate=rate, grad_norm=norm, tokens_per_s=tokens / seconds)
+    def status(self) -> JobStatus:
+        progress, seconds = self.job.progress, time.perf_counter() - self._since
+        pace = seconds / max(1, progress.step - self._from_step)
+        speed = (progress.tokens - self._from_tokens) / seconds
+        left = 0.0 if self.job.finished else pace * (self.job.total_steps - progress.step)
+        return JobStatus(self.index, self.job.headline, progress.step, self.job.total_steps, speed, left)
 
-    def _loss(self, rows: Sequence[EncodedRow]) -> tuple[Tensor, int]:
-        """(summed label loss in nats, packed tokens) of some rows under the current weights."""
-        packed = label_batch(rows, self._decoder.device)
-        adapters = adapter_batch(packed, [self.weights] * len(rows))
-        entering = self._entering.of(rows) if self._entering is not None else None
-        hidden = self._decoder.forward(packed.batch, adapters, entering=entering)
-        return label_loss(hidden, self._decoder.head, packed.labels), packed.batch.num_tokens
 
-    def _validate(self, log: RunLog) -> None:
-        """Mean validation loss a label token; keep the values of the best, stop after `early_stop_patience` evaluations without one."""
-        progress, config, started = self._progress, self._config, time.perf_counter()
-        lengths = [len(row.token_ids) for row in self._validation]
-        total, labels = 0.0, 0
-        with torch.no_grad():
-            for micro in micro_batches(range(len(lengths)), lengths, config.micro_batch_tokens):
-                rows = [self._validation[index] for index in micro]
-                total += float(self._loss(rows)[0])
-                labels += sum(row.num_labels for row in rows)
-        loss = total / labels
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the validation loss after step {progress.step} is {loss}: training diverged",
-                hint=f"lower trainer.learning_rate (now {config.learning_rate}); the last checkpoint is kept",
-            )
-        progress.evaluations.append((progress.step, loss))
-        if progress.best_loss is None or loss < progress.best_loss:
-            progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
-            self._best = self.weights.values.detach().clone()
+def _admit(
+    running: dict[int, _Running],
+    waiting: Iterator[tuple[int, Callable[[], TrainingJob]]],
+    at_once: int,
+    on_result: Callable[[int, TrainResult | Exception], None],
+) -> None:
+    """Fill the places that are free. A job that cannot begin, or has nothing left to do, ends at once."""
+    while len(running) < at_once and (following := next(waiting, None)) is not None:
+        index, make = following
+        try:
+            job = make()
+            job.open()
+        except AtollError as error:
+            on_result(index, error)
+            continue
+        if job.finished:
+            job.close()
+            on_result(index, job.result())
         else:
-            progress.stale += 1
-            progress.stopped_early = config.early_stop_patience is not None and progress.stale >= config.early_stop_patience
-        progress.seconds += time.perf_counter() - started
-        log.write(progress.step, validation_loss=loss)
+            running[index] = _Running(index, job)
+
+
+def _outcome(entry: _Running, stopping: bool, cancelled: bool) -> TrainResult | Exception | None:
+    """What a job ends with now, or None where it goes on. A checkpoint is written where the job stops before its end."""
+    job = entry.job
+    if entry.error is not None:
+        return entry.error
+    if job.finished:
+        return job.result()
+    if not (stopping or cancelled):
+        return None
+    try:
+        job.checkpoint()
+    except AtollError as error:
+        return error
+    return Interrupted(f"training stopped after step {job.progress.step} of {job.total_steps}", hint="run the same command again to go on from there")
+
+
+def _interrupted(entries: Sequence[_Running], num_jobs: int) -> Interrupted:
+    hint = "run the same command again to go on from there"
+    if num_jobs == 1:
+        job = entries[0].job
+        return Interrupted(f"training stopped after step {job.progress.step} of {job.total_steps}", hint=hint)
+    return Interrupted(f"training stopped with {num_jobs} jobs asked for and {len(entries)} of them running", hint=hint)
+
+
+def _round(jobs: Sequence[TrainingJob], entries: dict[int, _Running]) -> None:
+    """One optimizer step of every job, with what is due after it. What goes wrong with one job is kept as its error."""
+    items = [_Item(job, group, place) for job in jobs for place, group in enumerate(job.begin_step())]
+    alone: set[int] = set()  # jobs whose step was begun again, by themselves
+    for batch in _joined(items):
+        batch = [item for item in batch if id(item.job) not in alone]
+        try:
+            _forward_backward(batch)
+        except Exception as error:
+            if len(batch) > 1:
+                _log.warning("a forward that %d jobs shared failed and is done again job by job: %s", len(batch), error)
+            for job in {id(item.job): item.job for item in batch}.values():
+                alone.add(id(job))
+                if len(batch) == 1:
+                    entries[id(job)].error = _as_training_error(error)
+                else:
+                    entries[id(job)].error = _step_alone(job)
+    for job in jobs:
+        if entries[id(job)].error is None:
+            try:
+                _after_gradients(job)
+            except AtollError as error:
+                entries[id(job)].error = error
+
+
+def _step_alone(job: TrainingJob) -> Exception | None:
+    """A step's gradients from the beginning, sharing nothing; the error, if it fails again."""
+    try:
+        for place, group in enumerate(job.begin_step()):
+            _forward_backward([_Item(job, group, place)])
+    except Exception as error:
+        return _as_training_error(error)
+    return None
+
+
+def _as_training_error(error: Exception) -> Exception:
+    """A failure of torch (out of memory, mostly) as one sentence; what is ours already stays."""
+    if isinstance(error, AtollError):
+        return error
+    return TrainingError(f"a training step failed: {error}", hint="lower trainer.micro_batch_tokens if memory is short; the last checkpoint is kept")
+
+
+def _joined(items: Sequence[_Item]) -> list[list[_Item]]:
+    """Items in forwards: small ones of different jobs together, first fit, the others alone."""
+    batches: list[list[_Item]] = []
+    open_batches: list[tuple[list[_Item], int]] = []
+    for item in sorted(items, key=lambda item: -item.padded_tokens):
+        size = item.padded_tokens
+        if size >= _JOINED_BELOW or item.job.enters_above:
+            batches.append([item])
+            continue
+        for place, (batch, taken) in enumerate(open_batches):
+            if taken + size <= _JOINED_TOKENS and all(other.job is not item.job for other in batch):
+                batch.append(item)
+                open_batches[place] = (batch, taken + size)
+                break
+        else:
+            batches.append([item])
+            open_batches.append((batches[-1], size))
+    return batches
+
+
+def _forward_backward(items: Sequence[_Item]) -> None:
+    """One forward of all items and its backward; each job is told what its rows added."""
+    if not items:
+        return
+    started = time.perf_counter()
+    losses = _losses(items, training=True)
+    parts = [item.job.mean(loss) for item, loss in zip(items, losses, strict=True)]
+    if losses[0].requires_grad:  # not where none of the rows' prompts has a token that is edited
+        torch.stack(parts).sum().backward()
+    seconds = time.perf_counter() - started
+    num_tokens = [sum(len(row.token_ids) - 1 for row in item.group.rows) for item in items]
+    for item, loss, tokens in zip(items, losses, num_tokens, strict=True):
+        item.job.add(float(loss.detach()), tokens, seconds * tokens / sum(num_tokens))
+
+
+def _losses(items: Sequence[_Item], *, training: bool) -> list[Tensor]:
+    """The summed label loss of each item."""
+    decoder: Decoder = items[0].job.decoder
+    entering = [item.job.enter(item.group, item.place if training else None) for item in items]
+    packed = pack_groups([item.group for item in items], decoder.device)
+    adapters = adapter_batch(packed, [item.job.weights for item in items])
+    hidden = decoder.forward(packed.batch, adapters, entering=entering[0] if len(items) == 1 else None)
+    each = label_losses(hidden, decoder.head, packed.labels)
+    return [each[start:stop].sum() for start, stop in packed.label_spans]
+
+
+def _after_gradients(job: TrainingJob) -> None:
+    job.finish_step()
+    if job.validation_is_due:
+        started, total, labels = time.perf_counter(), 0.0, 0
+        with torch.no_grad():
+            for place, group in enumerate(job.validation_groups()):
+                total += float(_losses([_Item(job, group, place)], training=False)[0])
+                labels += sum(row.num_labels for row in group.rows)
+        job.validated(total / labels, time.perf_counter() - started)
+    if job.checkpoint_is_due:
+        job.checkpoint()

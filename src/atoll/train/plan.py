@@ -27,14 +27,14 @@ from atoll.train.spec import adapter_spec, edited_places, first_layer
 
 if TYPE_CHECKING:
     from atoll.model.base import Base
-    from atoll.train.loop import Report, TrainResult
+    from atoll.train.job import Report, TrainResult
 
 _MEASURED_TOKENS = 1000
 _FORWARD_SHARE = 0.4  # of a training step's time: what a validation pass costs a token
 _PROCESS_BYTES = 500 << 20  # python, torch and transformers as loaded
 _NO_MATTER = {"checkpoint_every", "logging_every", "device", "reuse_mib"}  # the trainer's keys that do not decide the weights,
 _OF_REFT = {"reft_learning_rate", "reft_weight_decay"}  # and those that do not where there is no ReFT
-_FORMAT = 1  # raise when the same config would train other weights than before, so that old checkpoints are not resumed
+_FORMAT = 2  # raise when the same config would train other weights than before, so that old checkpoints are not resumed
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TrainingPlan:
 
     @property
     def total_steps(self) -> int:
-        from atoll.train.loop import total_steps
+        from atoll.train.job import total_steps
 
         return total_steps(len(self.train.rows), self.config.trainer)
 
@@ -150,7 +150,7 @@ def run_plan(plan: TrainingPlan, folder: Path, report: Report | None = None) -> 
     import torch
 
     from atoll.model.adapter import new_adapter
-    from atoll.train.loop import TrainingJob
+    from atoll.train.job import TrainingJob
 
     decoder = plan.base.decoder
     generator = torch.Generator().manual_seed(plan.config.trainer.seed)
@@ -200,7 +200,7 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
 
     from atoll.model.adapter import new_adapter
     from atoll.model.loss import label_loss
-    from atoll.train.loop import entering_states
+    from atoll.train.job import entering_states
     from atoll.train.rows import adapter_batch, label_batch
     from atoll.train.weights import TrainableAdapter
 
@@ -218,7 +218,7 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
         started = time.perf_counter()
         entering = kept.of(rows) if kept is not None else None
         entered = time.perf_counter()
-        hidden = decoder.forward(packed.batch, adapter_batch(packed, [weights] * len(rows)), entering=entering)
+        hidden = decoder.forward(packed.batch, adapter_batch(packed, [weights]), entering=entering)
         loss = label_loss(hidden, decoder.head, packed.labels)
         if loss.requires_grad:
             loss.backward()

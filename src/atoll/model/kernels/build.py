@@ -1,10 +1,10 @@
-"""Compile the CPU forward once for this machine, keep the library, and load it.
+"""Compile the CPU forward, or the operations of a training step, once for this machine, keep the library, and load it.
 
-The library is kept under a key of everything that decides it: sources, flags, compiler and target. So a new version, another processor or another
+A library is kept under a key of everything that decides it: sources, flags, compiler and target. So a new version, another processor or another
 compiler builds anew (in a few seconds), and nothing stale is ever loaded. The target is the best one that the processor has; the environment variable
 ATOLL_KERNEL names another, or "plain" for none.
 
-Used by decoder.py of this folder. Raises nothing: where it cannot build, it says why in the log and returns None.
+Used by decoder.py and training.py of this folder. Raises nothing: where it cannot build, it says why in the log and returns None.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pathlib import Path
 
 from atoll.config import atoll_home
 
-INTERFACE = 4  # atoll_interface() of the sources beside this file
 _BUILD_TIMEOUT_S = 300
 
 _log = logging.getLogger(__name__)
@@ -56,6 +55,7 @@ TARGETS = (  # best first
     Target("amx_emulated", _AVX512_NEEDS, (*_AVX512, "-DATOLL_AMX", "-DATOLL_AMX_EMULATED")),
 )
 _COMMON = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+_THREADS = {"training.cpp": ("-fopenmp",)}  # torch's own pool of threads, which its products use
 
 
 def usable_targets() -> list[Target]:
@@ -73,52 +73,47 @@ def usable_targets() -> list[Target]:
     return found
 
 
-def load_library(target: Target) -> ctypes.CDLL | None:
-    """The compiled library for a target, built if it is not there yet; None (and a warning that says why) where that fails."""
+def load_library(target: Target, source: str) -> ctypes.CDLL | None:
+    """The library made of a source file of this folder for a target, built if it is not there; None (and a warning that says why) if that fails."""
     compiler = compiler_path()
     if compiler is None:
         return None
-    path = _library_path(target, compiler)
-    if not path.exists() and not _build(target, compiler, path):
+    path = _library_path(target, compiler, source)
+    if not path.exists() and not _build(target, compiler, source, path):
         return None
     try:
-        library = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
     except OSError as error:
-        _log.warning("the compiled forward %s cannot be loaded (%s)", path, error)
+        _log.warning("the compiled %s cannot be loaded (%s)", path, error)
         return None
-    if library.atoll_interface() != INTERFACE or not library.atoll_usable():
-        _log.warning("the compiled forward for %s cannot be used here (the system refuses its registers)", target.name)
-        return None
-    return library
 
 
 def _sources() -> list[Path]:
     return sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".h", ".cpp"))
 
 
-def _library_path(target: Target, compiler: str) -> Path:
-    digest = hashlib.sha256()
-    for source in _sources():
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    digest.update(" ".join((*_COMMON, *target.flags, compiler, _compiler_version(compiler), platform.machine())).encode())
+def _library_path(target: Target, compiler: str, source: str) -> Path:
+    digest = hashlib.sha256(source.encode())
+    for path in _sources():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    digest.update(" ".join((*_COMMON, *target.flags, *_THREADS.get(source, ()), compiler, _compiler_version(compiler), platform.machine())).encode())
     return atoll_home() / "kernels" / f"{target.name}-{digest.hexdigest()[:16]}.so"
 
 
-def _build(target: Target, compiler: str, path: Path) -> bool:
-    source = Path(__file__).parent / "library.cpp"
+def _build(target: Target, compiler: str, source: str, path: Path) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
-            command = [compiler, *_COMMON, *target.flags, str(source), "-o", str(built)]
+            command = [compiler, *_COMMON, *target.flags, *_THREADS.get(source, ()), str(Path(__file__).parent / source), "-o", str(built)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
             if done.returncode != 0:
                 reason = (done.stderr.strip().splitlines() or ["no message"])[0]
-                _log.warning("the compiled forward does not build with %s (%s)", compiler, reason)
+                _log.warning("%s does not build with %s (%s)", source, compiler, reason)
                 return False
             built.replace(path)  # whole or not at all: two processes that build at once both put the same file here
     except (OSError, subprocess.TimeoutExpired) as error:
-        _log.warning("the compiled forward could not be built (%s)", error)
+        _log.warning("%s could not be built (%s)", source, error)
         return False
     return True
 

@@ -27,6 +27,7 @@ from atoll.model.kv_cache import PAGE_TOKENS
 
 _MOST_HEAD_SIZE = 1024  # the library's buffer for one head
 
+_SOURCE, _INTERFACE = "library.cpp", 4  # atoll_interface() of the sources beside this file
 _log = logging.getLogger(__name__)
 
 
@@ -188,7 +189,7 @@ def compiled(decoder: Decoder) -> CompiledDecoder | None:
     targets = usable_targets()
     for target in targets:
         if target.name not in known:
-            library = load_library(target)
+            library = _usable_library(target)
             known[target.name] = CompiledDecoder(decoder, _declared(library), target) if library is not None else None
         if (found := known[target.name]) is not None:
             return found
@@ -196,6 +197,14 @@ def compiled(decoder: Decoder) -> CompiledDecoder | None:
         reason = "none of the libraries for this processor could be used" if compiler_path() else "no C++ compiler (g++, clang++ or c++) was found"
         _log.warning("%s: the engine runs on plain torch, which is several times slower", reason)
     return None
+
+
+def _usable_library(target: Target) -> ctypes.CDLL | None:
+    library = load_library(target, _SOURCE)
+    if library is not None and (library.atoll_interface() != _INTERFACE or not library.atoll_usable()):
+        _log.warning("the compiled forward for %s cannot be used here (the system refuses its registers)", target.name)
+        return None
+    return library
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:

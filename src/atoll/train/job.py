@@ -1,0 +1,251 @@
+"""One adapter's training over a frozen base: LoRA, ReFT or both. Its state, and the arithmetic of a step; loop.py runs the forwards.
+
+The state of a job is a step count and three vectors; everything else (row order, dropout, learning rate) is a function of the config and the step. So
+a run that is killed and resumed from its last checkpoint takes the same steps again and ends with the same weights, bit for bit on a CPU in float32.
+
+The loss is the mean over the label tokens of the whole effective batch, however it is cut into micro-batches. Used by loop.py and plan.py.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from atoll.config import TrainerConfig
+from atoll.data.batches import epoch_batches, micro_batches
+from atoll.data.encode import EncodedRow
+from atoll.errors import TrainingError
+from atoll.model.adapter import Adapter
+from atoll.model.decoder import Decoder
+from atoll.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from atoll.train.entering import EnteringStates
+from atoll.train.log import RunLog
+from atoll.train.rows import RowGroup, shared_beginning
+from atoll.train.schedule import learning_rate
+from atoll.train.spec import nothing_taught
+from atoll.train.weights import TrainableAdapter
+
+MIB = 1 << 20
+Report = Callable[[str, int, int], None]  # (what is going on, steps done, steps in all)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The adapter of the best step (of the last, without validation rows) and how it came about."""
+
+    adapter: Adapter
+    progress: Progress
+    total_steps: int
+
+
+def total_steps(num_rows: int, config: TrainerConfig) -> int:
+    """Optimizer steps of a job: max_steps, or else as many as `epochs` over the rows take in batches of batch_size."""
+    return config.max_steps or max(1, math.ceil(config.epochs * math.ceil(num_rows / config.batch_size)))
+
+
+def entering_states(decoder: Decoder, first_layer: int, num_rows: int, config: TrainerConfig) -> EnteringStates | None:
+    """Where a job that changes nothing below block first_layer keeps what enters there; None where rows are seen once and keeping pays nothing."""
+    if not first_layer or total_steps(num_rows, config) <= math.ceil(num_rows / config.batch_size):
+        return None
+    return EnteringStates(decoder, first_layer, config.reuse_mib * MIB)
+
+
+class TrainingJob:
+    """One adapter's training: make it, `open` it, and let loop.train_jobs step it. `folder` receives checkpoint.safetensors, log.jsonl, tensorboard/.
+
+    A step is begin_step, an `add` for each of its groups, finish_step. Between two steps it may be left for as long as one likes.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        adapter: Adapter,
+        train_rows: Sequence[EncodedRow],
+        validation_rows: Sequence[EncodedRow],
+        config: TrainerConfig,
+        folder: Path,
+        job_digest: str,
+    ) -> None:
+        if not train_rows:
+            raise TrainingError("there are no training rows", hint="check the data file and its split column")
+        if (refused := nothing_taught(train_rows, adapter.spec, decoder.shape.num_layers)) is not None:
+            raise refused
+        self.decoder, self.config, self.folder, self._digest = decoder, config, folder, job_digest
+        self._train, self._validation = list(train_rows), list(validation_rows)
+        self._lengths = [len(row.token_ids) for row in self._train]
+        self.weights = TrainableAdapter(adapter, decoder.shape.linears, decoder.device)
+        self._optimizer = torch.optim.AdamW(
+            self.weights.parameter_groups(config), lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
+        )
+        self.total_steps = total_steps(len(self._train), config)
+        self._steps_an_epoch = math.ceil(len(self._train) / config.batch_size)
+        self._entering = entering_states(decoder, self.weights.first_layer, len(self._train), config)
+        self._eval_every = config.eval_every or self._steps_an_epoch
+        self._positions = tuple(spec.positions for spec in adapter.spec.reft)
+        self._shares = not (adapter.spec.dropout or any(spec.dropout for spec in adapter.spec.reft) or decoder.rotary.by_length)
+        self._best: Tensor | None = None
+        self.progress = Progress()
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        self._log: RunLog | None = None
+        self._step = _Step()
+
+    def open(self) -> None:
+        """Go on from the last checkpoint, or from the start. Raises TrainingError for one of another job, StorageError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        restored = load_checkpoint(self.folder, self._digest, self.weights.values, self._optimizer)
+        if restored is not None:
+            self.progress, self._best = restored
+        self._log = RunLog(self.folder, self.progress.step)
+
+    def close(self) -> None:
+        """Close the log. The job's tensors stay as they are."""
+        if self._log is not None:
+            self._log.close()
+
+    @property
+    def enters_above(self) -> bool:
+        """Whether its forwards start above the base's first block (`enter`), so that no other job's rows can stand in them."""
+        return self._entering is not None
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.total_steps or self.progress.stopped_early
+
+    @property
+    def headline(self) -> str:
+        progress = self.progress
+        best = "" if progress.best_loss is None else f", validation {progress.best_loss:.3f}"
+        return f"loss {progress.train_loss:.3f}{best}" if progress.train_loss is not None else "starting"
+
+    def result(self) -> TrainResult:
+        """The adapter of the best step, or of the last."""
+        return TrainResult(self.weights.adapter(self._best), self.progress, self.total_steps)
+
+    def checkpoint(self) -> None:
+        """Write the state of now. Raises StorageError."""
+        save_checkpoint(self.folder, self._digest, self.progress, self.weights.values, self._optimizer, self._best)
+
+    def run(self, report: Report | None = None) -> TrainResult:
+        """Train this job alone, see loop.train."""
+        from atoll.train.loop import train
+
+        return train(self, report)
+
+    # ---- a step
+
+    def begin_step(self) -> list[RowGroup]:
+        """The groups of the next step, each small enough for one forward; gradients are zero. Called again, it begins the same step again."""
+        indices = self._rows_of_step(self.progress.step)
+        self.weights.grads.zero_()
+        self._step = _Step(labels=sum(self._train[index].num_labels for index in indices))
+        micros = micro_batches(indices, self._lengths, self.config.micro_batch_tokens)
+        return [self._group([self._train[index] for index in micro]) for micro in micros]
+
+    def enter(self, group: RowGroup, place: int | None) -> tuple[int, Tensor] | None:
+        """To be called before the forward of a group: sets the dropout of the step's group number `place` (None: none, for evaluation), and returns
+
+        (layer, residual stream) where the forward may start above the base's first block, else None.
+        """
+        self.weights.dropout_seed = None if place is None else (self.config.seed * 1_000_003 + self.progress.step) * 1024 + place
+        return self._entering.of(group.rows, group.shared) if self._entering is not None else None
+
+    def mean(self, loss: Tensor) -> Tensor:
+        """A group's part in the loss of the whole step, of which the gradient is taken; `loss` is summed over its labels."""
+        return loss / self._step.labels
+
+    def add(self, loss: float, num_tokens: int, seconds: float) -> None:
+        """Book a group: its summed loss in nats, its rows' tokens, the time it took."""
+        self._step.loss += loss
+        self._step.tokens += num_tokens
+        self._step.seconds += seconds
+
+    def finish_step(self) -> None:
+        """Clip, AdamW, and what is due after it: log, validation, checkpoint. Raises TrainingError when the loss is not finite, StorageError."""
+        progress, config, started, step = self.progress, self.config, time.perf_counter(), self._step
+        self.weights.dropout_seed = None
+        loss = step.loss / step.labels
+        norm = float(torch.linalg.vector_norm(self.weights.grads))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._diverged(f"the loss at step {progress.step + 1} is {loss} with a gradient norm of {norm}")
+        if config.max_grad_norm and norm > config.max_grad_norm:
+            self.weights.grads.mul_(config.max_grad_norm / norm)
+        rate = learning_rate(progress.step, self.total_steps, config)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        self._optimizer.step()
+        self.weights.retract()
+        seconds = step.seconds + time.perf_counter() - started
+        progress.step += 1
+        progress.tokens, progress.label_tokens = progress.tokens + step.tokens, progress.label_tokens + step.labels
+        progress.seconds, progress.train_loss = progress.seconds + seconds, loss
+        if progress.step % config.logging_every == 0:
+            self._write(loss=loss, learning_rate=rate, grad_norm=norm, tokens_per_s=step.tokens / seconds)
+
+    @property
+    def validation_is_due(self) -> bool:
+        """After finish_step."""
+        return bool(self._validation) and (self.progress.step == self.total_steps or self.progress.step % self._eval_every == 0)
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        """After finish_step and its validation."""
+        every = self.config.checkpoint_every
+        return self.finished or bool(every and self.progress.step % every == 0)
+
+    def validation_groups(self) -> list[RowGroup]:
+        """The validation rows, in groups each small enough for one forward."""
+        lengths = [len(row.token_ids) for row in self._validation]
+        micros = micro_batches(range(len(lengths)), lengths, self.config.micro_batch_tokens)
+        return [self._group([self._validation[index] for index in micro]) for micro in micros]
+
+    def validated(self, loss: float, seconds: float) -> None:
+        """Take in the validation loss a label token: keep the values of the best, stop after `early_stop_patience` measurements without one.
+
+        Raises TrainingError when it is not finite.
+        """
+        progress, config = self.progress, self.config
+        if not math.isfinite(loss):
+            raise self._diverged(f"the validation loss after step {progress.step} is {loss}")
+        progress.evaluations.append((progress.step, loss))
+        if progress.best_loss is None or loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
+            self._best = self.weights.values.detach().clone()
+        else:
+            progress.stale += 1
+            progress.stopped_early = config.early_stop_patience is not None and progress.stale >= config.early_stop_patience
+        progress.seconds += seconds
+        self._write(validation_loss=loss)
+
+    def _group(self, rows: list[EncodedRow]) -> RowGroup:
+        return RowGroup(rows, shared_beginning(rows, self._positions) if self._shares else 0)
+
+    def _rows_of_step(self, step: int) -> list[int]:
+        epoch, place = divmod(step, self._steps_an_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, epoch_batches(self._lengths, self.config.batch_size, self.config.seed, epoch))
+        return self._epoch[1][place]
+
+    def _write(self, **numbers: float) -> None:
+        if self._log is not None:
+            self._log.write(self.progress.step, **numbers)
+
+    def _diverged(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what}: training diverged", hint=f"lower trainer.learning_rate (now {self.config.learning_rate}); the last checkpoint is kept"
+        )
+
+
+@dataclass
+class _Step:
+    """What a step has gathered so far: summed loss in nats, tokens of rows, time; and the labels that it will have in all."""
+
+    labels: int = 1
+    loss: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
