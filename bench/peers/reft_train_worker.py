@@ -41,8 +41,8 @@ class AtollTraining:
         import torch
 
         from atoll.model.adapter import new_adapter
-        from atoll.train.log import LOG_FILE
         from atoll.train.job import TrainingJob
+        from atoll.train.log import LOG_FILE
 
         shape, moments = self._decoder.shape, [time.perf_counter()]
         adapter = new_adapter(self._spec, shape.linears, shape.num_layers, torch.Generator().manual_seed(0))
