@@ -2,10 +2,10 @@
 
     .venv/bin/python bench/train.py --data FOLDER [--peft VENV] [--trl VENV] [--rounds 3] [--only peers,jobs]
 
-FOLDER holds the task folders agnews, jigsaw_toxicity, e2e_nlg and gsm8k (task.json, train.jsonl). One epoch over the first rows of each: rank 16 on all
-linears, batches of 16, bfloat16, loss on completions; transformers' Trainer with PEFT and TRL's SFTTrainer with dynamic padding and rows of like
-length together. Then eight jobs of one base at once against the same eight one after another, with batches of 16 rows and of 4 short ones, and the
-memory of a process that trained one, and eight.
+FOLDER holds the task folders agnews, jigsaw_toxicity, e2e_nlg and gsm8k (task.json, train.jsonl). One epoch over the first rows of each: rank 16
+on all linears, batches of 16, bfloat16, loss on completions; transformers' Trainer with PEFT and TRL's SFTTrainer with dynamic padding and rows of
+like length together. Then eight jobs of one base at once against the same eight one after another, with batches of 16 rows and of 4 short ones, and
+the memory of a process that trained one, and eight.
 
 Each contestant is a process of its own, stopped while another is measured; measurements are interleaved. Run it on a machine that does nothing else.
 Tables go to stderr; the only line on stdout is one JSON object, whose `ratios` are medians over rounds of the rounds' own ratios. *_vs_peft and
