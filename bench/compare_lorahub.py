@@ -26,14 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers.random_t5 import TINY, write_base, write_modules
 from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
 
 from atoll.lorahub import default_get_loss, default_l1_regularization, lorahub_inference, lorahub_learning
 from atoll.lorahub.examples import encode_pairs
-from atoll.model.adapter import AdapterSpec, LoraModule
-from atoll.model.generic import linears_of
-from atoll.model.generic_adapter import GenericAdapter, write_generic_adapter
 
 LIMIT = 1e-4
 EXAMPLES = [
@@ -56,11 +54,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="atoll-lorahub-") as name:
         folder = Path(name)
         os.environ["ATOLL_HOME"] = str(folder / "home")
-        write_base(folder / "base")
-        equal = [write_module(folder, f"equal{number}", number, alpha=8.0) for number in range(5)]
-        unequal = [write_module(folder, f"unequal{number}", number, alpha=alpha) for number, alpha in enumerate((8.0, 4.0, 16.0, 8.0, 32.0))]
-        wide = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
-        every = [write_module(folder, f"every{number}", number, alpha=8.0, targets=wide) for number in range(5)]
+        write_base(folder / "base", TINY, spread=0.15)
+        equal = five_modules(folder, "equal")
+        unequal = five_modules(folder, "unequal", alphas=(8.0, 4.0, 16.0, 8.0, 32.0))
+        every = five_modules(folder, "every", targets=("q", "k", "v", "o", "wi_0", "wi_1", "wo"))
         cases = [
             case("one_batch", equal),
             case("batches_of_2", equal, batch_size=2),
@@ -86,43 +83,9 @@ def case(name: str, modules: list[str], *, steps: int = STEPS, batch_size: int |
     return {"name": name, "modules": modules, "steps": steps, "batch_size": batch_size, "seed": seed}
 
 
-def write_base(folder: Path) -> None:
-    """A tiny random T5 and a tokenizer of one token a byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(0)
-    shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
-    ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-    model = T5ForConditionalGeneration(T5Config(vocab_size=320, tie_word_embeddings=False, **shape, **ids)).float()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.normal_(0, 0.15)
-    model.save_pretrained(folder)
-    special = ["<pad>", "</s>", "<unk>"]
-    vocabulary = {token: index for index, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
-
-
-def write_module(folder: Path, name: str, seed: int, *, alpha: float, targets: tuple[str, ...] = ("q", "v")) -> str:
-    """A module of rank 4 with random factors, strong enough to move the losses."""
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    generator = torch.Generator().manual_seed(100 + seed)
-    shapes = linears_of(T5ForConditionalGeneration(T5Config.from_pretrained(folder / "base")))
-    spec = AdapterSpec(base=str(folder / "base"), rank=4, alpha=alpha, target_modules=targets, dropout=0.1)
-    modules = {}
-    for place, linear in shapes.items():
-        if place.rsplit(".", 1)[-1] in targets:
-            a = torch.randn(4, linear.in_features, generator=generator) * 0.2
-            modules[place] = LoraModule(a, torch.randn(linear.out_features, 4, generator=generator) * 0.2, alpha / 4)
-    write_generic_adapter(folder / name, GenericAdapter(spec, modules))
-    return str(folder / name)
+def five_modules(folder: Path, name: str, alphas: tuple[float, ...] = (8.0,) * 5, targets: tuple[str, ...] = ("q", "v")) -> list[str]:
+    """Five modules of rank 4."""
+    return write_modules(folder, folder / "base", [f"{name}{number}" for number in range(5)], rank=4, alphas=alphas, targets=targets)
 
 
 def run_reference(venv: Path, job: dict[str, Any]) -> None:

@@ -4,13 +4,14 @@
     loaded = atoll.load_config("train.yaml")
 
 The public names are those in `__all__`; each is fetched from its module on first use, so that `import atoll` loads neither torch nor pydantic.
-Training from Python is `atoll.train_and_publish`: the plain word `train` is the package that holds the stage.
+Training from Python is `atoll.train_and_publish`, composing `atoll.compose_and_publish`: the plain words are the packages that hold the stages.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers, which cannot follow _HOMES; tests/test_init.py holds the two equal
     from atoll.config import LandConfig, TrainConfig
+    from atoll.config_compose import ComposeConfig
     from atoll.config_file import load_config
     from atoll.engine.engine import Engine
     from atoll.engine.request import Request, SamplingParams
@@ -18,18 +19,20 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow _HOMES; 
     from atoll.hub.store import Hub
     from atoll.model.adapter_files import read_adapter
     from atoll.model.base import load_base
-    from atoll.workflows import evaluate, land, prompt_ids, train_and_publish
+    from atoll.workflows import compose_and_publish, evaluate, land, prompt_ids, train_and_publish
 
     __version__: str
 
 _HOMES = {
     "AtollError": "atoll.errors",
+    "ComposeConfig": "atoll.config_compose",
     "Engine": "atoll.engine.engine",
     "Hub": "atoll.hub.store",
     "LandConfig": "atoll.config",
     "Request": "atoll.engine.request",
     "SamplingParams": "atoll.engine.request",
     "TrainConfig": "atoll.config",
+    "compose_and_publish": "atoll.workflows",
     "evaluate": "atoll.workflows",
     "land": "atoll.workflows",
     "load_base": "atoll.model.base",
@@ -41,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "AtollError",
+    "ComposeConfig",
     "Engine",
     "Hub",
     "LandConfig",
@@ -48,6 +52,7 @@ __all__ = [
     "SamplingParams",
     "TrainConfig",
     "__version__",
+    "compose_and_publish",
     "evaluate",
     "land",
     "load_base",

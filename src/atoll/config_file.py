@@ -1,9 +1,9 @@
 """From a YAML file to a checked configuration.
 
-The one idea: whatever form a file has (a training file, a land file, one written for Ludwig or Predibase), it becomes a mapping of Atoll's keys;
+The one idea: whatever form a file has (a training, land or compose file, one written for Ludwig or Predibase), it becomes a mapping of Atoll's keys;
 overrides from the command line are laid over that, and one check by the models in config.py follows. Every complaint names file, line and key.
 
-    read_yaml ─► (ludwig.translate) ─► overrides ─► TrainConfig | LandConfig
+    read_yaml ─► (ludwig.translate) ─► overrides ─► TrainConfig | LandConfig | ComposeConfig
 
 Used by workflows and the command line; also writes configurations back as YAML, and the JSON Schemas that editors use.
 """
@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from atoll.config import BUILTIN, REFT_RATE_BESIDE_LORA, LandConfig, QuantizationConfig, TaskEntry, TrainConfig
 from atoll.config_adapter import ReftAdapterConfig
+from atoll.config_compose import ComposeConfig
 from atoll.errors import ConfigError
 from atoll.files import write_file
 from atoll.ludwig import is_ludwig, translate
@@ -28,9 +29,15 @@ from atoll.model.positions import Positions
 from atoll.model_errors import config_error
 from atoll.yaml_file import Key, YamlFile, dump_yaml, key_text, kind_of, nearest, parse_value, read_yaml
 
-Config = TypeVar("Config", TrainConfig, LandConfig, covariant=True)
+Config = TypeVar("Config", TrainConfig, LandConfig, ComposeConfig, covariant=True)
+Kind = Literal["train", "land", "compose"]
 _DATA_PATHS = ("path", "train", "validation", "test")
-_SCHEMAS: Mapping[str, type[TrainConfig] | type[LandConfig]] = {"train": TrainConfig, "land": LandConfig}
+_SCHEMAS: Mapping[Kind, type[TrainConfig] | type[LandConfig] | type[ComposeConfig]] = {
+    "train": TrainConfig,
+    "land": LandConfig,
+    "compose": ComposeConfig,
+}
+_WHAT: Mapping[Kind, str] = {"train": "a training file", "land": "a land file", "compose": "a compose file"}
 
 
 @dataclass(frozen=True)
@@ -53,29 +60,30 @@ def load_config(path: str | Path, kind: Literal["train"], overrides: Mapping[str
 @overload
 def load_config(path: str | Path, kind: Literal["land"], overrides: Mapping[str, Any] | None = None) -> LoadedConfig[LandConfig]: ...
 @overload
+def load_config(path: str | Path, kind: Literal["compose"], overrides: Mapping[str, Any] | None = None) -> LoadedConfig[ComposeConfig]: ...
+@overload
 def load_config(
     path: str | Path, kind: None = None, overrides: Mapping[str, Any] | None = None
-) -> LoadedConfig[TrainConfig] | LoadedConfig[LandConfig]: ...
+) -> LoadedConfig[TrainConfig] | LoadedConfig[LandConfig] | LoadedConfig[ComposeConfig]: ...
 
 
 def load_config(
-    path: str | Path, kind: Literal["train", "land"] | None = None, overrides: Mapping[str, Any] | None = None
-) -> LoadedConfig[TrainConfig] | LoadedConfig[LandConfig]:
+    path: str | Path, kind: Kind | None = None, overrides: Mapping[str, Any] | None = None
+) -> LoadedConfig[TrainConfig] | LoadedConfig[LandConfig] | LoadedConfig[ComposeConfig]:
     """Read, translate, override and check a file. Raises ConfigError, one sentence for all its problems.
 
-    kind: which kind of file is wanted; None takes either. overrides: values by dotted key of Atoll's own form (`trainer.epochs`,
+    kind: which kind of file is wanted; None takes any. overrides: values by dotted key of Atoll's own form (`trainer.epochs`,
     `tasks.dates.adapter.r`), as `--set` gives them (parse_overrides); paths among them are relative to the working directory, not to the file.
     """
     file = read_yaml(Path(path))
     foreign = translate(file) if is_ludwig(file) else None
     data: dict[str, Any] = foreign.data if foreign is not None else file.data
-    found: Literal["train", "land"] = "land" if "tasks" in data or (foreign is None and "defaults" in data) else "train"
+    found = _kind_of(data, kind) if foreign is None else "train"
     if kind is not None and kind != found:
-        raise _wrong_kind(file, found, foreign is not None)
+        raise _wrong_kind(file, found, kind, foreign is not None)
 
     root = file.path.absolute().parent
-    for key, value in (overrides or {}).items():
-        data = _with_override(data, key, _from_cwd(key, value))
+    data = _overridden(data, overrides or {})
     base = data.get("base")
     if isinstance(base, str) and base.startswith((".", "~")):
         data = {**data, "base": os.path.normpath(root / Path(base).expanduser())}
@@ -86,9 +94,18 @@ def load_config(
         land = _checked(LandConfig, data, blame)
         jobs = _jobs(land, file)
         return LoadedConfig(land, file.path, root, _notes(jobs), "atoll")
+    if found == "compose":
+        return LoadedConfig(_checked(ComposeConfig, data, blame), file.path, root, (), "atoll")
     train = _checked(TrainConfig, data, blame)
     warnings = (foreign.warnings if foreign is not None else ()) + _notes((train,))
     return LoadedConfig(train, file.path, root, warnings, foreign.source if foreign is not None else "atoll")
+
+
+def load_compose(values: Mapping[str, Any]) -> LoadedConfig[ComposeConfig]:
+    """The composition that options alone describe: values by dotted key, as of `load_config`'s overrides. Raises ConfigError."""
+    nowhere = YamlFile(Path("the command line"), {}, {})
+    config = _checked(ComposeConfig, _overridden({}, values), _Blame(nowhere, {}, frozenset(values)))
+    return LoadedConfig(config, nowhere.path, Path.cwd(), (), "atoll")
 
 
 def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
@@ -102,14 +119,14 @@ def parse_overrides(settings: Iterable[str]) -> dict[str, Any]:
     return overrides
 
 
-def to_yaml(config: TrainConfig | LandConfig) -> str:
-    """The configuration as a file that loads to an equal one; a training config with every value, a land with those that were set."""
-    return dump_yaml(config.model_dump(mode="json", exclude_unset=isinstance(config, LandConfig)))
+def to_yaml(config: TrainConfig | LandConfig | ComposeConfig) -> str:
+    """The configuration as a file that loads to an equal one; a training config with every value, others with those that were set."""
+    return dump_yaml(config.model_dump(mode="json", exclude_unset=not isinstance(config, TrainConfig)))
 
 
 def json_schemas() -> dict[str, dict[str, Any]]:
-    """The JSON Schema (draft 2020-12) of each kind of file, by kind: train, land."""
-    schemas = {}
+    """The JSON Schema (draft 2020-12) of each kind of file, by kind: train, land, compose."""
+    schemas: dict[str, dict[str, Any]] = {}
     for kind, model in _SCHEMAS.items():
         schema = model.model_json_schema(mode="validation")
         schemas[kind] = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": f"Atoll {kind} file"}
@@ -159,11 +176,25 @@ def _jobs(land: LandConfig, file: YamlFile) -> tuple[TrainConfig, ...]:
         raise ConfigError(f"{file.path}: {problem.message}", hint=problem.hint) from None
 
 
-def _wrong_kind(file: YamlFile, found: str, foreign: bool) -> ConfigError:
-    if found == "land":
-        return ConfigError(f"{file.path} is a land file (it has tasks or defaults), expected a training file", hint=f"run: atoll land {file.path}")
-    form = "a training file in Ludwig's form" if foreign else "a training file (it has no tasks)"
-    return ConfigError(f"{file.path} is {form}, expected a land file", hint=f"run: atoll train {file.path}")
+def _kind_of(data: Mapping[str, Any], wanted: Kind | None) -> Kind:
+    """What a file of Atoll's own form is; one that could be of two kinds is what is wanted."""
+    if "tasks" in data or "defaults" in data:
+        return "land"
+    if "compose" in data or "controls" in data:
+        return "compose"
+    return "compose" if wanted == "compose" and not {"adapter", "trainer", "quantization"} & set(data) else "train"
+
+
+def _wrong_kind(file: YamlFile, found: Kind, wanted: Kind, foreign: bool) -> ConfigError:
+    signs = {"train": "", "land": " (it has tasks or defaults)", "compose": " (it has compose or controls)"}
+    form = " in Ludwig's form" if foreign else " (it has no tasks)" if wanted == "land" and found == "train" else signs[found]
+    return ConfigError(f"{file.path} is {_WHAT[found]}{form}, expected {_WHAT[wanted]}", hint=f"run: atoll {found} {file.path}")
+
+
+def _overridden(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in overrides.items():
+        data = _with_override(data, key, _from_cwd(key, value))
+    return data
 
 
 def _with_override(data: Any, key: str, value: Any, done: str = "") -> Any:

@@ -44,6 +44,7 @@ def test_a_port_in_use_is_one_sentence_before_anything_is_loaded(atoll, tiny_bas
         (("--local-root", "{nowhere}"), "which is no folder"),
         (("--set", "max_rows=3"), "max_rows"),
         (("--set", "engine.max_rowz=3"), "max_rowz"),
+        (("--set", "compose.max_topk=3"), "max_topk"),
         (("--set", "other.thing=3"), "no section 'other'"),
         (("--port", "70000"), "port"),
         (("--adapter", "nope"), "no adapter 'nope'"),

@@ -73,7 +73,7 @@ def test_a_land_prints_its_leaderboard_and_writes_it(atoll, land_file, tmp_path)
 
 def test_a_task_that_fails_is_a_sentence_and_exit_code_1(atoll, land_file, monkeypatch):
     """The other tasks are done and shown, but a script must notice."""
-    from atoll import workflows
+    from atoll.workflows import landing
     from atoll.errors import TrainingError
 
     def run_plan_in(folder, plan, hub, **options):
@@ -81,8 +81,8 @@ def test_a_task_that_fails_is_a_sentence_and_exit_code_1(atoll, land_file, monke
             raise TrainingError("the loss at step 1 is nan", hint="lower trainer.learning_rate")
         return original(folder, plan, hub, **options)
 
-    original = workflows.run_plan_in
-    monkeypatch.setattr(workflows, "run_plan_in", run_plan_in)
+    original = landing.run_plan_in
+    monkeypatch.setattr(landing, "run_plan_in", run_plan_in)
     result = atoll("land", land_file)
     assert result.code == 1
     assert "unit_conversion" in result.out
@@ -92,12 +92,12 @@ def test_a_task_that_fails_is_a_sentence_and_exit_code_1(atoll, land_file, monke
 
 def test_ctrl_c_in_the_middle_says_how_to_go_on(atoll, land_file, monkeypatch):
     """Whoever stops a land of an hour wants to know that it is not lost."""
-    from atoll import workflows
+    from atoll.workflows import landing
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workflows, "run_plan_in", stop)
+    monkeypatch.setattr(landing, "run_plan_in", stop)
     result = atoll("land", land_file)
     assert (result.code, result.out) == (130, "")
     assert "run the same command again" in result.err

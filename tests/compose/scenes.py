@@ -76,3 +76,13 @@ class Bowl:
         self.rows += len(weights) * len(examples)
         flat = weights if weights.dim() == 2 else weights.mean(2)
         return (flat.unsqueeze(1) - self.targets[list(examples)]).square().sum(2)
+
+
+class Valley(Bowl):
+    """A narrow, bent valley (Rosenbrock's), the same for all examples: no search is soon at its bottom."""
+
+    def scores(self, weights: Tensor, examples: Sequence[int]) -> Tensor:
+        self.rows += len(weights) * len(examples)
+        flat = weights if weights.dim() == 2 else weights.mean(2)
+        floor = (1.2 - flat).square().sum(1) + 100 * (flat[:, 1:] - flat[:, :-1].square()).square().sum(1)
+        return floor.unsqueeze(1).expand(-1, len(examples))

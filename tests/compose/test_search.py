@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from tests.adapters import random_adapter
-from tests.compose.scenes import Bowl, examples, strong
+from tests.compose.scenes import Bowl, Valley, examples, strong
 from torch import Tensor
 
 from atoll.compose.losses import LabelLosses
@@ -163,7 +163,7 @@ def test_seeds_differ_where_a_search_draws(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("budget", [13, 40])
 def test_a_budget_is_kept(method: str, budget: int) -> None:
     """Counted in rows that were really run: an evaluation is one candidate on all examples, and a gradient step is three."""
-    objective = bowl()
+    objective = Objective(Valley(TARGET), unregularised())
     found = search(objective, 3, method, budget=budget)
     rows = objective.scores.rows  # type: ignore[attr-defined]
     steps = sum(1 for _ in found.history) if method.startswith("gradient") else 0
@@ -243,7 +243,8 @@ class Slow(Bowl):
 @pytest.mark.parametrize("method", SEARCHES)
 def test_a_time_budget_ends_the_search_between_forwards(method: str) -> None:
     """With the best so far, which is always something: even a budget that is over at once has seen one candidate."""
-    found = search(Objective(Slow(TARGET, at_once=2), unregularised()), 3, method, budget=100_000, time_s=0.3)
+    time_s = 0.05 if method.startswith("gradient") else 0.3  # a gradient is soon at the bottom of a bowl
+    found = search(Objective(Slow(TARGET, at_once=2), unregularised()), 3, method, budget=100_000, time_s=time_s)
     assert found.stopped_by == "time"
     assert found.value < 1.0
     found = search(Objective(Slow(TARGET, at_once=2), unregularised()), 3, method, time_s=1e-9)
@@ -259,7 +260,7 @@ def test_ctrl_c_keeps_the_best_so_far(method: str) -> None:
 
     def interrupting(weights: Tensor, rows: Sequence[int]) -> Tensor:
         calls.append(1)
-        if len(calls) == 7:
+        if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return original(weights, rows)
 
@@ -267,7 +268,7 @@ def test_ctrl_c_keeps_the_best_so_far(method: str) -> None:
     before = signal.getsignal(signal.SIGINT)
     found = search(Objective(scores, unregularised()), 3, method, budget=1000)
     assert found.stopped_by == "interrupted"
-    assert len(calls) <= 9
+    assert len(calls) <= 5
     assert found.value == pytest.approx(float(original(found.weights[None], range(5)).mean()))
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -300,14 +301,15 @@ class Overfit(Bowl):
 @pytest.mark.parametrize("method", ["gradient", "gradient_per_layer", "cma", "nevergrad:CMA"])
 def test_a_search_stops_where_the_held_out_examples_are_best(method: str) -> None:
     """The weights returned are those of the best held-out value, not of the last or the lowest search value."""
-    settings = Settings(start="zero", patience=5, learning_rate=0.05)
+    settings = Settings(start="zero", patience=5, step=0.05)
     objective = Objective(Overfit(), unregularised(), held_out=(4, 5))
     found = search(objective, 2, method, budget=400, settings=settings)
     assert found.stopped_by == "held out"
     assert found.held_out == pytest.approx(min(point.held_out for point in found.history if point.held_out is not None))
     assert abs(float(flat(found)[0]) - 0.5) < 0.2
     assert found.value > min(point.value for point in found.history)
-    far = search(Objective(Overfit(), unregularised(), held_out=(4, 5)), 2, method, budget=400, settings=Settings(start="zero", patience=10_000))
+    endless = Settings(start="zero", patience=10_000, step=0.05)
+    far = search(Objective(Overfit(), unregularised(), held_out=(4, 5)), 2, method, budget=400, settings=endless)
     assert far.held_out is not None
     assert far.evaluations > found.evaluations, "stopping early is what the patience is for"
 

@@ -1,12 +1,10 @@
-"""The adapter algebra: exact sums, LoraHub's product, PEFT's methods held to PEFT itself, KnOTS held to its definition on dense matrices."""
+"""The adapter algebra: exact sums, LoraHub's product, KnOTS held to its definition on dense matrices. What PEFT also has: test_composed_peft.py."""
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +15,9 @@ from torch import Tensor
 from atoll.errors import BaseMismatch, RequestRefused
 from atoll.model import sparsify
 from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
-from atoll.model.adapter_files import read_adapter, write_adapter
+from atoll.model.adapter_files import read_adapter
 from atoll.model.bank import LoraBank
-from atoll.model.composed import by_deltas, by_factors, cat, compress, knots, product, stacked_rank
+from atoll.model.composed import by_factors, cat, compress, knots, product, stacked_rank
 from atoll.model.decoder import Decoder
 from atoll.model.sites import Site, module_path
 
@@ -251,74 +249,6 @@ def test_methods_on_factors_refuse_unequal_ranks(parents: list[Adapter]) -> None
         with pytest.raises(RequestRefused, match=f"{method} needs adapters of equal rank.*layer 0 q_proj they have ranks 4, 6") as refused:
             product(parents[:2], [1, 1]) if method == "product" else by_factors(parents[:2], [1, 1], sparsify.ties(0.5), method)
         assert "knots" in refused.value.hint
-
-
-# --- PEFT's methods, against PEFT ---------------------------------------------------------------------------------------------------------------
-
-
-def peft_updates(adapters: Sequence[Adapter], weights: Sequence[float], folder: Path, seed: int = 0, **how: Any) -> dict[Site, Tensor]:
-    """The updates that PEFT's add_weighted_adapter makes of these adapters. It draws DARE's masks from torch's global generator, seeded here: after
-
-    the place of the new adapter is made, which draws too.
-    """
-    theirs = peft_model(tiny_model("llama"), adapters[0], folder / "0", trainable=False)
-    for index, adapter in enumerate(adapters[1:], 1):
-        write_adapter(folder / str(index), adapter)
-        theirs.load_adapter(folder / str(index), str(index))
-    names = ["default", *(str(index) for index in range(1, len(adapters)))]
-    inject = theirs.base_model.inject_adapter
-    theirs.base_model.inject_adapter = lambda *given: (inject(*given), torch.manual_seed(seed))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs.add_weighted_adapter(names, list(weights), "merged", **how)
-    with torch.no_grad():
-        return {site: theirs.get_submodule(f"base_model.model.{module_path(site)}").get_delta_weight("merged") for site in adapters[0].modules}
-
-
-WEIGHTS = [0.8, -0.6]
-
-
-def test_cat_and_svd_are_pefts(decoder: Decoder, twins: list[Adapter], tmp_path: Path) -> None:
-    """The two that PEFT calls precise."""
-    mixed = [twins[0], random_adapter(decoder, 3, seed=4)]
-    for site, theirs in peft_updates(mixed, WEIGHTS, tmp_path / "cat", combination_type="cat").items():
-        torch.testing.assert_close(delta(cat(mixed, WEIGHTS), site), theirs, **SAME)
-    small = compress(cat(mixed, WEIGHTS), 6).adapter
-    for site, theirs in peft_updates(mixed, WEIGHTS, tmp_path / "svd", combination_type="svd", svd_rank=6).items():
-        torch.testing.assert_close(delta(small, site), theirs, **SAME)
-
-
-@pytest.mark.parametrize("density", [0.3, 1.0])
-@pytest.mark.parametrize("method", ["linear", "magnitude_prune", "ties", "ties frequency", "dare_linear", "dare_ties", "dare_ties frequency"])
-def test_methods_on_factors_are_pefts(twins: list[Adapter], method: str, density: float, tmp_path: Path) -> None:
-    """Clients know these names from PEFT: with three adapters, one weight negative, the same masks must give the same update at every site."""
-    adapters, weights = [*twins, rotated(twins[0])], [*WEIGHTS, 0.5]
-    name, _, vote = method.partition(" ")
-    sign: sparsify.MajoritySign = "frequency" if vote else "total"
-    generator = torch.Generator().manual_seed(11)
-    merges = {
-        "linear": sparsify.weighted_sum,
-        "magnitude_prune": sparsify.magnitude_prune(density),
-        "ties": sparsify.ties(density, sign),
-        "dare_linear": sparsify.dare_linear(density, generator),
-        "dare_ties": sparsify.dare_ties(density, sign, generator),
-    }
-    ours = by_factors(adapters, weights, merges[name], name)
-    theirs = peft_updates(adapters, weights, tmp_path, 11, combination_type=name, density=density, majority_sign_method=sign)
-    for site, update in theirs.items():
-        torch.testing.assert_close(delta(ours, site), update, **SAME)
-
-
-@pytest.mark.parametrize("method", ["ties", "magnitude_prune", "dare_linear"])
-def test_methods_on_updates_are_pefts(twins: list[Adapter], method: str, tmp_path: Path) -> None:
-    """The papers' own definitions, on the dense update: PEFT's names end in _svd."""
-    generator = torch.Generator().manual_seed(3)
-    merges = {"ties": sparsify.ties(0.4), "magnitude_prune": sparsify.magnitude_prune(0.4), "dare_linear": sparsify.dare_linear(0.4, generator)}
-    ours = by_deltas(twins, WEIGHTS, merges[method], 7)
-    theirs = peft_updates(twins, WEIGHTS, tmp_path, 3, combination_type=f"{method}_svd", density=0.4, svd_rank=7)
-    for site, update in theirs.items():
-        torch.testing.assert_close(delta(ours.adapter, site), update, rtol=1e-4, atol=1e-5)
-    assert 0.1 < ours.least_energy_kept <= ours.energy_kept < 1.0
 
 
 # --- KnOTS --------------------------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from atoll.serving.keys import Caller
 from atoll.serving.service import Service
 
 OPEN = {"/health", "/ping", "/startup"}  # and GET /
-EVERYWHERE = ["/generate", "/v1/completions", "/adapters/plain/load"]
+EVERYWHERE = ["/generate", "/v1/completions", "/adapters/plain/load", "/compose"]
 
 
 def _sentence(reply: Any) -> str:
@@ -36,7 +36,7 @@ def _routes(live: Live) -> list[tuple[str, str]]:
 
 
 def _filled(path: str) -> str:
-    for name in ("tenant", "deployment", "model:path", "name:path"):
+    for name in ("tenant", "deployment", "model:path", "name:path", "job"):
         path = path.replace("{" + name + "}", "x")
     assert "{" not in path
     return path

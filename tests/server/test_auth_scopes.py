@@ -47,7 +47,7 @@ def routes(server):
 
     for path, method in declared(create_app(server.service).routes):
         filled = path
-        for parameter, value in (("{name:path}", "plain"), ("{model:path}", "plain"), ("{tenant}", "t"), ("{deployment}", "d")):
+        for parameter, value in (("{name:path}", "plain"), ("{model:path}", "plain"), ("{tenant}", "t"), ("{deployment}", "d"), ("{job}", "j")):
             filled = filled.replace(parameter, value)
         assert "{" not in filled, f"say here what {path} is filled with"
         yield method, filled, path

@@ -31,6 +31,14 @@ def test_foreign_sources_are_off_by_default():
     assert (config.local_root, config.allow_hf, config.s3_prefixes, config.cors_origins) == (None, False, (), ())
 
 
+def test_what_a_composition_may_ask_is_bounded_and_can_be_turned_off():
+    """Its limits are a section of their own; a typo in it is refused too."""
+    config = ServeConfig(base="b", compose={"enabled": False, "max_top_k": 3})
+    assert (config.compose.enabled, config.compose.max_top_k, config.compose.threads) == (False, 3, 1)
+    with pytest.raises(ConfigError, match=r"compose\.max_topk"):
+        ServeConfig(base="b", compose={"max_topk": 3})
+
+
 def test_an_unknown_or_contradictory_setting_is_refused():
     """A typo in a limit would leave the limit off."""
     with pytest.raises(ConfigError, match="max_concurent_requests") as caught:

@@ -88,6 +88,18 @@ def test_a_broken_file_changes_nothing_and_is_logged(file, text, caplog):
         Keys(file)
 
 
+def test_work_that_goes_on_after_its_request_asks_again(file):
+    """What was allowed an hour ago may not be now."""
+    assert Keys().again(Caller("ann")) is EVERYBODY
+    key = add_key(file, "ann", ["publish"], ["a_*"])
+    keys = Keys(file)
+    before = keys.caller(key)
+    assert keys.again(before) == before
+    remove_key(file, "ann")
+    with pytest.raises(KeyRefused, match="no longer known"):
+        keys.again(before)
+
+
 def test_a_file_may_be_yaml(file):
     """People write configuration in YAML."""
     key = add_key(file, "ann", adapters=["acme/*"])

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from atoll.cli import chat, evaluate, generate, hub, keys, land, leaderboard, pull, schema, serve, tasks, train
+from atoll.cli import chat, compose, evaluate, generate, hub, keys, land, leaderboard, pull, schema, serve, tasks, train
 from atoll.cli.environment import prepare
 from atoll.cli.output import print_error
 from atoll.errors import AtollError, Interrupted
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.command()(land.land)
 app.command()(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command()(compose.compose)
 app.command()(leaderboard.leaderboard)
 app.command()(generate.generate)
 app.command()(chat.chat)
@@ -61,6 +62,7 @@ USERS_ERRNOS = (
 EXTRAS = {
     **dict.fromkeys(("sqlalchemy", "alembic", "fsspec"), "hub"),
     **dict.fromkeys(("rouge_score", "scipy"), "eval"),
+    **dict.fromkeys(("cma", "nevergrad"), "compose"),
     "tensorboard": "train",
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "python_multipart", "prometheus_client", "llguidance"), "serve"),
 }
@@ -147,6 +149,7 @@ def root(
       atoll land examples/land.yaml --out runs/land
       atoll train examples/train.yaml --dry-run
       atoll generate --adapter support_intents "where is my parcel?"
+      atoll compose --examples few.jsonl --publish my_task
       atoll hub list
       atoll serve --adapter support_intents
       atoll --threads 4 eval builtin:dates --model dates

@@ -16,13 +16,14 @@ class Kind(StrEnum):
 
     train = "train"
     land = "land"
+    compose = "compose"
 
 
 def schema(
-    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="train or land.")] = Kind.train,
-    folder: Annotated[Path | None, typer.Option("--write", metavar="DIR", help="Write both as DIR/KIND.schema.json.", show_default=False)] = None,
+    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="train, land or compose.")] = Kind.train,
+    folder: Annotated[Path | None, typer.Option("--write", metavar="DIR", help="Write all as DIR/KIND.schema.json.", show_default=False)] = None,
 ) -> None:
-    """Print the JSON Schema of a training or land file.
+    """Print the JSON Schema of a training, land or compose file.
 
     Every key with its type, limits, default and meaning.
     An editor with a YAML language server checks and completes a file that begins with the line: # yaml-language-server: $schema=train.schema.json

@@ -114,8 +114,8 @@ def _config(values: dict[str, Any]) -> ServeConfig:
         section, dot, name = key.partition(".")
         if not dot:
             whole[key] = value
-        elif section == "engine" and "." not in name:
-            whole.setdefault("engine", {})[name] = value
+        elif section in ("engine", "compose") and "." not in name:
+            whole.setdefault(section, {})[name] = value
         else:
             raise ConfigError(f"--set {key}: a server has no section {section!r}", hint="for example --set engine.max_rows=32 or --set drain_s=5")
     return ServeConfig(**whole)

@@ -1,5 +1,6 @@
-"""From a few examples of a new task and the hub's adapters, one new adapter: pool, objective, search, result.
+"""From a few examples of a new task and the hub's adapters, one new adapter: retrieval, pool, objective, search, result, controls.
 
+    retrieval.py    ranks a hub for the examples: by loss and slope (measuring.py) and by text (text_similarity.py)
     pool.py         the adapters that may be composed, stacked as the forward reads them
     candidates.py   weightings of a pool as blocks of one batch: mixed, merged, or LoraHub's product
     losses.py       label losses of many candidates on a few examples
@@ -9,6 +10,8 @@
     gradient.py     Adam on the weights
     population.py   CMA-ES and nevergrad
     result.py       weights to an adapter with a manifest
+    controls.py     what a composition is compared with: base_losses.py, random_adapters.py, few_shot_lora.py, in_context.py
+                    cross_validation.py takes the held-out losses of them all
 
 A whole composition:
 

@@ -1,47 +1,44 @@
-"""Search by gradient: Adam on the composition weights, one an adapter or one an adapter and layer.
+"""Search by gradient: quasi-Newton steps on the composition weights, one an adapter or one an adapter and layer.
 
 A forward and its backward give the exact derivative of the loss by all weights at once, for the price of three evaluations, whatever the number of
 adapters; a search without gradients must try each of them.
 
-When to stop is read from held-out examples, or, where there are too few to hold any out, from folds: beside the real search runs one search for each
-fold without its examples, as further candidates of the same batch. The mean loss of the folds' own examples says how far the real search should go.
+When to stop is read from held-out examples, or from folds: beside the real search runs one search for each fold without its examples, as further
+candidates of the same batch. The mean loss of the folds' own examples says how far the real search should go.
 
 Used by search.py.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from atoll.compose.quasi_newton import QuasiNewton
 from atoll.compose.run import GRADIENT_COST, Ended, Run
 from atoll.errors import TrainingError
 
-_BETAS = (0.9, 0.99)
-_EPS = 1e-8
-
 
 def search_gradient(run: Run) -> None:
-    """As many Adam steps as the budget has room for, the learning rate decayed by a cosine. Raises TrainingError where a gradient is not finite."""
+    """As many steps as the budget has room for. Raises TrainingError where the gradient at the start is not finite."""
     objective, settings = run.objective, run.settings
     coefficients = torch.stack([objective.coefficients(examples) for examples in _searched(run)])
-    weights = run.starts(coefficients)
-    steps = max(1, int((run.budget - run.evaluations - len(weights)) // (GRADIENT_COST * len(weights))))
-    first, second = torch.zeros_like(weights), torch.zeros_like(weights)
+    starts = run.starts(coefficients, "uniform")
+    searches = QuasiNewton(starts.flatten(1), settings.bounds, settings.step)
+    accepted = torch.zeros_like(coefficients)  # each search's scores at its weights
+    steps = max(1, int((run.budget - run.evaluations + 1e-6) // (GRADIENT_COST * len(starts))))
     for step in range(steps):
+        weights = searches.ask().view_as(starts)
         scores, gradient = run.gradient(weights, coefficients)
-        if not bool(torch.isfinite(gradient).all()):
+        if step == 0 and not bool(torch.isfinite(gradient).all()):
             raise TrainingError("the gradient of the composition weights is not finite", hint="look at the adapters' norms, or use narrower bounds")
-        _offer(run, weights, scores)
+        values = (scores * coefficients).sum(1) + objective.regulariser(weights)
+        taken = searches.tell(values, gradient.flatten(1))
+        accepted = torch.where(taken.unsqueeze(1), scores, accepted)
+        _offer(run, searches.weights.view_as(starts), accepted)
         run.check()
-        rate = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-        first.lerp_(gradient, 1 - _BETAS[0])
-        second.lerp_(gradient.square(), 1 - _BETAS[1])
-        corrected = first / (1 - _BETAS[0] ** (step + 1)), second / (1 - _BETAS[1] ** (step + 1))
-        weights = (weights - rate * corrected[0] / (corrected[1].sqrt() + _EPS)).clamp(*settings.bounds)
-    _offer(run, weights, run.all_scores(weights))
+        if searches.ended:
+            raise Ended("converged")
     raise Ended("budget")
 
 

@@ -3,7 +3,7 @@
 CMA-ES comes from the package cma, everything else from nevergrad, by the name that it has there. A generation is one batch of rows. Some of
 nevergrad's optimisers (COBYLA, which its NGOpt chooses for LoraHub's 40 evaluations) go step by step; for those a generation is one candidate.
 
-Used by search.py. Both packages come with the extra `compose`.
+Used by search.py; workflows asks `check_method` before any work. Both packages come with the extra `compose`.
 """
 
 from __future__ import annotations
@@ -76,6 +76,15 @@ def search_nevergrad(run: Run, name: str) -> None:
     raise Ended("budget")
 
 
+def check_method(method: str) -> None:
+    """Raise ConfigError where a search without gradients could not begin: its package is not installed, or nevergrad has no such optimiser."""
+    kind, _, name = method.partition(":")
+    if kind == "cma":
+        _required("cma")
+    elif kind == "nevergrad":
+        _nevergrad_with(name)
+
+
 class _Nevergrad:
     """One of nevergrad's optimisers, kept apart from the process: its random numbers, its errors and its threads."""
 
@@ -83,11 +92,7 @@ class _Nevergrad:
         import numpy as np
 
         self._run, self._name, self._apart = run, name, _Apart(run.seed)
-        ng = nevergrad_package()
-        if name not in ng.optimizers.registry:
-            near = get_close_matches(name, sorted(ng.optimizers.registry), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "NGOpt is what LoraHub uses; CMA and DE are others"
-            raise ConfigError(f"nevergrad has no optimiser {name!r}", hint=hint)
+        ng = _nevergrad_with(name)
         kind, (low, high) = ng.optimizers.registry[name], run.settings.bounds
         num = int(torch.Size(run.shape).numel())
         stepwise = kind.no_parallelization or name.startswith(_CHOOSING)
@@ -172,6 +177,16 @@ def nevergrad_package() -> Any:
     ng = _required("nevergrad")
     metamodel = importlib.import_module("nevergrad.optimization.metamodel")
     metamodel.float = lambda value: value.item() if getattr(value, "size", None) == 1 else builtins.float(value)  # type: ignore[attr-defined]
+    return ng
+
+
+def _nevergrad_with(name: str) -> Any:
+    """nevergrad, which has an optimiser of that name. Raises ConfigError."""
+    ng = nevergrad_package()
+    if name not in ng.optimizers.registry:
+        near = get_close_matches(name, sorted(ng.optimizers.registry), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "NGOpt is what LoraHub uses; CMA and DE are others"
+        raise ConfigError(f"nevergrad has no optimiser {name!r}", hint=hint)
     return ng
 
 

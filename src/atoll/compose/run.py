@@ -31,18 +31,18 @@ class Settings:
     """What methods may be told; the defaults are for 3 to 30 adapters and 5 to 100 examples.
 
     bounds: of every weight. start: where the search begins, "best" (of 1/N each and every adapter alone, all of which are scored for it), "uniform"
-    (1/N each), "zero" (the base) or weights of one's own; None is zero for nevergrad, as in LoraHub, and best for the others. patience: successive
-    improvements of the search value (for a gradient: steps) without a better held-out value, after which a search stops. racing: whether a
-    generation's candidates race. learning_rate: of Adam, decayed by a cosine. sigma: CMA-ES's first step size. population: candidates of a
-    generation, None for the optimiser's own number. workers: how many candidates a nevergrad optimiser may have out at once, None for as many as
-    suit it.
+    (1/N each), "zero" (the base) or weights of one's own; None is uniform for gradients, zero for nevergrad, as in LoraHub, and best for CMA-ES.
+    patience: successive improvements of the search value (for a gradient: steps) without a better held-out value, after which a search stops. racing:
+    whether a generation's candidates race. step: the largest change of a weight in one step of a gradient search. sigma: CMA-ES's first step size.
+    population: candidates of a generation, None for the optimiser's own number. workers: how many candidates a nevergrad optimiser may have out at
+    once, None for as many as suit it.
     """
 
     bounds: tuple[float, float] = (-1.5, 1.5)
     start: Literal["best", "uniform", "zero"] | Sequence[float] | None = None
     patience: int = 10
     racing: bool = True
-    learning_rate: float = 0.1
+    step: float = 0.5
     sigma: float = 0.3
     population: int | None = None
     workers: int | None = None

@@ -1,7 +1,8 @@
-"""Measure a base and adapters of the hub on tasks, and keep what was measured.
+"""Measure a base, adapters of the hub and adapters in memory on tasks, and keep what was measured.
 
 A score is a file named by the hash of everything that decided it (base, adapter, rows, prompts, limits, metric), so it is measured once, found
-again, and never mistaken for another. All contestants of a task are asked in one continuous batch.
+again, and never mistaken for another. All contestants of a task are asked in one continuous batch. Scores of the base and of versions are entered
+into the hub's ledger too; those of entrants, which nobody can look up there, are files alone.
 
 Used by workflows.
 """
@@ -10,10 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from atoll.config import EvalConfig, GenerationConfig
 from atoll.data.prompt import PromptFormat
@@ -48,23 +49,50 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 
-class Arena:
-    """Measures versions of a hub against one base, and keeps every score in `folder`."""
+@dataclass(frozen=True)
+class Entrant:
+    """A contestant that is no version of the hub: an adapter in memory, or the base asked otherwise (adapter None), in each of its prompt styles.
 
-    def __init__(self, base: Base, hub: Hub, settings: EvalConfig, folder: Path) -> None:
-        self._base, self._hub, self._settings, self._folder = base, hub, settings, folder
+    model: its name in scores. kind, digest: what it is, and the identity of its content. All are asked in the task's own prompts. data: the task with
+    other prompts before the same answers, all test rows of which are asked; None for the task's own.
+    """
+
+    model: str
+    kind: Kind
+    digest: str
+    adapter: Adapter | None = None
+    data: TaskData | None = None
+
+
+class _Asked(NamedTuple):
+    """A run, where its score stands, and whether the hub's ledger takes it."""
+
+    run: TaskRun
+    path: Path
+    recorded: bool
+
+
+class Arena:
+    """Measures versions of a hub against one base, and keeps every score in `folder`; with `record`, in the hub's ledger too."""
+
+    def __init__(self, base: Base, hub: Hub, settings: EvalConfig, folder: Path, *, record: bool = True) -> None:
+        self._base, self._hub, self._settings, self._folder, self._record_all = base, hub, settings, folder, record
         self._adapters: dict[str, Adapter] = {}
         self.warnings: list[str] = []
 
-    def measure(self, data: TaskData, versions: Sequence[Version], generation: GenerationConfig, progress: Progress) -> list[Score]:
-        """Scores of the base in each prompt style and of every version, asked together; those on disk are read instead."""
-        runs = [(run, self._score_path(run)) for run in self._runs(data, versions, generation)]
-        found = {path: _read_if_whole(path) for _, path in runs}
-        missing = [(run, path) for run, path in runs if found[path] is None]
+    def measure(
+        self, data: TaskData, versions: Sequence[Version], generation: GenerationConfig, progress: Progress, *, entrants: Sequence[Entrant] = ()
+    ) -> list[Score]:
+        """Scores of the base in each prompt style, of every version and of every entrant, asked together; those on disk are read instead."""
+        asked = self._asked(data, versions, entrants, generation)
+        found = {path: _read_if_whole(path) for _, path, _ in asked}
+        missing = [one for one in asked if found[one.path] is None]
         if missing:
-            found.update(self._ask(data.task.name, missing, progress))
+            adapters = {version.digest: self._adapters[version.digest] for version in versions}
+            adapters |= {entrant.digest: entrant.adapter for entrant in entrants if entrant.adapter is not None}
+            found.update(self._ask(data.task.name, missing, adapters, progress))
         scores = []
-        for run, path in runs:
+        for run, path, _ in asked:
             score = found[path]
             assert score is not None
             scores.append(replace(score, model=run.contestant.model))  # a digest may have several names
@@ -72,7 +100,7 @@ class Arena:
                 self.warnings.append(f"{data.task.name}: {score.prompts_cut} of {score.n} prompts lost their beginning to fit the base's context")
         return scores
 
-    def _runs(self, data: TaskData, versions: Sequence[Version], generation: GenerationConfig) -> list[TaskRun]:
+    def _asked(self, data: TaskData, versions: Sequence[Version], entrants: Sequence[Entrant], generation: GenerationConfig) -> list[_Asked]:
         base, settings = self._base, self._settings
         max_new_tokens, stop = limits(generation, data, base.tokenizer)
         common: dict[str, Any] = {
@@ -84,20 +112,21 @@ class Arena:
         }
         contestant = Contestant(base.name, "base", base.fingerprint.digest)
         styles = [style for style in prompt_styles(data.task, base.tokenizer) if settings.chat_base or style == "plain" or data.task.chat]
-        runs = [plan_run(data, contestant, base.tokenizer, style=style, **common) for style in styles]
+        runs = [(plan_run(data, contestant, base.tokenizer, style=style, **common), True) for style in styles]
         for version in versions:
             adapter = self._adapter(version)
             own = adapter.manifest.get("prompt")
-            runs.append(
-                plan_run(
-                    data,
-                    Contestant(version.ref, cast(Kind, version.kind), version.digest, adapter=version.digest),  # the hub's kinds are all ours
-                    base.tokenizer,
-                    prompt_format=PromptFormat.from_json(own) if own else None,
-                    **common,
-                )
-            )
-        return runs
+            form = PromptFormat.from_json(own) if own else None
+            contestant = Contestant(version.ref, cast(Kind, version.kind), version.digest, adapter=version.digest)  # the hub's kinds are all ours
+            runs.append((plan_run(data, contestant, base.tokenizer, prompt_format=form, **common), True))
+        for entrant in entrants:
+            key = None if entrant.adapter is None else entrant.digest
+            contestant = Contestant(entrant.model, entrant.kind, entrant.digest, adapter=key)
+            own_rows = {} if entrant.data is None else {"num_rows": None}
+            for style in styles if key is None else styles[:1]:
+                run = plan_run(entrant.data or data, contestant, base.tokenizer, style=style, **{**common, **own_rows})
+                runs.append((run, False))
+        return [_Asked(run, self._score_path(run), recorded) for run, recorded in runs]
 
     def _adapter(self, version: Version) -> Adapter:
         """The version's adapter, read once, and checked against the base."""
@@ -112,39 +141,45 @@ class Arena:
             self._adapters[version.digest] = read_adapter(self._hub.path(version))
         return self._adapters[version.digest]
 
-    def _ask(self, name: str, missing: Sequence[tuple[TaskRun, Path]], progress: Progress) -> dict[Path, Score]:
+    def _ask(self, name: str, missing: Sequence[_Asked], adapters: Mapping[str, Adapter], progress: Progress) -> dict[Path, Score]:
         """Generate the answers of all runs in one batch and score the options; each run's score and outputs are files before anything is returned.
 
         Raises EngineError when the engine could not answer a request: a failure of the machine is not a wrong answer, and must not be kept as one.
         """
-        options = {path: option_requests(run, self._base.tokenizer) for run, path in missing}
-        requests = [request for run, _ in missing for request in requests_for(run)]
-        engine = self._engine_for(requests, [item for items in options.values() for item in items])
-        for key in {run.contestant.adapter for run, _ in missing} - {None}:
-            engine.register(str(key), self._adapters[str(key)])
+        options = {path: option_requests(run, self._base.tokenizer) for run, path, _ in missing}
+        requests = [request for run, _, _ in missing for request in requests_for(run)]
+        used = {key: adapters[key] for key in dict.fromkeys(run.contestant.adapter for run, _, _ in missing) if key is not None}
+        engine = self._engine_for(requests, [item for items in options.values() for item in items], list(used.values()))
+        for key, adapter in used.items():
+            engine.register(key, adapter)
         completions = engine.generate(requests, progress=lambda stage, done, total: progress(f"evaluate {name}", done, total))
         broken = [completion for completion in completions if completion.finish_reason in BROKEN]
         if broken:
             raise EngineError(f"{len(broken)} of {len(completions)} requests of task {name!r} failed: {broken[0].error}", hint="run it again")
         scores = {}
-        for run, path in missing:
+        for run, path, recorded in missing:
             items = options[path]
             log_probs = engine.score(items, progress=lambda stage, done, total: progress(f"options {name}", done, total)) if items else []
             score, outputs = with_options(*score_completions(run, completions), run, log_probs)
             write_outputs(path.with_suffix(".outputs.jsonl"), outputs)
             write_score(path, score)
-            self._record(score, path)
+            if recorded and self._record_all:
+                self._record(score, path)
             scores[path] = score
         return scores
 
-    def _engine_for(self, requests: Sequence[Request], items: Sequence[ScoreRequest]) -> Engine:
-        """An engine whose rows are just long enough for the longest prompt with its answer or its longest option."""
+    def _engine_for(self, requests: Sequence[Request], items: Sequence[ScoreRequest], adapters: Sequence[Adapter]) -> Engine:
+        """An engine with rows just long enough for the longest prompt with its answer or option, and room for the largest adapter."""
         from atoll.engine.config import EngineConfig
         from atoll.engine.engine import Engine
 
         lengths = [len(request.prompt_ids) + (request.sampling.max_new_tokens or 0) for request in requests]
         lengths += [len(item.prompt_ids) + max(map(len, item.continuations)) for item in items]
-        return Engine(self._base, EngineConfig(max_rows=self._settings.batch_size, max_row_tokens=max(lengths)))
+        shape = self._base.decoder.shape
+        rank = sum(d_out + d_in for d_out, d_in in shape.linears.values()) * shape.num_layers * self._base.dtype.itemsize
+        largest = max((2 * adapter.max_rank * rank for adapter in adapters), default=0)  # the engine pads ranks to powers of two
+        usual = EngineConfig.model_fields["adapter_bytes"].default
+        return Engine(self._base, EngineConfig(max_rows=self._settings.batch_size, max_row_tokens=max(lengths), adapter_bytes=max(usual, largest)))
 
     def _record(self, score: Score, path: Path) -> None:
         """Enter a new score into the hub's ledger."""

@@ -55,6 +55,9 @@ RULES: Mapping[str, Rule] = {
     "/v1/chat/completions": "infer",
     "/v1/completions": "infer",
     "/v1/embeddings": "infer",
+    "/compose": "publish",
+    "/compose/{job}": "publish",
+    "/compose/{job}/events": "publish",
 }
 
 _CALLER = "atoll.caller"

@@ -26,7 +26,7 @@ from atoll.serving.entries import SourceRefused, TimedOut, Unavailable
 Protocol = Literal["native", "openai", "own"]
 
 OPENAI_PREFIX = "/v1/"
-OWN_PREFIXES = ("/adapters",)
+OWN_PREFIXES = ("/adapters", "/compose")
 
 
 class Incomplete(EngineError):

@@ -79,6 +79,7 @@ class Hub(Ledger):
 
             root = atoll_home() / "hub"
         self.root = Path(root).expanduser().absolute()
+        self.urls = (database_url, blob_url)  # as given: with the root, all that another process needs to open the same hub
         self._adapters, staging, lock = self.root / "adapters", self.root / "staging", self.root / "hub.lock"
         with storage_errors(f"opening the hub at {self.root}"):
             for folder in (self._adapters, staging):

@@ -191,9 +191,7 @@ def _search(
     method = method or ("nevergrad:NGOpt" if own_loss or own_regular else "gradient")
     if own_regular and method.startswith("gradient"):
         raise ConfigError(f"the method {method} needs gradients, and a get_regular of one's own has none", hint="use cma or nevergrad:NGOpt")
-    budget = max_inference_step
-    if method.startswith("gradient"):  # so many steps, and as many evaluations as it may take to choose where they start
-        budget = GRADIENT_COST * max_inference_step + learner.num + 3
+    budget = max_inference_step * (GRADIENT_COST if method.startswith("gradient") else 1)
     return search(objective, learner.num, method, budget=budget, seed=seed, settings=Settings(bounds=BOUNDS), report=report)
 
 

@@ -31,7 +31,8 @@ from atoll.http.errors import ClientGone, Protocol, Refusal, internal_error, inv
 from atoll.http.metrics import CountRequests, Metrics
 from atoll.lorax import generate, texts
 from atoll.openai import chat, completions, embeddings, models
-from atoll.server import manage
+from atoll.server import compose, manage
+from atoll.server.compose_jobs import ComposeJobs
 
 if TYPE_CHECKING:
     from atoll.serving.service import Service
@@ -44,13 +45,18 @@ def create_app(service: Service) -> FastAPI:
     """The app that serves `service`, which starts and stops with it."""
     from atoll import __version__
 
+    jobs = ComposeJobs(service)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
         try:
             yield
         finally:
-            await service.stop()
+            try:
+                await service.stop()
+            finally:
+                await jobs.stop()
 
     app = FastAPI(
         title="Atoll",
@@ -73,6 +79,7 @@ def create_app(service: Service) -> FastAPI:
         embeddings.router(service),
         models.router(service),
         manage.router(service),
+        compose.router(service, jobs),
         metrics.router(counted),
     ):
         app.include_router(routes)

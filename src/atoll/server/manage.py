@@ -79,7 +79,7 @@ def router(service: Service) -> APIRouter:
     """The routes, asking `service`."""
 
     async def only_ours(http: HttpRequest) -> None:
-        _refuse_foreign_pages(http, service.config.cors_origins)
+        refuse_foreign_pages(http, service.config.cors_origins)
 
     routes = APIRouter(tags=["Adapters"], dependencies=[Depends(only_ours)])
     operator = service.operator
@@ -162,7 +162,7 @@ def _conflict(http: HttpRequest, error: InUse) -> Response:
     return JSONResponse(dict(body), 409)
 
 
-def _refuse_foreign_pages(http: HttpRequest, allowed: tuple[str, ...]) -> None:
+def refuse_foreign_pages(http: HttpRequest, allowed: tuple[str, ...]) -> None:
     """Raise NotAllowed for a POST that a browser sends for a page of another origin."""
     origin = http.headers.get("origin")
     if http.method == "GET" or origin is None or origin in allowed or "*" in allowed:

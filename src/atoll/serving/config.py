@@ -17,6 +17,26 @@ from atoll.config import Section
 from atoll.engine.config import EngineConfig
 
 
+class ComposeLimits(Section):
+    """What compositions over HTTP may ask of this machine. They run one at a time, each in a process beside the server."""
+
+    enabled: bool = Field(default=True, description="Whether keys with the scope publish may compose adapters over HTTP.")
+    max_waiting: int = Field(default=8, ge=0, description="Compositions that wait behind the one that runs; beyond it the answer is 429.")
+    per_key: int = Field(default=4, ge=1, description="Compositions of one key running and waiting at once; beyond it the answer is 429.")
+    kept_per_key: int = Field(default=16, ge=1, description="Finished compositions of one key whose result is kept; the oldest go first.")
+    threads: int = Field(default=1, ge=1, le=1024, description="Compute threads of a composition; serving keeps the other cores.")
+    nice: int = Field(default=10, ge=0, le=19, description="How far a composition steps back behind the server for the processor (nice).")
+    job_s: float = Field(default=3600.0, gt=0, description="Seconds that a composition may take, with its controls; beyond it, it has failed.")
+    max_examples: int = Field(default=256, ge=1, description="Examples of one composition.")
+    max_test_rows: int = Field(default=2000, ge=0, description="Test rows of one composition.")
+    max_row_chars: int = Field(default=16_000, ge=1, description="Characters of one row, with its prompt filled in.")
+    max_row_tokens: int = Field(default=2048, ge=2, description="Tokens of one row; never more than the base's context.")
+    max_top_k: int = Field(default=32, ge=1, description="Adapters that one composition searches over.")
+    max_seeds: int = Field(default=10, ge=1, description="Draws of examples that one composition is repeated for.")
+    max_budget: int = Field(default=2000, ge=1, description="Evaluations of one search.")
+    max_time_s: float = Field(default=600.0, gt=0, description="Seconds of one search.")
+
+
 class ServeConfig(Section):
     """One server: the base it serves, where it listens, and its limits."""
 
@@ -55,6 +75,7 @@ class ServeConfig(Section):
         ge=0,
         description="Seconds during which an adapter that failed to load is not tried again; doubles with each failure, up to 300.",
     )
+    compose: ComposeLimits = Field(default_factory=ComposeLimits, description="Limits of compositions over HTTP.")
     preload: tuple[str, ...] = Field(default=(), description="Adapters of the hub to load and pin before the server answers.")
     default_adapter: str | None = Field(default=None, min_length=1, description="Adapter of requests that name none. Default: the base.")
 

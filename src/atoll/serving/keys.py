@@ -133,6 +133,16 @@ class Keys:
             raise KeyRefused("this API key is not known here", hint="check it, or ask the operator for one (atoll keys add)")
         return found
 
+    def again(self, caller: Caller) -> Caller:
+        """What a caller of before may do now, for work that goes on after its request was answered. Raises KeyRefused if the key is gone."""
+        if self._path is None:
+            return EVERYBODY
+        self._reload(self._path)
+        for _, known in self._records:
+            if known.key_id == caller.key_id:
+                return known
+        raise KeyRefused("the API key that asked for this is no longer known here", hint="ask again with a key of now")
+
     def _reload(self, path: Path) -> None:
         """Read the file again if it has changed. A file that is broken or gone changes nothing: the keys of before stay, and the log says so."""
         signature = _signature(path)

@@ -30,6 +30,7 @@ from atoll.serving.state import Remembered, StateFile
 if TYPE_CHECKING:
     from atoll.engine.engine import Engine
     from atoll.hub.records import Version
+    from atoll.hub.store import Hub
     from atoll.serving.service import Service
     from atoll.serving.sources import Located
 
@@ -210,6 +211,21 @@ class Operator(Observer):
         """A folder below the server's local root, which a publisher may name. Raises AdapterNotFound, or EngineError while that source is off."""
         return self._lookups.local_folder(path, caller)
 
+    def may_publish(self, name: str, caller: Caller) -> Hub:
+        """The hub, if the caller may publish under a name that requests can then use. Raises SourceRefused, NotAllowed, NameRefused, HubError."""
+        from atoll.hub.names import check_name
+
+        hub = self._service.hub
+        if hub is None:
+            raise SourceRefused("this server has no hub to publish to", hint='install it: pip install "atoll[hub]"')
+        if not caller.allows(name):
+            raise NotAllowed(f"this key may not publish as {name!r}", hint="its allow-list does not have the name")
+        self._refuse_base_name(name)
+        check_name(name)
+        if self._lookups.alias(name) is not None:
+            raise HubError(f"{name!r} is a name that was given to another adapter of this server", hint="take it away first, or choose another name")
+        return hub
+
     async def publish(
         self, folder: Path, name: str, caller: Caller, *, tags: Sequence[str] = (), message: str = "", bind_base: bool = False
     ) -> Version:
@@ -217,15 +233,7 @@ class Operator(Observer):
 
         bind_base: record this server's base for a folder that does not say what it was trained on. Raises what the hub and reading raise.
         """
-        hub = self._service.hub
-        if hub is None:
-            raise SourceRefused("this server has no hub to publish to", hint='install it: pip install "atoll[hub]"')
-        if not caller.allows(name):
-            raise NotAllowed(f"this key may not publish as {name!r}", hint="its allow-list does not have the name")
-        self._refuse_base_name(name)
-        if self._lookups.alias(name) is not None:
-            raise HubError(f"{name!r} is a name that was given to another adapter of this server", hint="take it away first, or choose another name")
-        base = self._service.base
+        hub, base = self.may_publish(name, caller), self._service.base
 
         def work() -> Version:
             self._registry.loader.load(folder, "", name)

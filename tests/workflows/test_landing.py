@@ -1,4 +1,4 @@
-"""The joined verbs, end to end on a tiny base: what is kept, what is redone, what is refused."""
+"""A land end to end on a tiny base: what is kept, what is redone, what is refused."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from typing import Any
 
 import pytest
 
-from atoll.config import DataConfig, EvalConfig, LandConfig, TrainConfig
-from atoll.data.task import load_task
-from atoll.errors import AdapterNotFound, BaseMismatch, Busy, ConfigError, DataError, Interrupted
+from atoll.config import DataConfig, LandConfig
+from atoll.errors import Busy, DataError, Interrupted
 from atoll.eval.leaderboard import read_leaderboard
 from atoll.hub.store import Hub
-from atoll.model.adapter_files import read_adapter
-from atoll.model.base import load_base
-from atoll.workflows import evaluate, land, locked, make_plan, prompt_ids, train_and_publish
+from atoll.workflows import evaluate, land, locked
 
 ROWS = {"max_train_rows": 8, "max_validation_rows": 4, "max_test_rows": 6}
 QUICK = {"epochs": 1, "batch_size": 4, "dtype": "float32"}
@@ -174,58 +171,3 @@ def test_a_damaged_score_file_is_measured_again(land_config: LandConfig, tmp_pat
     for path in (tmp_path / "out" / "scores" / "unit_conversion").glob("*.json"):
         path.write_text("{")
     assert land(land_config, tmp_path / "out").leaderboard == first.leaderboard
-
-
-def test_rows_that_lost_the_beginning_of_their_prompt_are_reported(tiny_base_dir: Path, tmp_path: Path) -> None:
-    """A cut prompt may lack what the answer is about; the user hears of it, with the first row's place."""
-    data = {"path": "builtin:support_intents", **ROWS}
-    trainer = {**QUICK, "max_length": 96}
-    config = TrainConfig.model_validate({"base": str(tiny_base_dir), "name": "cut", "data": data, "trainer": trainer, "adapter": {"r": 2}})
-    outcome = train_and_publish(config, out=tmp_path / "run")
-    assert len(outcome.warnings) == 2 and "8 of 8 training rows lost the beginning" in outcome.warnings[0]
-
-
-def test_a_pattern_that_names_no_module_is_refused(tiny_base_dir: Path) -> None:
-    """It was ignored, and the adapter had another rank than its author thought."""
-    adapter = {"r": 2, "rank_pattern": {"layers.99.self_attn.q_proj": 4}}
-    config = TrainConfig.model_validate(
-        {"base": str(tiny_base_dir), "name": "units", "data": {"path": "builtin:unit_conversion", **ROWS}, "trainer": QUICK, "adapter": adapter}
-    )
-    with pytest.raises(ConfigError, match=r"layers\.99"):
-        make_plan(config)
-
-
-def test_an_adapter_is_asked_in_its_own_words(tiny_base_dir: Path, tmp_path: Path) -> None:
-    """The prompt travels with the adapter: the library's user fills its template and needs to know nothing of it."""
-    data = {"path": "builtin:support_intents", **ROWS}
-    config = TrainConfig.model_validate({"base": str(tiny_base_dir), "name": "intents", "data": data, "trainer": QUICK, "adapter": {"r": 2}})
-    outcome = train_and_publish(config, out=tmp_path / "run")
-    base, adapter = load_base(str(tiny_base_dir), dtype="float32"), read_adapter(outcome.adapter_folder)
-    row = load_task(config.require_data()).test[0]
-    assert base.tokenizer.decode(prompt_ids(base, adapter, **row.row)) == row.prompt
-
-
-def test_training_twice_into_one_folder_reuses_the_finished_run(tiny_base_dir: Path, tmp_path: Path) -> None:
-    """The same job again is found finished; published once more it is the same version."""
-    config = TrainConfig.model_validate(
-        {"base": str(tiny_base_dir), "name": "units", "data": {"path": "builtin:unit_conversion", **ROWS}, "trainer": QUICK, "adapter": {"r": 2}}
-    )
-    first = train_and_publish(config, out=tmp_path / "run")
-    second = train_and_publish(config, out=tmp_path / "run")
-    assert not first.reused and second.reused and first.version is not None
-    assert second.version is not None and second.version.digest == first.version.digest
-    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
-
-
-def test_an_adapter_of_another_base_is_refused_by_evaluation(tiny_base_dir: Path, tmp_path: Path) -> None:
-    """A score of an adapter on a base that it does not fit would be a number about nothing."""
-    from conftest import write_tiny_base
-
-    other = write_tiny_base(tmp_path / "other", hidden_size=32)
-    data = {"path": "builtin:unit_conversion", **ROWS}
-    config = TrainConfig.model_validate({"base": str(other), "name": "units", "data": data, "trainer": QUICK, "adapter": {"r": 2}})
-    train_and_publish(config, out=tmp_path / "run")
-    with pytest.raises(BaseMismatch, match="units"):
-        evaluate(str(tiny_base_dir), ["units"], DataConfig.model_validate(data), dtype="float32", settings=EvalConfig(), out=tmp_path / "eval")
-    with pytest.raises(AdapterNotFound):
-        evaluate(str(tiny_base_dir), ["unit"], DataConfig.model_validate(data), dtype="float32", out=tmp_path / "eval")

@@ -1,0 +1,280 @@
+"""What a composition starts from: its base, its rows, the adapters that may be composed, and the digest of all that.
+
+The digest is over everything that decides the result, so a finished composition is found again, and one whose examples, hub or settings have changed
+is done anew.
+
+Used by compose.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from atoll.compose.measuring import Candidate
+from atoll.compose.objective import FewShot
+from atoll.compose.population import check_method
+from atoll.config import BUILTIN
+from atoll.config_compose import ComposeConfig
+from atoll.data.encode import encode_examples
+from atoll.data.prompt import PromptFormat
+from atoll.data.task import Example, TaskData, load_task
+from atoll.errors import BaseMismatch, ConfigError, DataError
+from atoll.eval.arena import limits
+from atoll.eval.metrics import metric_for
+from atoll.hub.names import check_name, name_key
+from atoll.model.adapter_files import read_adapter, read_manifest
+from atoll.model.base import load_base
+from atoll.model.fingerprint import tensor_shapes
+from atoll.workflows.start import Progress, require, silent
+
+if TYPE_CHECKING:
+    from atoll.hub.records import Version
+    from atoll.hub.store import Hub
+    from atoll.model.adapter import Adapter
+    from atoll.model.base import Base
+
+DEV_ROWS = 50  # examples that no seed drew: so many choose among the seeds
+_FORMAT = 1  # raise when the same inputs would give another result than before, so that old results are not taken for new ones
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The examples of one seed, and their tokens as for training. few.rows[i] is examples[i]."""
+
+    seed: int
+    examples: tuple[Example, ...]
+    few: FewShot
+
+
+@dataclass(frozen=True)
+class ComposePlan:
+    """A composition ready to run. candidates[i] was made of versions[i]. draws: the examples of each seed. dev: rows that no seed drew."""
+
+    config: ComposeConfig
+    base: Base
+    data: TaskData
+    versions: tuple[Version, ...]
+    candidates: tuple[Candidate, ...]
+    draws: tuple[Draw, ...]
+    dev: tuple[Example, ...]
+    prompt: PromptFormat
+    max_new_tokens: int
+    warnings: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.config.name or self.data.task.name
+
+    @property
+    def description(self) -> str:
+        """What the task says of itself, for text retrieval."""
+        task = self.data.task
+        told = (self.config.description, task.name.replace("_", " "), task.title, task.family, task.instruction, task.template or "")
+        return "\n".join(text for text in told if text)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 in hex over all that decides the result: base, examples, test rows, candidates in their order, prompt and settings."""
+        config = self.config
+        identity = {
+            "format": _FORMAT,
+            "base": [self.base.fingerprint.digest, str(self.base.dtype)],
+            "name": self.name,
+            "description": config.description,
+            "examples": [draw.few.digest for draw in self.draws],
+            "dev": [[example.turns, example.completion] for example in self.dev],
+            "test": self.data.test_version,
+            "candidates": [[candidate.name, candidate.digest] for candidate in self.candidates],
+            "prompt": self.prompt.to_json(),
+            "compose": config.compose.model_dump(mode="json", exclude={"adapters", "exclude", "device", "dtype"}),
+            "controls": config.controls,
+            "eval": config.eval.model_dump(mode="json", exclude={"batch_size"}),
+            "generation": config.generation.model_dump(mode="json"),
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def plan_composition(
+    config: ComposeConfig,
+    hub: Hub,
+    *,
+    root: Path | None = None,
+    base: Base | None = None,
+    data: TaskData | None = None,
+    progress: Progress = silent,
+) -> ComposePlan:
+    """Load data and base (those not given), find the candidates, draw the examples. Nothing is written.
+
+    Raises DataError, TaskError, ConfigError (settings, a package that is missing, no adapter that fits, too few examples), AdapterNotFound,
+    NameRefused, BaseMismatch, and what loading a base raises; bad settings and rows before the base is loaded.
+    """
+    settings = config.compose
+    data = data or _load(config, root)
+    check_composable(config, data)
+    versions, left_out = _named(config, hub)
+    base = base or load_base(config.base, dtype=settings.dtype, device=settings.device, progress=progress)
+    versions, more = _fitting(versions, hub, base, named=bool(settings.adapters))
+    max_new_tokens, stop = limits(config.generation, data, base.tokenizer)
+    num_seeds = settings.seeds or (3 if data.test and config.controls else 1)
+    draws, cut = _draws(config, data, base, num_seeds)
+    drawn = {id(example) for draw in draws for example in draw.examples}
+    dev = [example for example in (*data.train, *data.validation) if id(example) not in drawn]
+    return ComposePlan(
+        config=config,
+        base=base,
+        data=data,
+        versions=versions,
+        candidates=tuple(_candidate(version, hub) for version in versions),
+        draws=draws,
+        dev=tuple(random.Random(f"atoll dev {settings.seed}").sample(dev, min(DEV_ROWS, len(dev)))),
+        prompt=data.task.prompt_format(stop),
+        max_new_tokens=max_new_tokens,
+        warnings=(*left_out, *more, *cut),
+    )
+
+
+def check_composable(config: ComposeConfig, data: TaskData) -> None:
+    """What can be told before a base is loaded: raises ConfigError (settings, a package that is missing), DataError, TaskError or NameRefused."""
+    settings = config.compose
+    check_method(settings.method)
+    check_name(config.name or data.task.name)
+    if data.test:
+        require("scipy", "rouge_score")
+        metric_for(data.task)
+    _check_examples(config, len(data.train))
+
+
+def drawn_examples(examples: Sequence[Example], k: int | None, seed: int) -> tuple[Example, ...]:
+    """k of the examples drawn by `seed`, in the order of the file; all of them where k is None."""
+    if k is None or k >= len(examples):
+        return tuple(examples)
+    places = sorted(random.Random(f"atoll examples {seed}").sample(range(len(examples)), k))
+    return tuple(examples[place] for place in places)
+
+
+def encoded(examples: Sequence[Example], data: TaskData, base: Base) -> tuple[FewShot, tuple[str, ...]]:
+    """Examples as training encodes them, and where those stood that lost the beginning of their prompt to fit the base's context."""
+    rows = encode_examples(examples, base.tokenizer, None, chat=data.task.chat, context=base.context_length, eos_ids=base.eos_ids)
+    return FewShot(rows.rows), rows.cut
+
+
+def _load(config: ComposeConfig, root: Path | None) -> TaskData:
+    """The task and its rows. A task folder and a built-in task have names of their own; a file of rows is called as the result will be."""
+    asked = config.require_data()
+    named = asked.path is not None and (asked.path.startswith(BUILTIN) or ((root or Path()) / Path(asked.path).expanduser()).is_dir())
+    return load_task(asked, name=None if named else config.name, root=root)
+
+
+def _check_examples(config: ComposeConfig, num: int) -> None:
+    """Settings that the number of examples does not allow, before any work."""
+    settings = config.compose
+    if settings.k is not None and settings.k > num:
+        raise DataError(f"k is {settings.k}, but there are {num} examples", hint="give more examples, or a smaller k")
+    k = settings.k or num
+    if settings.has_folds and settings.folds is not None and settings.folds > k:
+        raise ConfigError(f"{k} examples cannot be cut into {settings.folds} folds", hint=f"set folds to {k} or less, or give more examples")
+    if settings.hold_out is not None and k < 2:
+        raise ConfigError("one example cannot be held out of one", hint="give more examples, or leave hold_out away")
+    if settings.folds == 1:
+        raise ConfigError("folds is 1, which holds out everything", hint="use 2 or more, or 0 for none")
+    if settings.folds and not settings.has_folds:
+        reason = "hold_out is given" if settings.hold_out is not None else f"the method {settings.method} knows no folds"
+        raise ConfigError(f"folds is {settings.folds}, but {reason}", hint="leave folds away")
+
+
+def _named(config: ComposeConfig, hub: Hub) -> tuple[tuple[Version, ...], tuple[str, ...]]:
+    """The versions that the settings mean, and sentences about those left out for their kind. Raises ConfigError where none is left."""
+    settings = config.compose
+    excluded = {name_key(check_name(name)) for name in settings.exclude}
+    if settings.adapters:
+        found = [hub.resolve(reference) for reference in settings.adapters]
+        for version in found:
+            if version.kind not in ("lora", "composed"):
+                raise ConfigError(
+                    f"{version.ref} is {version.kind}: it edits hidden states, and only LoRA factors are weighed",
+                    hint="leave it out; merged_adapters of a request adds edits up with weights of your own",
+                )
+        sentences: list[str] = []
+        listed = found
+    else:
+        listed = list(hub.list())
+        found = [version for version in listed if version.kind == "lora"]
+        edits = sum(version.kind in ("reft", "lora+reft") for version in listed)
+        sentences = [f"{edits} adapter{'s' if edits > 1 else ''} with ReFT edits left out: only LoRA factors are weighed"] if edits else []
+    strange = [name for name in settings.exclude if name_key(name) not in {name_key(version.name) for version in listed}]
+    sentences += [f"{name} is excluded, but there is no such adapter" for name in strange]
+    kept: dict[str, Version] = {}
+    for version in found:
+        if name_key(version.name) not in excluded:
+            kept.setdefault(version.digest, version)  # one content may have several names
+    if not kept:
+        what = "all the adapters named are excluded" if found else "the hub has no LoRA adapters to compose"
+        raise ConfigError(what, hint="train some first (atoll train, atoll land), or bring them in with atoll hub pull")
+    return tuple(kept.values()), tuple(sentences)
+
+
+def _fitting(versions: Sequence[Version], hub: Hub, base: Base, *, named: bool) -> tuple[tuple[Version, ...], tuple[str, ...]]:
+    """The versions that run on the base, and sentences about the rest. Raises BaseMismatch for one asked for by name, ConfigError for none."""
+    fingerprint, shapes = base.fingerprint.to_json(), tensor_shapes(base.path)
+    fitting: list[Version] = []
+    compatible: list[str] = []
+    refused: list[str] = []
+    for version in versions:
+        verdict = hub.check_base(version.ref, fingerprint, shapes)
+        if verdict.usable:
+            fitting.append(version)
+            compatible += [version.ref] if verdict.kind == "compatible" else []
+        elif named:
+            raise BaseMismatch(f"{version.ref} does not fit {base.name}: {verdict.reason}", hint="name the base that it was trained on with --base")
+        else:
+            refused.append(version.ref)
+    if not fitting:
+        raise ConfigError(
+            f"none of the hub's {len(versions)} LoRA adapters fits {base.name}",
+            hint="name the base that they were trained on with --base, or train some",
+        )
+    sentences = []
+    if compatible:
+        sentences.append(f"{_listed(compatible)} fit {base.name} in shape, but are not known to have been trained on it")
+    if refused:
+        sentences.append(f"{_listed(refused)} left out: made for another base than {base.name}")
+    return tuple(fitting), tuple(sentences)
+
+
+def _draws(config: ComposeConfig, data: TaskData, base: Base, num_seeds: int) -> tuple[tuple[Draw, ...], tuple[str, ...]]:
+    """The examples of every seed, and a sentence about those that are too long."""
+    draws, cut = [], dict[str, None]()
+    for seed in range(config.compose.seed, config.compose.seed + num_seeds):
+        examples = drawn_examples(data.train, config.compose.k, seed)
+        few, shortened = encoded(examples, data, base)
+        cut |= dict.fromkeys(shortened)
+        draws.append(Draw(seed, examples, few))
+    sentence = f"{len(cut)} examples lost the beginning of their prompt to fit {base.context_length} tokens (first: {next(iter(cut))})" if cut else ""
+    return tuple(draws), (sentence,) if sentence else ()
+
+
+def _candidate(version: Version, hub: Hub) -> Candidate:
+    """A version as retrieval knows it. Its text is what its card says of its task; the prompt that it was trained with says more than most titles."""
+    words = [version.name.replace("_", " ").replace("-", " "), version.description, version.task.replace("_", " "), *version.tags]
+    return Candidate(version.ref, version.digest, "\n".join(dict.fromkeys([*words, *_prompt_texts(version, hub)])), partial(_read, version, hub))
+
+
+def _prompt_texts(version: Version, hub: Hub) -> list[str]:
+    prompt = read_manifest(hub.path(version)).get("prompt")
+    texts = [prompt.get(key) for key in ("instruction", "template")] if isinstance(prompt, dict) else []
+    return [text for text in texts if isinstance(text, str) and text]
+
+
+def _read(version: Version, hub: Hub) -> Adapter:
+    return read_adapter(hub.path(version))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,187 @@
+"""From a plan to weights: rank the candidates and search, once for each seed, and choose among the seeds.
+
+Every seed's result is judged by rows that it has not seen where there are any: by those that no seed drew, else by the held-out value of its own
+search. Never by test rows.
+
+Used by compose.py; compose_controls.py measures what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from atoll.compose.controls import Controls, Search
+from atoll.compose.losses import LabelLosses
+from atoll.compose.objective import FewShot, Objective, l1
+from atoll.compose.pool import Pool
+from atoll.compose.result import compose, record_of
+from atoll.compose.retrieval import Ranked, Ranking, rank
+from atoll.compose.run import Report
+from atoll.compose.run import Settings as SearchSettings
+from atoll.compose.search import BUDGETS, Found, search
+from atoll.config_compose import ComposeSettings
+from atoll.data.encode import EncodedRow
+from atoll.errors import Interrupted
+from atoll.model.adapter import Adapter
+from atoll.model.composed import stacked_rank
+from atoll.workflows.compose_clock import Clock
+from atoll.workflows.compose_plan import ComposePlan, Draw, encoded
+from atoll.workflows.start import Progress, prefixed
+
+FOLDS = 3  # of a search over few examples: each is one more search beside the real one
+ENOUGH = 16  # examples from which on a part is held out once instead,
+HELD_OUT = 0.25  # this one
+MAX_RANK = 1024  # what an adapter file may have: ranks that add up to more are compressed to it
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What one seed found. shortlist: the candidates that were searched over, best first. choice: what it is chosen by, smaller is better."""
+
+    draw: Draw
+    ranking: Ranking
+    shortlist: tuple[Ranked, ...]
+    found: Found
+    choice: float
+    seconds: float
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether Ctrl-C or a caller ended the search before it was done."""
+        return self.found.stopped_by == "interrupted"
+
+
+def search_all(plan: ComposePlan, clock: Clock, progress: Progress, stop_asked: Callable[[], bool]) -> list[Searched]:
+    """One result for each seed; fewer where the work was stopped after the first. Raises Interrupted before there is one."""
+    done: list[Searched] = []
+    for number, draw in enumerate(plan.draws, 1):
+        named = prefixed(progress, f"seed {number}/{len(plan.draws)},") if len(plan.draws) > 1 else progress
+        try:
+            done.append(_searched(plan, draw, clock, named, stop_asked))
+        except Interrupted:
+            if not done:
+                raise
+            break
+        if done[-1].was_stopped or stop_asked():
+            break
+    return done
+
+
+def chosen(searched: Sequence[Searched]) -> Searched:
+    """The seed that is kept: the least loss on rows that it has not seen, the first of equals."""
+    return min(searched, key=lambda one: one.choice)
+
+
+def controls_of(plan: ComposePlan, searched: Searched) -> Controls:
+    """The contestants of one seed; `Controls.pool()` is what its search ran over."""
+    settings, draw = plan.config.compose, searched.draw
+    return Controls(
+        plan.base,
+        plan.data.task,
+        draw.examples,
+        draw.few.rows,
+        plan.candidates,
+        searched.ranking,
+        searcher(plan),
+        top_k=settings.top_k,
+        form=settings.form,
+        seed=draw.seed,
+    )
+
+
+def adapter_of(plan: ComposePlan, pool: Pool, found: Found, few: FewShot) -> Adapter:
+    """The adapter of a search's weights, compressed where the settings ask for it or a file could not hold it."""
+    settings = plan.config.compose
+    too_many = settings.form == "cat" and stacked_rank(pool.adapters) > MAX_RANK
+    limit = settings.rank or (MAX_RANK if too_many else None)
+    return compose(pool, found.weights, form=settings.form, rank=limit, record=record_of(found, examples_digest=few.digest)).adapter
+
+
+def fold_groups(plan: ComposePlan, draw: Draw) -> tuple[tuple[int, ...], ...]:
+    """The folds of the cross-validation over a draw's examples; none where there is one example."""
+    k = len(draw.few)
+    return draw.few.folds(min(plan.config.compose.control_folds, k), draw.seed) if k > 1 else ()
+
+
+def searcher(plan: ComposePlan, report: Report | None = None) -> Search:
+    """The search that the settings describe, as a function of a pool and examples: the same for the result, in every fold, and for the controls."""
+
+    def run(pool: Pool, rows: Sequence[EncodedRow], seed: int, stop_asked: Callable[[], bool]) -> Found:
+        settings, few = plan.config.compose, FewShot(rows)
+        held_out, folds = _held_out(settings, few, seed)
+        scores = LabelLosses(plan.base.decoder, pool, rows, form=settings.form)
+        objective = Objective(scores, l1(settings.l1), held_out=held_out, folds=folds)
+        return search(
+            objective,
+            pool.num,
+            settings.method,
+            budget=settings.budget or _budget(settings, len(folds)),
+            time_s=settings.time_s,
+            seed=seed,
+            settings=SearchSettings(bounds=settings.bounds),
+            report=report,
+            stop_asked=stop_asked,
+        )
+
+    return run
+
+
+def _held_out(settings: ComposeSettings, few: FewShot, seed: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """(examples held out once, folds), one of them empty. In a cross-validation there are fewer examples than the settings were made for."""
+    k = len(few)
+    share = settings.hold_out
+    if share is None and settings.folds is None and settings.has_folds and k >= ENOUGH:
+        share = HELD_OUT
+    if share is not None:
+        return few.hold_out(share, seed) if k > 1 else (), ()
+    wanted = FOLDS if settings.folds is None else settings.folds
+    return (), few.folds(min(wanted, k), seed) if settings.has_folds and k > 1 else ()
+
+
+def _budget(settings: ComposeSettings, num_folds: int) -> int | None:
+    """The method's own budget is for one search; with folds beside it, as many evaluations again."""
+    usual = BUDGETS.get(settings.method.partition(":")[0])
+    return 2 * usual if usual is not None and num_folds else None
+
+
+def _searched(plan: ComposePlan, draw: Draw, clock: Clock, progress: Progress, stop_asked: Callable[[], bool]) -> Searched:
+    settings, rows, start = plan.config.compose, draw.few.rows, clock.total
+    folds = fold_groups(plan, draw) if plan.config.controls else ()
+    learn = [[example for example in range(len(rows)) if example not in set(fold)] for fold in folds]
+    with clock.part("ranking"):
+        ranking = rank(
+            plan.candidates,
+            plan.base.decoder,
+            rows,
+            by=settings.retrieve,
+            description=plan.description,
+            subsets=learn,
+            report=lambda what, at, total: progress(f"ranking adapters: {what}", at, total),
+            stop_asked=stop_asked,
+        )
+    shortlist = tuple(ranking.best(settings.top_k))
+    with clock.part("search"):
+        pool = _pool(plan, shortlist)
+        found = searcher(plan, lambda what, at, total: progress(f"searching weights: {what}", at, total))(pool, rows, draw.seed, stop_asked)
+        choice = _choice(plan, pool, found)
+    return Searched(draw, ranking, shortlist, found, choice, clock.total - start)
+
+
+def _pool(plan: ComposePlan, shortlist: Sequence[Ranked]) -> Pool:
+    picked = [plan.candidates[ranked.index] for ranked in shortlist]
+    names, digests = [candidate.name for candidate in picked], [candidate.digest for candidate in picked]
+    return Pool.of([candidate.load() for candidate in picked], plan.base.decoder, names, digests)
+
+
+def _choice(plan: ComposePlan, pool: Pool, found: Found) -> float:
+    """The loss on rows that no seed drew; without any, or with one seed, what the search itself goes by."""
+    own = found.value if found.held_out is None else found.held_out
+    if not plan.dev or len(plan.draws) == 1:
+        return own
+    few, _ = encoded(plan.dev, plan.data, plan.base)
+    scores = LabelLosses(plan.base.decoder, pool, few.rows, form=plan.config.compose.form)
+    with torch.no_grad():
+        return float(scores.scores(found.weights.unsqueeze(0), range(len(few))).mean())

@@ -1,0 +1,77 @@
+"""Measure a base and adapters of the hub on a task, and write the leaderboard.
+
+Used by landing.py, the command line and the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from atoll.config import DataConfig, EvalConfig, GenerationConfig
+from atoll.data.task import load_task
+from atoll.errors import AtollError
+from atoll.eval.arena import Arena, note_of
+from atoll.eval.leaderboard import Leaderboard, RowNote, build_leaderboard, write_leaderboard
+from atoll.eval.score import Score
+from atoll.workflows.start import Progress, locked, open_hub, require, silent
+
+if TYPE_CHECKING:
+    from atoll.hub.store import Hub
+    from atoll.model.base import Base
+
+
+@dataclass(frozen=True)
+class LandOutcome:
+    """The leaderboard, where it was written, the tasks that failed with their errors, and sentences that the user should see."""
+
+    leaderboard: Leaderboard
+    notes: Mapping[str, RowNote]
+    json_path: Path
+    markdown_path: Path
+    failures: Mapping[str, AtollError] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def evaluate(
+    base_name: str,
+    models: Sequence[str],
+    data: DataConfig,
+    *,
+    root: Path | None = None,
+    hub: Hub | None = None,
+    settings: EvalConfig | None = None,
+    generation: GenerationConfig | None = None,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    out: Path | None = None,
+    progress: Progress = silent,
+) -> LandOutcome:
+    """Score the base and some adapters of the hub on one task, in one continuous batch; raw outputs and the leaderboard go to `out`.
+
+    models: hub references ("name", "name@2", "name:tag"). Raises AdapterNotFound, BaseMismatch for an adapter of another base, and what loading
+    raises.
+    """
+    from atoll.model.base import load_base
+
+    require("scipy", "rouge_score")
+    hub, settings, generation, out = hub or open_hub(), settings or EvalConfig(), generation or GenerationConfig(), out or Path("runs/eval")
+    task = load_task(data, root=root)
+    base = load_base(base_name, dtype=dtype, device=device, progress=progress)
+    versions = [hub.resolve(model) for model in models]
+    with locked(out):
+        arena = Arena(base, hub, settings, out / "scores")
+        scores = arena.measure(task, versions, generation, progress)
+        note = {task.task.name: note_of(task, scores, settings, versions)}
+        return write_board(base, scores, note, out, {}, arena.warnings)
+
+
+def write_board(
+    base: Base, scores: Sequence[Score], notes: Mapping[str, RowNote], out: Path, failures: Mapping[str, AtollError], warnings: Sequence[str]
+) -> LandOutcome:
+    """Scores as a leaderboard, written to `out`."""
+    board = build_leaderboard(base.name, base.fingerprint.digest, scores)
+    json_path, markdown_path = write_leaderboard(out, board, notes)
+    return LandOutcome(board, notes, json_path, markdown_path, failures, tuple(warnings))

@@ -1,0 +1,64 @@
+"""What every verb begins with: a way to say how far it is, the packages it needs, the hub, and a folder that is its own.
+
+Used by all of workflows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from atoll.errors import Busy, ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from atoll.hub.store import Hub
+
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The default progress."""
+
+
+def prefixed(progress: Progress, prefix: str) -> Progress:
+    """Progress whose stages begin with `prefix`."""
+    return lambda stage, done, total: progress(f"{prefix} {stage}", done, total)
+
+
+def require(*modules: str) -> None:
+    """Say before the work, not after it, that an extra is not installed."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"measuring needs the package {module}, which is not installed", hint='install Atoll with its extras: pip install "atoll[all]"'
+            )
+
+
+def open_hub() -> Hub:
+    """The hub in the Atoll home. Raises ConfigError where its packages are not installed."""
+    require("sqlalchemy", "alembic", "fsspec")
+    from atoll.hub.store import Hub
+
+    return Hub()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process (made if absent); the lock ends with the process, however it ends. Raises Busy or StorageError."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise Busy(f"{folder} is in use by another Atoll process", hint="wait for it, or choose another --out folder") from None
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be written: {error.strerror or error}", hint="choose another --out folder") from error
+    try:
+        yield
+    finally:
+        lock.release()

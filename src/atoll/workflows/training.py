@@ -1,0 +1,132 @@
+"""Train one adapter and publish it: plan, run or resume, write, publish, record.
+
+Used by landing.py for each of its tasks, the command line and the library.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atoll.config import TrainConfig
+from atoll.data.prompt import PromptFormat, encode_prompt
+from atoll.data.task import TaskData, load_task
+from atoll.errors import TrainingError
+from atoll.eval.arena import limits
+from atoll.files import write_file
+from atoll.model.adapter_files import read_adapter, write_adapter
+from atoll.workflows.runs import recorded_run
+from atoll.workflows.start import Progress, locked, open_hub, silent
+
+if TYPE_CHECKING:
+    from atoll.hub.records import Version
+    from atoll.hub.store import Hub
+    from atoll.model.adapter import Adapter
+    from atoll.model.base import Base
+    from atoll.train.plan import TrainingPlan
+
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """A trained adapter: its folder, its version in the hub (None if not published), its training record.
+
+    reused: found finished, not trained now. warnings: sentences that the user should see.
+    """
+
+    adapter_folder: Path
+    version: Version | None
+    training: Mapping[str, Any]
+    reused: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+def make_plan(
+    config: TrainConfig, *, root: Path | None = None, base: Base | None = None, data: TaskData | None = None, progress: Progress = silent
+) -> TrainingPlan:
+    """Load data and base (those not given) and fix everything that decides the training's result. Nothing is written."""
+    from atoll.model.base import load_base
+    from atoll.train.plan import plan_training
+
+    data = data or load_task(config.require_data(), name=config.name, root=root)
+    base = base or load_base(config.base, dtype=config.trainer.dtype, device=config.trainer.device, progress=progress)
+    return plan_training(config, base, data, stop=limits(config.generation, data, base.tokenizer)[1])
+
+
+def train_and_publish(
+    config: TrainConfig,
+    *,
+    root: Path | None = None,
+    out: Path | None = None,
+    hub: Hub | None = None,
+    publish: bool = True,
+    progress: Progress = silent,
+) -> TrainOutcome:
+    """Train one adapter into `out` (default: runs/<name>) and publish it under its name.
+
+    root: the folder that the config's relative paths start at. Goes on from a checkpoint of the same job in `out`. Raises what loading, training and
+    publishing raise, see errors.py.
+    """
+    plan = make_plan(config, root=root, progress=progress)
+    folder = out or Path("runs") / plan_name(plan)
+    with locked(folder):
+        return run_plan_in(folder, plan, hub or open_hub() if publish else None, progress=progress)
+
+
+def run_plan_in(folder: Path, plan: TrainingPlan, hub: Hub | None, *, progress: Progress = silent) -> TrainOutcome:
+    """Carry out a plan in `folder` and publish to `hub` (None: write the adapter folder only). A finished run of the same job is found and kept."""
+    from atoll.train.checkpoint import FILE as CHECKPOINT
+    from atoll.train.plan import run_plan
+
+    done = _finished(folder, plan, hub)
+    if done is not None:
+        return done
+    target, name = folder / "adapter", plan_name(plan)
+    with recorded_run(hub, "train", name, plan.config.model_dump(mode="json")) as record:
+        result = run_plan(plan, folder, lambda headline, step, total: progress(f"train {name}: {headline}", step, total))
+        write_adapter(target, result.adapter)
+        version = hub.publish(target, name, message=f"trained {result.progress.step} steps on {plan.data.task.name}") if hub else None
+        record.update(seconds=result.progress.seconds, digest=version.digest if version else None)
+    written = {"job": plan.digest, "digest": version.digest if version else None}
+    write_file(folder / RESULT_FILE, (json.dumps(written, indent=2) + "\n").encode())
+    (folder / CHECKPOINT).unlink(missing_ok=True)  # the adapter is safe, and a checkpoint is four times its size
+    training = {**result.adapter.manifest["training"], "seconds": round(result.progress.seconds, 1)}
+    return TrainOutcome(target, version, training, warnings=plan.warnings)
+
+
+def _finished(folder: Path, plan: TrainingPlan, hub: Hub | None) -> TrainOutcome | None:
+    """The outcome of an earlier run of this very job in `folder`, if its adapter is still where it was put."""
+    path = folder / RESULT_FILE
+    if not path.is_file() or not (folder / "adapter").is_dir():
+        return None
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if written.get("job") != plan.digest:
+        raise TrainingError(
+            f"{folder} holds the finished run of another job: config, data or base have changed since",
+            hint="choose another --out folder, or delete this one to train again",
+        )
+    adapter = read_adapter(folder / "adapter")
+    version = None
+    if hub is not None:
+        version = hub.publish(
+            folder / "adapter", plan_name(plan)
+        )  # the same content is the same version; new only if it was not (or no longer) there
+    return TrainOutcome(folder / "adapter", version, adapter.manifest["training"], reused=True, warnings=plan.warnings)
+
+
+def prompt_ids(base: Base, adapter: Adapter, **fields: Any) -> list[int]:
+    """The tokens of a prompt in the adapter's own words: its template filled with `fields`, as it was trained and is evaluated.
+
+    An adapter without a template takes the one field `prompt` as it is. Raises DataError for a field that is missing.
+    """
+    form = PromptFormat.from_json(adapter.manifest["prompt"]) if adapter.manifest.get("prompt") else PromptFormat()
+    return encode_prompt(form.render(fields), base.tokenizer, form.chat)
+
+
+def plan_name(plan: TrainingPlan) -> str:
+    """The name that a plan's adapter gets: the config's, or else the task's."""
+    return plan.config.name or plan.data.task.name
