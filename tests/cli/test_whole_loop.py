@@ -59,7 +59,7 @@ def test_a_land_prints_its_leaderboard_and_writes_it(atoll, land_file, tmp_path)
     result = atoll("land", land_file)
     assert result.code == 0, result.err
     assert [line.split("|")[1].strip() for line in result.out.splitlines()[4:]] == ["date_format", "unit_conversion"]
-    assert "[1/2] train date_format" in result.err
+    assert "training date_format" in result.err and "done unit_conversion" in result.err
     assert "runs/small/leaderboard.json" in result.err
 
     again = atoll("land", land_file, "--json")
@@ -73,16 +73,16 @@ def test_a_land_prints_its_leaderboard_and_writes_it(atoll, land_file, tmp_path)
 
 def test_a_task_that_fails_is_a_sentence_and_exit_code_1(atoll, land_file, monkeypatch):
     """The other tasks are done and shown, but a script must notice."""
-    from atoll.workflows import landing
     from atoll.errors import TrainingError
+    from atoll.train.job import TrainingJob
 
-    def run_plan_in(folder, plan, hub, **options):
-        if plan.data.task.name == "date_format":
+    def finish_step(job):
+        if "date_format" in job.folder.parts:
             raise TrainingError("the loss at step 1 is nan", hint="lower trainer.learning_rate")
-        return original(folder, plan, hub, **options)
+        original(job)
 
-    original = landing.run_plan_in
-    monkeypatch.setattr(landing, "run_plan_in", run_plan_in)
+    original = TrainingJob.finish_step
+    monkeypatch.setattr(TrainingJob, "finish_step", finish_step)
     result = atoll("land", land_file)
     assert result.code == 1
     assert "unit_conversion" in result.out
@@ -97,7 +97,7 @@ def test_ctrl_c_in_the_middle_says_how_to_go_on(atoll, land_file, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(landing, "run_plan_in", stop)
+    monkeypatch.setattr(landing, "run_plans_in", stop)
     result = atoll("land", land_file)
     assert (result.code, result.out) == (130, "")
     assert "run the same command again" in result.err

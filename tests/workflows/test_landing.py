@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_a_land_run_again_redoes_nothing_and_a_changed_task_redoes_only_itself(l
     changed = land_config.model_dump(mode="json", exclude_unset=True)
     changed["tasks"][1] = {"name": "unit_conversion", "data": {"path": "builtin:unit_conversion"}, "adapter": {"r": 2}}
     third = land(LandConfig.model_validate(changed), tmp_path / "out", progress=lambda stage, done, total: calls.append(stage))
-    assert stages(calls, "support_intents: loss") == 0 and stages(calls, "unit_conversion: loss") == 2
+    assert stages(calls, "loss of support_intents") == 0 and stages(calls, "loss of unit_conversion") == 2
     assert third.leaderboard.rows[0] == first.leaderboard.rows[0]
     assert [version.number for version in Hub().list("unit_conversion")] in ([1, 2], [2, 1])
 
@@ -109,26 +110,26 @@ def test_a_land_of_lora_and_reft_trains_measures_and_tells_them_apart(land_confi
 
 def test_an_interrupted_land_goes_on_where_it_was(land_config: LandConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the second task keeps the first task's adapter and says how to go on."""
-    from atoll.train import loop
+    from atoll.train.job import TrainingJob
 
     steps: list[int] = []
-    original = loop.TrainingJob._one_step
+    original = TrainingJob.finish_step
 
-    def stop_at_the_third(self: Any, log: Any) -> None:
+    def ctrl_c_at_the_third(self: Any) -> None:
+        original(self)
         steps.append(1)
         if len(steps) == 3:
-            raise Interrupted("training stopped", hint="run the same command again")
-        original(self, log)
+            signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(loop.TrainingJob, "_one_step", stop_at_the_third)
+    monkeypatch.setattr(TrainingJob, "finish_step", ctrl_c_at_the_third)
     with pytest.raises(Interrupted):
-        land(land_config, tmp_path / "out")
+        land(land_config, tmp_path / "out", at_once=1)
     assert [run.status for run in Hub().runs(kind="train")] == ["interrupted", "finished"]
     monkeypatch.undo()
     calls: list[str] = []
     monkeypatch.setenv("ATOLL_HOME", str(tmp_path / "atoll-home"))
     outcome = land(land_config, tmp_path / "out", progress=lambda stage, done, total: calls.append(stage))
-    assert stages(calls, "support_intents: loss") == 0 and len(outcome.leaderboard.rows) == 2
+    assert stages(calls, "loss of support_intents") == 0 and len(outcome.leaderboard.rows) == 2
 
 
 def test_two_lands_in_one_directory_are_refused(land_config: LandConfig, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from atoll.cli.job_table import job_table
 from atoll.cli.leaderboard import show_outcome
-from atoll.cli.options import BaseOption, JsonOption, OutOption, SetOption, overrides, stopped
+from atoll.cli.options import AtOnceOption, BaseOption, JsonOption, OutOption, SetOption, overrides, stopped
 from atoll.cli.output import say, warn
 from atoll.cli.progress import progress_bar
 
@@ -18,9 +19,12 @@ def land(
     out: OutOption = None,
     base: BaseOption = None,
     settings: SetOption = None,
+    at_once: AtOnceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train, publish and measure an adapter for each task.
+
+    The adapters train together over one base in memory, each as it would alone.
 
     Prints the leaderboard. Everything goes to --out (default runs/FILE's name): checkpoints, raw outputs, scores, leaderboard.json and
     leaderboard.md. The same command again does only what is missing or whose inputs have changed. A task that fails is reported at the end, with exit
@@ -39,8 +43,9 @@ def land(
     for warning in loaded.warnings:
         warn(warning)
     try:
-        with progress_bar() as progress:
-            outcome = land_workflow(loaded.config, out or Path("runs") / file.stem, root=loaded.root, progress=progress)
+        with progress_bar() as progress, job_table() as table:
+            folder = out or Path("runs") / file.stem
+            outcome = land_workflow(loaded.config, folder, root=loaded.root, at_once=at_once, progress=progress, table=table)
     except KeyboardInterrupt:
         raise stopped() from None
     show_outcome(outcome, as_json)

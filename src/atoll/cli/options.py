@@ -17,6 +17,10 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one setting of the file, such as trainer.epochs=1; may be given several times."),
 ]
+AtOnceOption = Annotated[
+    int | None,
+    typer.Option("--at-once", min=1, metavar="N", help="Most adapters that train together (default 8); the others follow.", show_default=False),
+]
 OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for everything that is written.", show_default=False)]
 BaseOption = Annotated[
     str | None, typer.Option("--base", metavar="BASE", help="Base model: an alias, a folder, a .gguf file or a Hugging Face id.", show_default=False)

@@ -1,22 +1,27 @@
-"""`atoll train`: one adapter from one YAML file, or with --dry-run only what would happen."""
+"""`atoll train`: one adapter from one YAML file, several at once from several, or with --dry-run only what would happen."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atoll.cli.options import BaseOption, JsonOption, OutOption, SetOption, overrides, stopped
+from atoll.cli.job_table import job_table
+from atoll.cli.options import AtOnceOption, BaseOption, JsonOption, OutOption, SetOption, overrides, stopped
 from atoll.cli.output import duration, say, warn, write, write_json
 from atoll.cli.progress import progress_bar
+from atoll.errors import AtollError, ConfigError
 
 if TYPE_CHECKING:
+    from atoll.config import TrainConfig
+    from atoll.config_file import LoadedConfig
     from atoll.workflows import TrainOutcome
 
 
 def train(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The training file (YAML).", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="The training file (YAML), or several.", show_default=False)],
     data: Annotated[str | None, typer.Option("--data", metavar="ROWS", help="Rows to learn from, instead of the file's.", show_default=False)] = None,
     base: BaseOption = None,
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the adapter in the hub.", show_default=False)] = None,
@@ -24,42 +29,77 @@ def train(
     settings: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what it would cost; train and write nothing.")] = False,
     publish: Annotated[bool, typer.Option("--publish/--no-publish", help="Put the adapter into the hub.")] = True,
+    at_once: AtOnceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train one adapter and publish it to the hub.
+    """Train one adapter and publish it to the hub; or, from several files, several at once.
 
-    The run's folder (--out, default runs/NAME) keeps checkpoints, the log and the adapter; the same command goes on where a stopped one ended.
+    The run's folder (--out, default runs/NAME) keeps checkpoints, the log and the adapter; the same command goes on where a stopped one ended. With
+    several files every adapter has a folder of its name in --out (default runs); they share one base in memory and train together, each as it would
+    alone, and one that fails does not stop the others.
     `atoll schema train` describes every key of the file. Files in Ludwig's form are read as they are.
 
     \b
     Examples:
       atoll train examples/train.yaml
       atoll train examples/train.yaml --dry-run
+      atoll train examples/train.yaml examples/train_reft.yaml --out runs/both
       atoll train examples/train.yaml --set adapter.r=32 --set trainer.epochs=2 --name tickets-r32
       atoll train examples/train_reft.yaml --set adapter.rank=8 --set adapter.positions=f3+l3
       atoll train examples/lora_land_article.yaml --data news.csv --base smollm2-135m-instruct
     """
     from atoll.config_file import load_config
 
-    loaded = load_config(file, "train", overrides(settings, data__path=data, base=base, name=name))
+    if len(files) > 1 and name is not None:
+        raise ConfigError("--name is for one file", hint="give each file its own name")
+    every = [load_config(file, "train", overrides(settings, data__path=data, base=base, name=name)) for file in files]
     if dry_run:
         from atoll.cli.dry_run import show_plan
 
-        show_plan(loaded, as_json)
+        for loaded in every:
+            show_plan(loaded, as_json)
         return
-    for warning in loaded.warnings:
-        warn(warning)
+    for loaded in every:
+        for warning in loaded.warnings:
+            warn(warning)
+    if len(every) > 1:
+        _train_many(every, out, publish, at_once, as_json)
+        return
     from atoll.workflows import train_and_publish
 
     try:
         with progress_bar() as progress:
-            outcome = train_and_publish(loaded.config, root=loaded.root, out=out, publish=publish, progress=progress)
+            outcome = train_and_publish(every[0].config, root=every[0].root, out=out, publish=publish, progress=progress)
     except KeyboardInterrupt:
         raise stopped() from None
     if as_json:
         write_json(to_json(outcome))
     else:
         _show(outcome)
+
+
+def _train_many(every: Sequence[LoadedConfig[TrainConfig]], out: Path | None, publish: bool, at_once: int | None, as_json: bool) -> None:
+    """Train several files' adapters at once; exit code 1 if one of them failed."""
+    from atoll.workflows import train_many
+
+    try:
+        with job_table() as table:
+            outcomes = train_many([(loaded.config, loaded.root) for loaded in every], out=out, publish=publish, at_once=at_once, table=table)
+    except KeyboardInterrupt:
+        raise stopped() from None
+    failures = [(loaded, outcome) for loaded, outcome in zip(every, outcomes, strict=True) if isinstance(outcome, AtollError)]
+    if as_json:
+        write_json(
+            [{"error": outcome.message, "hint": outcome.hint} if isinstance(outcome, AtollError) else to_json(outcome) for outcome in outcomes]
+        )
+    else:
+        for outcome in outcomes:
+            if not isinstance(outcome, AtollError):
+                _show(outcome)
+    for loaded, error in failures:
+        warn(f"{loaded.path.name} failed: {error.message}" + (f" (hint: {error.hint})" if error.hint else ""))
+    if failures:
+        raise typer.Exit(1)
 
 
 def to_json(outcome: TrainOutcome) -> dict[str, object]:

@@ -20,7 +20,7 @@ from atoll.data.encode import EncodedRow
 from atoll.errors import Interrupted
 from atoll.model.adapter import Adapter, new_adapter
 from atoll.model.decoder import Decoder
-from atoll.train.loop import Report, TrainingJob
+from atoll.train.job import Report, TrainingJob
 from atoll.train.spec import adapter_spec
 
 FEW_SHOT_ADAPTER = LoraAdapterConfig(r=16)  # at all linears, as adapters of a hub usually are

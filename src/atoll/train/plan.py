@@ -1,7 +1,7 @@
 """What a training job will do, before it does it: its rows, its prompts, its steps, its identity, and what it will cost.
 
-A plan is made from a config and a base; `--dry-run` shows it, and `run_plan` carries it out. The cost is measured on the machine at hand, with one
-forward and backward on some of the job's own rows, because no table of speeds would be true for long.
+A plan is made from a config and a base; `--dry-run` shows it, `run_plan` carries it out, and loop.train_jobs its `new_job` among others. The cost is
+measured on the machine at hand, with one forward and backward on some of the job's own rows, because no table of speeds would be true for long.
 
 Used by workflows and the command line.
 """
@@ -27,7 +27,7 @@ from atoll.train.spec import adapter_spec, edited_places, first_layer
 
 if TYPE_CHECKING:
     from atoll.model.base import Base
-    from atoll.train.job import Report, TrainResult
+    from atoll.train.job import Report, TrainingJob, TrainResult
 
 _MEASURED_TOKENS = 1000
 _FORWARD_SHARE = 0.4  # of a training step's time: what a validation pass costs a token
@@ -143,10 +143,8 @@ def _without_none(values: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != key or value is not None}
 
 
-def run_plan(plan: TrainingPlan, folder: Path, report: Report | None = None) -> TrainResult:
-    """Train (or go on training) in `folder`; the result's adapter carries its manifest. Raises as TrainingJob.run does."""
-    import dataclasses
-
+def new_job(plan: TrainingPlan, folder: Path) -> TrainingJob:
+    """The plan's job in `folder`, not begun yet."""
     import torch
 
     from atoll.model.adapter import new_adapter
@@ -155,8 +153,18 @@ def run_plan(plan: TrainingPlan, folder: Path, report: Report | None = None) -> 
     decoder = plan.base.decoder
     generator = torch.Generator().manual_seed(plan.config.trainer.seed)
     start = new_adapter(plan.spec, decoder.shape.linears, decoder.shape.num_layers, generator)
-    job = TrainingJob(decoder, start, plan.train.rows, plan.validation.rows, plan.config.trainer, folder, plan.digest)
-    result = job.run(report)
+    return TrainingJob(decoder, start, plan.train.rows, plan.validation.rows, plan.config.trainer, folder, plan.digest)
+
+
+def run_plan(plan: TrainingPlan, folder: Path, report: Report | None = None) -> TrainResult:
+    """Train (or go on training) in `folder`, alone; the result's adapter carries its manifest. Raises as loop.train does."""
+    return with_manifest(plan, new_job(plan, folder).run(report))
+
+
+def with_manifest(plan: TrainingPlan, result: TrainResult) -> TrainResult:
+    """The result of the plan's job, its adapter with the manifest."""
+    import dataclasses
+
     return dataclasses.replace(result, adapter=dataclasses.replace(result.adapter, manifest=_manifest(plan, result)))
 
 

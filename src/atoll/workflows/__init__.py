@@ -2,12 +2,13 @@
 
     start.py      what every verb begins with: a folder that is its own, the hub, the packages it needs
     runs.py       the hub's record of a run, true however the run ends
-    training.py   train and publish
+    training.py   train and publish one adapter
+    many.py       train and publish many at once, over bases.py
     measuring.py  evaluate
     landing.py    land
     compose.py    compose: compose_plan, compose_search, compose_controls, compose_lines and compose_advice are its parts, compose_report its result
 
-Everything is kept as it is done: an adapter is in the hub before the next one trains, a score is a file before the next task is asked, and each is
+Everything is kept as it is done: an adapter is in the hub the moment its training ends, a score is a file before the next task is asked, and each is
 found again by the digest of what it was made from. So a land that was stopped goes on, and one whose inputs changed redoes just what they touch.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from atoll.workflows.landing import land
+from atoll.workflows.many import JobLine, train_many
 from atoll.workflows.measuring import LandOutcome, evaluate
 from atoll.workflows.start import Progress, locked
 from atoll.workflows.training import RESULT_FILE, TrainOutcome, make_plan, prompt_ids, run_plan_in, train_and_publish
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RESULT_FILE",
     "ComposeOutcome",
+    "JobLine",
     "LandOutcome",
     "Progress",
     "TrainOutcome",
@@ -37,6 +40,7 @@ __all__ = [
     "prompt_ids",
     "run_plan_in",
     "train_and_publish",
+    "train_many",
 ]
 
 

@@ -8,29 +8,40 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atoll.config import LandConfig, TrainConfig
+from atoll.config import LandConfig
 from atoll.data.task import load_task
 from atoll.errors import AtollError, Busy, Interrupted, StorageError
 from atoll.eval.arena import Arena, note_of
 from atoll.eval.leaderboard import RowNote
 from atoll.eval.score import Score
 from atoll.hub.names import check_name
+from atoll.workflows.bases import Bases
+from atoll.workflows.many import Table, run_plans_in
 from atoll.workflows.measuring import LandOutcome, write_board
 from atoll.workflows.start import Progress, locked, open_hub, prefixed, require, silent
-from atoll.workflows.training import make_plan, plan_name, run_plan_in
+from atoll.workflows.training import make_plan, plan_name
 
 if TYPE_CHECKING:
     from atoll.hub.records import Version
     from atoll.hub.store import Hub
-    from atoll.model.base import Base
 
 _ENDS_A_LAND = (Interrupted, StorageError, Busy)  # what no other task can be spared from
 
 
-def land(config: LandConfig, out: Path, *, root: Path | None = None, hub: Hub | None = None, progress: Progress = silent) -> LandOutcome:
+def land(
+    config: LandConfig,
+    out: Path,
+    *,
+    root: Path | None = None,
+    hub: Hub | None = None,
+    at_once: int | None = None,
+    progress: Progress = silent,
+    table: Table | None = None,
+) -> LandOutcome:
     """Train every task of the file over one base, publish, evaluate base and adapters through the engine, write the leaderboard to `out`.
 
-    All data is read before the first step, so a bad file stops the land at once. A task that fails later is reported in `failures`; the others go on.
+    All data is read before the first step, so a bad file stops the land at once. Tasks train together, at most `at_once` (see
+    train.loop); table is told of each. A task that fails later is reported in `failures`; the others go on.
     Run again, it redoes only what is missing or whose inputs changed. Raises Busy if another land works in `out`, Interrupted on Ctrl-C.
     """
     require("scipy", "rouge_score")
@@ -38,23 +49,20 @@ def land(config: LandConfig, out: Path, *, root: Path | None = None, hub: Hub | 
     with locked(out):
         jobs = config.jobs()
         data = {job.name: load_task(job.require_data(), name=job.name, root=root) for job in jobs}
-        bases = _Bases(config.base, progress)
+        bases = Bases(progress)
         plans = [make_plan(job, base=bases.of(job), data=data[job.name]) for job in jobs]
         for plan in plans:
             check_name(plan_name(plan))
+        folders = [out / "tasks" / plan_name(plan) / plan.digest[:12] for plan in plans]
+        trained = run_plans_in(list(zip(folders, plans, strict=True)), hub, at_once=at_once, progress=progress, table=table)
         versions: dict[str, Version] = {}
         failures: dict[str, AtollError] = {}
-        for number, plan in enumerate(plans, 1):
-            name = plan_name(plan)
-            try:
-                outcome = run_plan_in(out / "tasks" / name / plan.digest[:12], plan, hub, progress=prefixed(progress, f"[{number}/{len(plans)}]"))
-            except _ENDS_A_LAND:
-                raise
-            except AtollError as error:
-                failures[name] = error
-                continue
-            assert outcome.version is not None
-            versions[name] = outcome.version
+        for plan, outcome in zip(plans, trained, strict=True):
+            if isinstance(outcome, AtollError):
+                failures[plan_name(plan)] = outcome
+            else:
+                assert outcome.version is not None
+                versions[plan_name(plan)] = outcome.version
         arenas = {id(base): Arena(base, hub, config.eval, out / "scores") for base in bases.loaded.values()}
         scores: list[Score] = []
         notes: dict[str, RowNote] = {}
@@ -74,19 +82,3 @@ def land(config: LandConfig, out: Path, *, root: Path | None = None, hub: Hub | 
                 failures[name] = error
         warnings = [*(warning for plan in plans for warning in plan.warnings), *(warning for arena in arenas.values() for warning in arena.warnings)]
         return write_board(next(iter(bases.loaded.values())), scores, notes, out, failures, warnings)
-
-
-class _Bases:
-    """The land's base, loaded once for each dtype and device that its jobs train in."""
-
-    def __init__(self, name: str, progress: Progress) -> None:
-        self._name, self._progress = name, progress
-        self.loaded: dict[tuple[str, str], Base] = {}
-
-    def of(self, job: TrainConfig) -> Base:
-        from atoll.model.base import load_base
-
-        key = (job.trainer.dtype, job.trainer.device)
-        if key not in self.loaded:
-            self.loaded[key] = load_base(self._name, dtype=key[0], device=key[1], progress=self._progress)
-        return self.loaded[key]

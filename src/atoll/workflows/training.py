@@ -1,6 +1,6 @@
 """Train one adapter and publish it: plan, run or resume, write, publish, record.
 
-Used by landing.py for each of its tasks, the command line and the library.
+Used by many.py for each of its jobs, the command line and the library.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from atoll.hub.store import Hub
     from atoll.model.adapter import Adapter
     from atoll.model.base import Base
+    from atoll.train.job import TrainResult
     from atoll.train.plan import TrainingPlan
 
 RESULT_FILE = "result.json"
@@ -79,26 +80,33 @@ def train_and_publish(
 
 def run_plan_in(folder: Path, plan: TrainingPlan, hub: Hub | None, *, progress: Progress = silent) -> TrainOutcome:
     """Carry out a plan in `folder` and publish to `hub` (None: write the adapter folder only). A finished run of the same job is found and kept."""
-    from atoll.train.checkpoint import FILE as CHECKPOINT
     from atoll.train.plan import run_plan
 
-    done = _finished(folder, plan, hub)
+    done = finished(folder, plan, hub)
     if done is not None:
         return done
-    target, name = folder / "adapter", plan_name(plan)
+    name = plan_name(plan)
     with recorded_run(hub, "train", name, plan.config.model_dump(mode="json")) as record:
         result = run_plan(plan, folder, lambda headline, step, total: progress(f"train {name}: {headline}", step, total))
-        write_adapter(target, result.adapter)
-        version = hub.publish(target, name, message=f"trained {result.progress.step} steps on {plan.data.task.name}") if hub else None
-        record.update(seconds=result.progress.seconds, digest=version.digest if version else None)
-    written = {"job": plan.digest, "digest": version.digest if version else None}
-    write_file(folder / RESULT_FILE, (json.dumps(written, indent=2) + "\n").encode())
+        return keep(folder, plan, result, hub, record)
+
+
+def keep(folder: Path, plan: TrainingPlan, result: TrainResult, hub: Hub | None, record: dict[str, Any]) -> TrainOutcome:
+    """Write what a plan's job ended with to `folder`, publish it, and add what belongs into the hub's record of the run."""
+    from atoll.train.checkpoint import FILE as CHECKPOINT
+
+    target, name = folder / "adapter", plan_name(plan)
+    write_adapter(target, result.adapter)
+    version = hub.publish(target, name, message=f"trained {result.progress.step} steps on {plan.data.task.name}") if hub else None
+    digest = version.digest if version else None
+    record.update(seconds=result.progress.seconds, digest=digest)
+    write_file(folder / RESULT_FILE, (json.dumps({"job": plan.digest, "digest": digest}, indent=2) + "\n").encode())
     (folder / CHECKPOINT).unlink(missing_ok=True)  # the adapter is safe, and a checkpoint is four times its size
     training = {**result.adapter.manifest["training"], "seconds": round(result.progress.seconds, 1)}
     return TrainOutcome(target, version, training, warnings=plan.warnings)
 
 
-def _finished(folder: Path, plan: TrainingPlan, hub: Hub | None) -> TrainOutcome | None:
+def finished(folder: Path, plan: TrainingPlan, hub: Hub | None) -> TrainOutcome | None:
     """The outcome of an earlier run of this very job in `folder`, if its adapter is still where it was put."""
     path = folder / RESULT_FILE
     if not path.is_file() or not (folder / "adapter").is_dir():
@@ -112,9 +120,7 @@ def _finished(folder: Path, plan: TrainingPlan, hub: Hub | None) -> TrainOutcome
     adapter = read_adapter(folder / "adapter")
     version = None
     if hub is not None:
-        version = hub.publish(
-            folder / "adapter", plan_name(plan)
-        )  # the same content is the same version; new only if it was not (or no longer) there
+        version = hub.publish(folder / "adapter", plan_name(plan))  # the same content is the same version; new only if it is no longer there
     return TrainOutcome(folder / "adapter", version, adapter.manifest["training"], reused=True, warnings=plan.warnings)
 
 
