@@ -49,7 +49,7 @@ class _Moving:
         if self._live is None:
             self._live = Live(console=self._console, refresh_per_second=4)
             self._live.start()
-        self._live.update(_as_table(lines))
+        self._live.update(_as_table(lines), refresh=True)
         if all(line.state not in ("waiting", "training") for line in lines):
             self.close()
 
