@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atoll.config import DataConfig, EvalConfig, GenerationConfig, LandConfig, TrainConfig
+from atoll.config import DataConfig, EvalConfig, GenerationConfig, LandConfig, QuantizationConfig, TrainConfig
 from atoll.data.prompt import PromptFormat, encode_prompt
 from atoll.data.task import TaskData, load_task
 from atoll.errors import AtollError, Busy, ConfigError, Interrupted, StorageError, TrainingError
@@ -79,7 +79,8 @@ def make_plan(
     from atoll.train.plan import plan_training
 
     data = data or load_task(config.require_data(), name=config.name, root=root)
-    base = base or load_base(config.base, dtype=config.trainer.dtype, device=config.trainer.device, progress=progress)
+    trainer = config.trainer
+    base = base or load_base(config.base, dtype=trainer.dtype, device=trainer.device, quantization=config.quantization, progress=progress)
     return plan_training(config, base, data, stop=limits(config.generation, data, base.tokenizer)[1])
 
 
@@ -190,12 +191,14 @@ def evaluate(
     generation: GenerationConfig | None = None,
     dtype: str = "bfloat16",
     device: str = "cpu",
+    quantization: QuantizationConfig | None = None,
+    ignore_quantization: bool = False,
     out: Path | None = None,
     progress: Progress = _silent,
 ) -> LandOutcome:
     """Score the base and some adapters of the hub on one task, in one continuous batch; raw outputs and the leaderboard go to `out`.
 
-    models: hub references ("name", "name@2", "name:tag"). Raises AdapterNotFound, BaseMismatch for an adapter of another base, and what loading
+    models: hub references ("name", "name@2", "name:tag"); ignore_quantization: take adapters of a base that is rounded otherwise, too. Raises AdapterNotFound, BaseMismatch for an adapter of another base, and what loading
     raises.
     """
     from atoll.model.base import load_base
@@ -203,10 +206,10 @@ def evaluate(
     _require("scipy", "rouge_score")
     hub, settings, generation, out = hub or _open_hub(), settings or EvalConfig(), generation or GenerationConfig(), out or Path("runs/eval")
     task = load_task(data, root=root)
-    base = load_base(base_name, dtype=dtype, device=device, progress=progress)
+    base = load_base(base_name, dtype=dtype, device=device, quantization=quantization, progress=progress)
     versions = [hub.resolve(model) for model in models]
     with locked(out):
-        arena = Arena(base, hub, settings, out / "scores")
+        arena = Arena(base, hub, settings, out / "scores", ignore_quantization=ignore_quantization)
         scores = arena.measure(task, versions, generation, progress)
         note = {task.task.name: note_of(task, scores, settings, versions)}
         return _write_board(base, scores, note, out, {}, arena.warnings)
@@ -276,14 +279,16 @@ class _Bases:
 
         key = (job.trainer.dtype, job.trainer.device)
         if key not in self.loaded:
-            self.loaded[key] = load_base(self._name, dtype=key[0], device=key[1], progress=self._progress)
+            self.loaded[key] = load_base(
+                self._name, dtype=key[0], device=key[1], quantization=job.quantization, progress=self._progress
+            )
         return self.loaded[key]
 
 
 def _write_board(
     base: Base, scores: Sequence[Score], notes: Mapping[str, RowNote], out: Path, failures: Mapping[str, AtollError], warnings: Sequence[str]
 ) -> LandOutcome:
-    board = build_leaderboard(base.name, base.fingerprint.digest, scores)
+    board = build_leaderboard(base.title, base.fingerprint.digest, scores)
     json_path, markdown_path = write_leaderboard(out, board, notes)
     return LandOutcome(board, notes, json_path, markdown_path, failures, tuple(warnings))
 

@@ -71,7 +71,7 @@ def serving_decoder(base: Base, kernel: str) -> ServingDecoder:
     found = compiled(base.decoder)
     if found is None and kernel == "native":
         raise ConfigError(
-            "the native kernel cannot run here: it needs a base in bfloat16 on a CPU that it knows, and a C++ compiler",
+            "the native kernel cannot run here: it needs a base in bfloat16, held whole, on a CPU that it knows, and a C++ compiler",
             hint='kernel "auto" takes plain torch where it cannot',
         )
     return found if found is not None else base.decoder

@@ -33,18 +33,33 @@ class Verdict:
     kind: Literal["exact", "compatible", "refused"]
     reason: str
     tensor: str | None = None  # the first tensor that does not fit; None unless shapes are why it was refused
+    quantization: str | None = None  # how its base was rounded; None unless that is why it was refused
 
     @property
     def usable(self) -> bool:
         return self.kind != "refused"
 
+    def hint(self, otherwise: str) -> str:
+        """What to do about a refusal, on a command line; `otherwise`, unless the rounding of the base is why."""
+        if self.quantization is None:
+            return otherwise
+        return f"round the base alike with --quantization {self.quantization}; --ignore-quantization uses the adapter all the same"
 
-def verdict(manifest_base: Mapping[str, Any] | None, adapter_shapes: Shapes, base_fingerprint: Mapping[str, Any], base_shapes: Shapes) -> Verdict:
+
+def verdict(
+    manifest_base: Mapping[str, Any] | None,
+    adapter_shapes: Shapes,
+    base_fingerprint: Mapping[str, Any],
+    base_shapes: Shapes,
+    *,
+    ignore_quantization: bool = False,
+) -> Verdict:
     """Compare an adapter with a base.
 
     manifest_base: the `base` record of the adapter's manifest (name, config_hash, weights_fingerprint, tokenizer_hash, chat_template_hash, perhaps
     vocab_size), or None. adapter_shapes: tensor key of adapter_model.safetensors -> shape. base_fingerprint: the same four hashes of the base at hand
-    (`weights` or `weights_fingerprint`). base_shapes: parameter name -> shape, linears as [d_out, d_in] ("model.layers.0.self_attn.q_proj.weight").
+    (`weights` or `weights_fingerprint`), and "quantization" where it is rounded, as in an adapter's record: one that was trained on a rounded base is
+    refused by any other, unless ignore_quantization says that this is meant. base_shapes: parameter name -> shape, linears as [d_out, d_in] ("model.layers.0.self_attn.q_proj.weight").
     """
     recorded = manifest_base or {}
     named = f" (made for {recorded['name']!r})" if recorded.get("name") else ""
@@ -55,6 +70,10 @@ def verdict(manifest_base: Mapping[str, Any] | None, adapter_shapes: Shapes, bas
     vocabulary, has = recorded.get("vocab_size"), _vocab_size(base_fingerprint, base_shapes)
     if vocabulary is not None and has is not None and vocabulary != has:
         return Verdict("refused", f"the adapter's tokenizer has {vocabulary} tokens, the base's has {has}{named}")
+    rounded, has_rounded = (str(found.get("quantization") or "") for found in (recorded, base_fingerprint))
+    differs = f"was trained on the base {_rounding(rounded)}, but this is the base {_rounding(has_rounded)}{named}" if rounded != has_rounded else ""
+    if differs and rounded and not ignore_quantization:
+        return Verdict("refused", f"the adapter {differs}", quantization=rounded)
     unknown = [label for keys, label in _PARTS if _first(recorded, keys) is None or _first(base_fingerprint, keys) is None]
     differing = [label for keys, label in _PARTS if label not in unknown and _first(recorded, keys) != _first(base_fingerprint, keys)]
     # a base without a chat template has no hash for it: both None is equality, not ignorance
@@ -63,6 +82,8 @@ def verdict(manifest_base: Mapping[str, Any] | None, adapter_shapes: Shapes, bas
         unknown.remove("chat template")
     if differing:
         return Verdict("compatible", f"every tensor fits, but the base has another {_listed(differing)} than the adapter was made for{named}")
+    if differs and len(unknown) < len(_PARTS):  # where nothing is known of the base, nothing is known of its rounding
+        return Verdict("compatible", f"every tensor fits, but the adapter {differs}")
     if unknown:
         return Verdict("compatible", f"every tensor fits, but the adapter has no record of its base's {_listed(unknown)}{named}")
     return Verdict("exact", "config, weights, tokenizer and chat template are those the adapter was made for")
@@ -110,6 +131,10 @@ def _edit_misfit(key: str, shape: tuple[int, ...], layer: int, tensor: str, base
     if tensor in "rw" and (len(shape) != 2 or shape[1] != query[1]):
         return f"tensor {key}: shape {list(shape)} on hidden states of width {query[1]}"
     return "" if len(shape) == (2 if tensor in "rw" else 1) else f"tensor {key}: shape {list(shape)}, expected one axis"
+
+
+def _rounding(name: str) -> str:
+    return f"rounded to {name:.20}" if name else "as it is"
 
 
 def _first(record: Mapping[str, Any], keys: tuple[str, ...]) -> Any:

@@ -55,6 +55,7 @@ class ServeConfig(Section):
         ge=0,
         description="Seconds during which an adapter that failed to load is not tried again; doubles with each failure, up to 300.",
     )
+    ignore_quantization: bool = Field(default=False, description="Also load adapters that were trained on a base rounded otherwise than this one.")
     preload: tuple[str, ...] = Field(default=(), description="Adapters of the hub to load and pin before the server answers.")
     default_adapter: str | None = Field(default=None, min_length=1, description="Adapter of requests that name none. Default: the base.")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.config import TrainConfig
+from atoll.config_quantization import QuantizationConfig
 from atoll.data.batches import epoch_batches, micro_batches
 from atoll.data.encode import Encoded, encode_examples
 from atoll.data.prompt import PromptFormat
@@ -171,7 +172,7 @@ def _manifest(plan: TrainingPlan, result: TrainResult) -> dict[str, Any]:
         "task": task.name,
         "base": plan.base.describe(),
         "prompt": plan.prompt.to_json(),
-        "quantization": None,
+        "quantization": QuantizationConfig.named(rounded).record() if (rounded := plan.base.fingerprint.quantization) else None,
         "parents": [],
         "training": {
             "config": plan.config.model_dump(mode="json", exclude={"base", "name"}),
@@ -244,8 +245,7 @@ def _memory_bytes(plan: TrainingPlan, keeps: bool) -> int:
     q, kv = shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
     scores = shape.num_heads * min(lengths[0], 512)
     a_token_a_layer = 2 * 4 * shape.hidden + item * (2 * shape.hidden + 3 * (q + 2 * kv) + 2 * q + 3 * shape.mlp + scores)
-    linears = sum(d_out * d_in for d_out, d_in in shape.linears.values()) * shape.num_layers
-    base = item * (linears + shape.vocabulary * shape.hidden)
+    base = plan.base.decoder.linear_bytes + item * shape.vocabulary * shape.hidden
     with_gradients = tokens * (shape.num_layers - plan.first_layer) * a_token_a_layer
     every_token = sum(lengths) + sum(len(row.token_ids) for row in plan.validation.rows)
     kept = min(every_token * shape.hidden * 4, plan.config.trainer.reuse_mib << 20) if keeps else 0

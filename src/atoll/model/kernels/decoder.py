@@ -24,6 +24,7 @@ from atoll.model.decoder import Decoder
 from atoll.model.kernels.bank import CompiledBank, CompiledEdits, CompiledSlot
 from atoll.model.kernels.build import Target, compiler_path, load_library, usable_targets
 from atoll.model.kv_cache import PAGE_TOKENS
+from atoll.model.quant import dense
 
 _MOST_HEAD_SIZE = 1024  # the library's buffer for one head
 
@@ -181,7 +182,7 @@ class CompiledDecoder:
 
 def compiled(decoder: Decoder) -> CompiledDecoder | None:
     """The compiled version of a decoder, made once and kept with it; None where plain torch has to do (another dtype or device, no compiler, …)."""
-    if decoder.dtype != torch.bfloat16 or decoder.device.type != "cpu":
+    if decoder.dtype != torch.bfloat16 or decoder.device.type != "cpu" or decoder.holds_blocks:  # its own copy of the base would undo the saving
         return None
     if decoder.shape.head_size % 2 or decoder.shape.head_size > _MOST_HEAD_SIZE:
         return None
@@ -233,7 +234,7 @@ def _packed_model(library: Any, decoder: Decoder) -> int:
         failed = library.atoll_layer(
             ctypes.c_void_p(model),
             index,
-            _pointers(layer.weights),
+            _pointers([dense(weight) for weight in layer.weights]),
             _pointers(biases),
             *(ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)),
             shape.windows[index] or 0,
