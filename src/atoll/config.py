@@ -205,6 +205,9 @@ class TrainerConfig(Section):
     reft_weight_decay: float = Field(
         default=0.0, ge=0, description="AdamW's weight decay of ReFT's W; its projection R and its biases are never decayed."
     )
+    neftune_noise_alpha: float | None = Field(
+        default=None, gt=0, description="NEFTune: uniform noise on the embeddings while training, of size alpha / sqrt(tokens * width); 5 is usual."
+    )
     max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are scaled down to this norm; 0 turns it off.")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's averaging factors.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
@@ -286,7 +289,7 @@ EvalSection: TypeAlias = Annotated[EvalConfig, BeforeValidator(empty_as_mapping,
 
 _BASE = "The base model: an alias (smollm2-135m-instruct), a Hugging Face id, or a folder (./mine, relative to this file)."
 _NAME = "Name of the adapter in the hub: letters, digits, '.', '_' and '-'. Without it, the task's name."
-_ROUNDING = "Round the base's linears to 4 or 8 bits (QLoRA): {bits: 4}. The adapter then belongs to that rounded base. Without it, the base as it is."
+_ROUNDING = "Round the base's linears to 4 or 8 bits (QLoRA): {bits: 4}. The adapter belongs to that rounded base. Without it, the base as it is."
 
 
 class TrainConfig(Section):

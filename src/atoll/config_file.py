@@ -19,7 +19,7 @@ from typing import Any, Generic, Literal, TypeVar, overload
 
 from pydantic import ValidationError
 
-from atoll.config import BUILTIN, REFT_RATE_BESIDE_LORA, LandConfig, QuantizationConfig, TaskEntry, TrainConfig
+from atoll.config import BUILTIN, REFT_RATE_BESIDE_LORA, LandConfig, TaskEntry, TrainConfig
 from atoll.config_adapter import ReftAdapterConfig
 from atoll.errors import ConfigError
 from atoll.files import write_file

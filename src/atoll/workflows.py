@@ -279,9 +279,7 @@ class _Bases:
 
         key = (job.trainer.dtype, job.trainer.device)
         if key not in self.loaded:
-            self.loaded[key] = load_base(
-                self._name, dtype=key[0], device=key[1], quantization=job.quantization, progress=self._progress
-            )
+            self.loaded[key] = load_base(self._name, dtype=key[0], device=key[1], quantization=job.quantization, progress=self._progress)
         return self.loaded[key]
 
 

@@ -102,9 +102,7 @@ def test_logits_are_those_of_transformers_with_bitsandbytes_and_peft(tmp_path: P
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     folder = write_tiny_base(tmp_path / "base", **WIDE)
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
-    )
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32, device_map="cpu")
     model.train()  # in evaluation a processor with bfloat16 products gets a kernel that rounds activations; there is no dropout to turn off
     base = load_base(str(folder), dtype="float32", quantization=QuantizationConfig())

@@ -28,7 +28,8 @@ QuantizationOption = Annotated[
     ),
 ]
 BlocksOption = Annotated[
-    bool, typer.Option("--quantized-memory", help="Hold rounded weights as their blocks: a quarter of the memory, and slower; the answers are the same.")
+    bool,
+    typer.Option("--quantized-memory", help="Hold rounded weights as blocks: a quarter of the memory, slower, the same answers."),
 ]
 IgnoreOption = Annotated[bool, typer.Option("--ignore-quantization", help="Also take adapters that were trained on a base rounded otherwise.")]
 

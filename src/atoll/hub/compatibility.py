@@ -17,6 +17,8 @@ Shapes = Mapping[str, Sequence[int]]
 
 _EDIT = re.compile(r"reft\.\d+\.layers\.(\d{1,6})\.\w+\.\w+\.([rwbc])")  # a tensor of a ReFT edit, see model/adapter_files.py
 
+_MAGNITUDE = ".lora_magnitude_vector"  # DoRA's [d_out]
+
 # (name in a manifest's base record and in a base's fingerprint, what a user calls it); the weights' hash has two names
 _PARTS = (
     (("config_hash",), "config"),
@@ -93,7 +95,7 @@ def _misfit(key: str, shape: tuple[int, ...], base_shapes: Shapes) -> str:
     """Why one adapter tensor does not fit the base, or ''.
 
     PEFT's keys: base_model.model.<module>.lora_A.weight [r, d_in], lora_B [d_out, r]. An edit's: reft.<part>.layers.<layer>.<component>.<side>. with
-    r or w [r, D], b or c [r].
+    r or w [r, D], b or c [r]. DoRA's magnitude is [d_out].
     """
     edit = _EDIT.fullmatch(key)
     if edit is not None:
@@ -117,6 +119,11 @@ def _misfit(key: str, shape: tuple[int, ...], base_shapes: Shapes) -> str:
             width = "d_in" if suffix == ".lora_A.weight" else "d_out" if suffix == ".lora_B.weight" else "width"
             return f"tensor {key}: {width} is {shape[axis]}, the base's {module} has {base[from_base]}"
         return ""
+    if path.endswith(_MAGNITUDE):
+        base = base_shapes.get(path.removesuffix(_MAGNITUDE) + ".weight")
+        if base is None:
+            return f"tensor {key}: the base has no module {path.removesuffix(_MAGNITUDE)}"
+        return "" if tuple(shape) == tuple(base[:1]) else f"tensor {key}: shape {list(shape)}, the base's linear has {base[0]} outputs"
     base = base_shapes.get(path)
     if base is None:
         return f"tensor {key}: the base has no parameter {path}"

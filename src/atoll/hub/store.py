@@ -231,9 +231,7 @@ class Hub(Ledger):
             children=made,
         )
 
-    def check_base(
-        self, ref: str, base_fingerprint: Mapping[str, Any], base_shapes: Shapes, *, ignore_quantization: bool = False
-    ) -> Verdict:
+    def check_base(self, ref: str, base_fingerprint: Mapping[str, Any], base_shapes: Shapes, *, ignore_quantization: bool = False) -> Verdict:
         """Whether the version may run on a base; the arguments are those of `verdict`."""
         folder = self.path(ref)
         recorded = read_json_object(folder / MANIFEST_FILE)["base"]

@@ -175,17 +175,27 @@ class Decoder:
 
     def new_bank(self) -> LoraBank:
         """An empty bank for adapters of this base, in its dtype."""
-        return LoraBank(self.shape.linears, self.shape.num_layers, self.dtype, self.device)
+        return LoraBank(self.shape.linears, self.shape.num_layers, self.dtype, self.device, self.weight)
 
     def forward(
-        self, batch: PackedBatch, adapters: AdapterBatch = BASE_ONLY, cache: KvCache | None = None, *, entering: tuple[int, Tensor] | None = None
+        self,
+        batch: PackedBatch,
+        adapters: AdapterBatch = BASE_ONLY,
+        cache: KvCache | None = None,
+        *,
+        entering: tuple[int, Tensor] | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """The final normed hidden states [N, D] of the tokens in batch.output_index (all T tokens if None), in the compute dtype.
 
         cache is needed exactly when the batch names pages. Differentiable in the adapters' tensors when gradients are enabled and there is no
-        cache. entering: (layer, what `residual_before` gave for this batch and layer), to start there.
+        cache. entering: (layer, what `residual_before` gave for this batch and layer), to start there. noise
+        [T, D] float32 is added to the embeddings.
         """
         first, residual = entering if entering is not None else (0, F.embedding(batch.token_ids, self.embedding).float())
+        if noise is not None:
+            assert entering is None, "noise is added below the first block"
+            residual = residual + noise
         if entering is not None and adapters.edits:
             residual = residual.clone()  # edits write into it
         residual = self._blocks(range(first, self.shape.num_layers), residual, batch, adapters, cache)

@@ -113,7 +113,7 @@ class Loader:
 
 
 def _num_bytes(adapter: Adapter) -> int:
-    lora = sum(module.a.nbytes + module.b.nbytes for module in adapter.modules.values())
+    lora = sum(tensor.nbytes for module in adapter.modules.values() for tensor in module.tensors)
     return lora + sum(tensor.nbytes for found in adapter.edits.values() for tensor in found.tensors.values())
 
 

@@ -157,10 +157,12 @@ def merge(spec: MergeSpec, parents: Sequence[Adapter], digests: Sequence[str] | 
     from atoll.model import composed
     from atoll.model.adapter import Adapter
     from atoll.model.composed_edits import stacked_edits
+    from atoll.model.dora import refuse_dora
 
     _check_same_base(spec, parents)
     if spec.method != "cat" or spec.rank is not None:
         composed.refuse_edits(parents, f"{spec.strategy} with a rank" if spec.method == "cat" else spec.strategy, spec.ids)
+    refuse_dora(parents, spec.strategy, spec.ids)
     rank = spec.rank
     if rank is None and spec.method == "svd":
         rank = max(parent.max_rank for parent in parents)

@@ -25,10 +25,11 @@ from atoll.model.kernels.bank import CompiledBank, CompiledEdits, CompiledSlot
 from atoll.model.kernels.build import Target, compiler_path, load_library, usable_targets
 from atoll.model.kv_cache import PAGE_TOKENS
 from atoll.model.quant import dense
+from atoll.model.sites import Site
 
 _MOST_HEAD_SIZE = 1024  # the library's buffer for one head
 
-_SOURCE, _INTERFACE = "library.cpp", 4  # atoll_interface() of the sources beside this file
+_SOURCE, _INTERFACE = "library.cpp", 5  # atoll_interface() of the sources beside this file
 _log = logging.getLogger(__name__)
 
 
@@ -89,6 +90,7 @@ class CompiledDecoder:
         self.shape, self.rotary, self.kernel = decoder.shape, decoder.rotary, target.name
         self.embedding, self.dtype, self.device = decoder.embedding, decoder.dtype, decoder.device
         self._library = library
+        self._decoder = weakref.ref(decoder)  # it holds this object, and lives as long as its base does
         self._table: tuple[Any, Any] = ((), ())  # cos and sin [positions, K/2], grown as far as they are asked for
         self._model: int = _packed_model(library, decoder)
         free = weakref.finalize(self, library.atoll_model_free, ctypes.c_void_p(self._model))
@@ -100,7 +102,12 @@ class CompiledDecoder:
 
     def new_bank(self) -> CompiledBank:
         """An empty bank for adapters of this base."""
-        return CompiledBank(self._library, self._model, self.shape.linears, self.shape.num_layers, self)
+        return CompiledBank(self._library, self._model, self.shape.linears, self.shape.num_layers, self, self._weight)
+
+    def _weight(self, site: Site) -> Tensor:
+        decoder = self._decoder()
+        assert decoder is not None, "the base is gone"
+        return decoder.weight(site)
 
     def forward(self, batch: PackedBatch, adapters: AdapterBatch = BASE_ONLY, cache: CompiledCache | None = None) -> Tensor:
         """The final normed hidden states [N, D] bfloat16 of the wanted tokens: see Decoder.forward. Needs a cache and its pages."""
