@@ -213,7 +213,7 @@ class LoraAdapterConfig(Section):
     def _check_start(self) -> LoraAdapterConfig:
         if self.starts_in_base:
             if self.use_dora:
-                raise ValueError(f"use_dora cannot start with init_lora_weights {self.init_lora_weights}: lengths would be those of another weight")
+                raise ValueError(f"use_dora cannot start with init_lora_weights {self.init_lora_weights}, whose base is another")
             most = max((self.r, *self.rank_pattern.values()))
             if most > MAX_RANK // 2:
                 raise ValueError(f"init_lora_weights {self.init_lora_weights} saves twice the rank {most}, and {MAX_RANK} is the most")

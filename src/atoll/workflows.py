@@ -198,8 +198,8 @@ def evaluate(
 ) -> LandOutcome:
     """Score the base and some adapters of the hub on one task, in one continuous batch; raw outputs and the leaderboard go to `out`.
 
-    models: hub references ("name", "name@2", "name:tag"); ignore_quantization: take adapters of a base that is rounded otherwise, too. Raises AdapterNotFound, BaseMismatch for an adapter of another base, and what loading
-    raises.
+    models: hub references ("name", "name@2", "name:tag"); ignore_quantization: take adapters of a base that is rounded otherwise, too.
+    Raises AdapterNotFound, BaseMismatch for an adapter of another base, and what loading raises.
     """
     from atoll.model.base import load_base
 

@@ -61,7 +61,8 @@ def verdict(
     manifest_base: the `base` record of the adapter's manifest (name, config_hash, weights_fingerprint, tokenizer_hash, chat_template_hash, perhaps
     vocab_size), or None. adapter_shapes: tensor key of adapter_model.safetensors -> shape. base_fingerprint: the same four hashes of the base at hand
     (`weights` or `weights_fingerprint`), and "quantization" where it is rounded, as in an adapter's record: one that was trained on a rounded base is
-    refused by any other, unless ignore_quantization says that this is meant. base_shapes: parameter name -> shape, linears as [d_out, d_in] ("model.layers.0.self_attn.q_proj.weight").
+    refused by any other, unless ignore_quantization says that this is meant. base_shapes: parameter name -> shape, linears as [d_out, d_in]
+    ("model.layers.0.self_attn.q_proj.weight").
     """
     recorded = manifest_base or {}
     named = f" (made for {recorded['name']!r})" if recorded.get("name") else ""

@@ -188,7 +188,9 @@ class Adapter:
 
 
 def new_adapter(spec: AdapterSpec, shapes: Mapping[str, tuple[int, int]], num_layers: int, generator: torch.Generator) -> Adapter:
-    """A fresh adapter in float32; DoRA's magnitudes, which depend on the base, are the caller's to add. LoRA: A uniform in ±sqrt(1 / d_in) (Kaiming with a = sqrt(5), as PEFT does), B zero, so the update starts at zero.
+    """A fresh adapter in float32; DoRA's magnitudes, which depend on the base, are the caller's to add.
+
+    LoRA: A uniform in ±sqrt(1 / d_in) (Kaiming with a = sqrt(5), as PEFT does), B zero, so the update starts at zero.
 
     ReFT: see reft.new_intervention. shapes maps a target to its linear's (d_out, d_in). Raises AdapterFormatError when the spec reaches no site.
     """

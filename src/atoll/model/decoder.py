@@ -100,7 +100,7 @@ def _windows(config: Any) -> tuple[int | None, ...]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One block's frozen tensors. norms are float32; weights are [d_out, d_in] in the compute dtype or quantised; q_norm and k_norm are Qwen3's, [K]."""
+    """One block's frozen tensors. norms are float32, weights [d_out, d_in] in the compute dtype or quantised; q_norm and k_norm are Qwen3's, [K]."""
 
     input_norm: Tensor
     post_norm: Tensor

@@ -1,7 +1,7 @@
 """DoRA (Liu et al. 2024, arXiv 2402.09353): a LoRA whose rows are scaled to trained lengths, W' = m (W + s B A) / ‖W + s B A‖ by rows of the output.
 
-The one idea: at inference m / ‖W + s B A‖ is one number an output, made once when the adapter is loaded (`gains`); the forward multiplies by it. While
-training the lengths change at every step; `NormsOfJob` has them from the lengths of W's rows and two thin products, without the sum W + s B A.
+The one idea: at inference m / ‖W + s B A‖ is one number an output, made once when the adapter is loaded (`gains`); the forward multiplies by it.
+While training the lengths change at every step; `NormsOfJob` has them from the lengths of W's rows and two thin products, without the sum W + s B A.
 
 Used by the banks (serving) and train/lora_masters.py. Where it is applied: apply.py and kernels/adapter.h.
 """

@@ -1,8 +1,8 @@
 """A base's linears rounded to 4 or 8 bits, by bitsandbytes' own functions: QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
 
-The one idea: rounding is a property of the base. Each linear is quantised by itself, as bitsandbytes' modules do it, in blocks of 64 weights (or, at 8
-bits, by rows). What is held is either the result expanded once, which runs at full speed on every path there is, or the blocks, expanded to a buffer at
-each use. Both give the same numbers, since both are products with the same rounded weights.
+The one idea: rounding is a property of the base. Each linear is quantised by itself, as bitsandbytes' modules do it, in blocks of 64 weights (at 8
+bits, by rows). What is held is either the result expanded once, which runs at full speed on every path there is, or the blocks, expanded at each use.
+Both give the same numbers, since both are products with the same rounded weights.
 
 At 8 bits the weights are rounded; activations are not, other than in LLM.int8().
 

@@ -167,7 +167,7 @@ class TrainingJob:
     def noise(self, num_tokens: int, row: int) -> Tensor | None:
         """NEFTune's noise [num_tokens, D] float32 for the embeddings of a group's row number `row`, after `enter`; None where there is none.
 
-        Uniform in ± alpha / sqrt(L D), L the row's tokens (Jain et al. 2023, arXiv 2310.05914); drawn from the step's seed, so it is drawn alike again.
+        Uniform in ± alpha / sqrt(L D), L the row's tokens (Jain et al. 2023, arXiv 2310.05914); drawn from the step's seed, so alike again.
         """
         alpha, seed, hidden = self.config.neftune_noise_alpha, self.weights.dropout_seed, self.decoder.shape.hidden
         if alpha is None or seed is None:

@@ -59,7 +59,7 @@ class LoraMasters:
         return a
 
     def _fuse(self, adapter: Adapter, linears: Mapping[str, tuple[int, int]], place: tuple[int, int], members: list[str], a: Tensor) -> None:
-        (layer, group), starts = place, _starts(linears, place[1])
+        layer, starts = place[0], _starts(linears, place[1])
         parts, row = [], 0
         for target in members:
             module = adapter.modules[Site(layer, target)]

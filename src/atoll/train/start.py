@@ -1,9 +1,9 @@
 """Where an adapter's training starts: the default (A random, B zero), and starts that are taken out of the base's weights.
 
-PiSSA (Meng et al. 2024, arXiv 2404.02948) starts with the largest singular directions of W, OLoRA (Büyükakyüz 2024, arXiv 2406.01775) with the first of
-its QR decomposition, and both train over W minus that start. The base is shared and never written, so here the start is one more update, not trained,
-that is taken out beside the trained one: W x − s B₀ A₀ x + s B A x. What is saved is B A − B₀ A₀ as one LoRA of twice the rank, right on the unchanged
-base, as PEFT converts it.
+PiSSA (Meng et al. 2024, arXiv 2404.02948) starts with the largest singular directions of W, OLoRA (Büyükakyüz 2024, arXiv 2406.01775) with the first
+of its QR decomposition, and both train over W minus that start. The base is shared and never written, so here the start is one more update, not
+trained, that is taken out beside the trained one: W x − s B₀ A₀ x + s B A x. What is saved is B A − B₀ A₀ as one LoRA of twice the rank, right on the
+unchanged base, as PEFT converts it.
 
 Used by plan.py.
 """
