@@ -13,6 +13,7 @@ def test_train_generate_and_evaluate_take_the_same_rounded_base(atoll, job, tmp_
     """Training on NF4 and asking on other weights is the mistake that nobody sees; so nobody has to remember a flag."""
     config = json.loads(job.read_text())
     job.write_text(json.dumps({**config, "quantization": {"bits": 4, "resident": "nf4"}}))
+    assert "linears rounded to nf4, held as blocks: " in atoll("train", job, "--dry-run").out
     trained = atoll("train", job, "--out", "run")
     assert trained.code == 0, trained.err
     assert "costs time" in trained.err

@@ -154,7 +154,8 @@ def _greet(service: Service, url: str) -> None:
     key = "" if config.keys_file is None else " -H 'authorization: Bearer KEY'"
     parameters = '"max_new_tokens": 40' + (f', "adapter_id": "{adapter}"' if adapter else "")
     access = f"keys of {config.keys_file}" if config.keys_file is not None else "without keys, this machine only"
-    say(f"serving {service.base.title} at {url} ({access}; {service.kernel} kernel, {config.engine.max_rows} rows)")
+    held = f", linears held as blocks in {size(service.base.decoder.linear_bytes)}" if service.base.decoder.holds_blocks else ""
+    say(f"serving {service.base.title}{held} at {url} ({access}; {service.kernel} kernel, {config.engine.max_rows} rows)")
     if stats.get("adapters_registered"):
         say(f"  {stats['adapters_registered']} adapter(s) loaded, {size(stats['adapter_bytes'])}; others are loaded when a request names them")
     body = f'{{"inputs": "Once upon a time", "parameters": {{{parameters}}}}}'
