@@ -20,6 +20,7 @@ from atoll.model.apply import AdapterWeights
 from atoll.model.apply_edits import edit_rows
 from atoll.model.batch import AdapterBatch, PackedBatch, Segment
 from atoll.model.decoder import Decoder
+from atoll.model.dora import row_norms
 from atoll.model.reft import Intervention, ReftSpec
 
 if TYPE_CHECKING:
@@ -50,6 +51,12 @@ def random_adapter(decoder: Decoder, rank: int = 8, seed: int = 1, **spec: Any) 
     modules = {
         site: LoraModule(module.a, torch.randn(module.b.shape, generator=generator) * 0.05, module.scaling) for site, module in fresh.modules.items()
     }
+    if asked.use_dora:  # other lengths than the base's own
+        lengths = {site: row_norms(decoder.weight(site), module.a, module.b, module.scaling) for site, module in modules.items()}
+        modules = {
+            site: replace(module, magnitude=lengths[site] * (1 + 0.2 * torch.randn(lengths[site].shape, generator=generator)))
+            for site, module in modules.items()
+        }
     return Adapter(asked, modules, edits={site: _moved(found, generator) for site, found in fresh.edits.items()})
 
 

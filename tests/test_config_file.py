@@ -133,9 +133,10 @@ def test_a_wrong_override_is_blamed_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_what_is_valid_but_surprising_is_a_warning(tmp_path: Path) -> None:
-    """Quantisation that is not applied, and a template that shows nothing of the row, must not pass unseen."""
-    loaded = load_config(write(tmp_path, TRAIN + "quantization: {bits: 8}\n"))
-    assert len(loaded.warnings) == 1 and "quantization to 8 bits has no effect yet" in loaded.warnings[0]
+    """Blocks that cost time at every step, and a template that shows nothing of the row, must not pass unseen."""
+    loaded = load_config(write(tmp_path, TRAIN + "quantization: {bits: 8, resident: int8}\n"))
+    assert len(loaded.warnings) == 1 and "quantization.resident int8 saves memory and costs time" in loaded.warnings[0]
+    assert load_config(write(tmp_path, TRAIN + "quantization: {bits: 8}\n")).warnings == ()
     loaded = load_config(write(tmp_path, LAND.replace("path: b.csv", "path: b.csv, template: Answer, target: y")))
     assert loaded.warnings == ("v1.5: data.template has no {column}, so every prompt is the same text: 'Answer'",)
 

@@ -40,7 +40,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ui",),
     ("cli",),
 )
-CONFIG_FILES = ("config", "config_adapter", "config_compose", "config_file", "config_section", "ludwig", "ludwig_keys", "model_errors", "yaml_file")
+CONFIG_FILES = (
+    "config",
+    "config_adapter",
+    "config_compose",
+    "config_file",
+    "config_quantization",
+    "config_section",
+    "ludwig",
+    "ludwig_keys",
+    "model_errors",
+    "yaml_file",
+)
 APART = {"model.positions": "positions"}  # of errors alone, so that a configuration's positions are read by the function that resolves them
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from atoll.config_adapter import AdapterSection, LoraAdapterConfig, ReftAdapterConfig, family_of, require_type
+from atoll.config_quantization import QuantizationConfig as QuantizationConfig
 from atoll.config_section import Section as Section
 from atoll.config_section import empty_as_mapping, given
 from atoll.errors import ConfigError
@@ -204,6 +205,9 @@ class TrainerConfig(Section):
     reft_weight_decay: float = Field(
         default=0.0, ge=0, description="AdamW's weight decay of ReFT's W; its projection R and its biases are never decayed."
     )
+    neftune_noise_alpha: float | None = Field(
+        default=None, gt=0, description="NEFTune: uniform noise on the embeddings while training, of size alpha / sqrt(tokens * width); 5 is usual."
+    )
     max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are scaled down to this norm; 0 turns it off.")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's averaging factors.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
@@ -265,14 +269,6 @@ class GenerationConfig(Section):
         return stop
 
 
-class QuantizationConfig(Section):
-    """The form in which the base's weights are held (QLoRA)."""
-
-    bits: Literal[4, 8] = Field(default=4, description="Bits a weight.")
-    quant_type: Literal["nf4", "fp4"] = Field(default="nf4", description="Number format of 4-bit weights.")
-    double_quant: bool = Field(default=True, description="Quantise the scales of 4-bit blocks as well.")
-
-
 class EvalConfig(Section):
     """How a land is measured."""
 
@@ -293,6 +289,7 @@ EvalSection: TypeAlias = Annotated[EvalConfig, BeforeValidator(empty_as_mapping,
 
 _BASE = "The base model: an alias (smollm2-135m-instruct), a Hugging Face id, or a folder (./mine, relative to this file)."
 _NAME = "Name of the adapter in the hub: letters, digits, '.', '_' and '-'. Without it, the task's name."
+_ROUNDING = "Round the base's linears to 4 or 8 bits (QLoRA): {bits: 4}. The adapter belongs to that rounded base. Without it, the base as it is."
 
 
 class TrainConfig(Section):
@@ -304,7 +301,7 @@ class TrainConfig(Section):
     adapter: AdapterSection = Field(default_factory=LoraAdapterConfig, description="What is trained.")
     trainer: TrainerSection = Field(default_factory=TrainerConfig, validate_default=True, description="How it is trained.")
     generation: GenerationSection = Field(default_factory=GenerationConfig, description="How answers are written.")
-    quantization: QuantizationConfig | None = Field(default=None, description="Form of the base's weights; recorded, not applied yet.")
+    quantization: QuantizationConfig | None = Field(default=None, description=_ROUNDING)
 
     @field_validator("adapter", mode="before")
     @classmethod
@@ -370,6 +367,7 @@ class LandConfig(Section):
         min_length=1, description="The tasks: a data path such as builtin:dates, or a mapping with data and what differs from the defaults."
     )
     eval: EvalSection = Field(default_factory=EvalConfig, description="How the land is measured.")
+    quantization: QuantizationConfig | None = Field(default=None, description=_ROUNDING)
 
     @model_validator(mode="after")
     def _check_names(self) -> LandConfig:
@@ -388,7 +386,7 @@ class LandConfig(Section):
         if "type" in task.adapter.model_fields_set and family_of(task.adapter) != family_of(self.defaults.adapter):
             sections["adapter"] = dict(given(task.adapter))  # LoRA's defaults say nothing about ReFT, nor the other way round
         try:
-            return TrainConfig.model_validate({"base": self.base, "name": task.key, **sections})
+            return TrainConfig.model_validate({"base": self.base, "name": task.key, "quantization": self.quantization, **sections})
         except ValidationError as problem:
             raise config_error(problem, TrainConfig, lambda key: f"tasks[{index}] ({task.key}), with the defaults") from None
 

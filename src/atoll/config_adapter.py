@@ -31,6 +31,7 @@ WITHOUT_ACTIVATION = ("consreft", "lobireft")  # they have no W, so there is not
 _LAYERS = r"^-?\d+(;-?\d+)*$"  # as PyReFT's scripts write them
 _LayersText: TypeAlias = Annotated[str, Field(pattern=_LAYERS)]
 _LORA, _REFT = "lora", "reft"
+_INIT = r"^(default|gaussian|olora|pissa|pissa_niter_[1-9][0-9]{0,2})$"
 _REFT_UNDER_LORA = f"is a key of ReFT, but the type is lora; set type to one of {', '.join(REFT_TYPES)}, or put it under reft to train both"
 
 
@@ -130,6 +131,20 @@ class LoraAdapterConfig(Section):
         json_schema_extra={"examples": ["all-linear", list(TARGET_MODULES)]},
     )
     use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
+    use_dora: bool = Field(default=False, description="DoRA: also train the length of each row of the adapted weights. Served by the Llama family.")
+    init_lora_weights: str = Field(
+        default="default",
+        pattern=_INIT,
+        description="How the factors start. default: A random, B zero; gaussian: A normal; pissa: the weight's largest singular directions "
+        "(pissa_niter_16: nearly those, faster); olora: the first of its QR decomposition. From the last two, an adapter of twice the rank is saved, "
+        "which fits the unchanged base.",
+        json_schema_extra={"examples": ["default", "gaussian", "pissa", "pissa_niter_16", "olora"]},
+    )
+    loraplus_lr_ratio: float | None = Field(
+        default=None,
+        ge=1,
+        description="LoRA+: B's learning rate over A's, which is trainer.learning_rate; 16 is usual. Without it, one rate.",
+    )
     rank_pattern: dict[str, int] = Field(
         default_factory=dict, description="Other ranks for some modules, by name (q_proj) or by end of path (layers.3.self_attn.q_proj)."
     )
@@ -141,6 +156,15 @@ class LoraAdapterConfig(Section):
     @classmethod
     def _check_type(cls, value: Any) -> Any:
         return _checked_type(value)
+
+    @field_validator("init_lora_weights", mode="before", json_schema_input_type=str | bool)
+    @classmethod
+    def _check_init(cls, value: Any) -> Any:
+        if value is True:
+            return "default"  # PEFT's word for it
+        if not isinstance(value, str) or not re.fullmatch(_INIT, value):
+            raise ValueError("must be default, gaussian, pissa, pissa_niter_N (N power iterations, such as 16), or olora")
+        return value
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -184,6 +208,21 @@ class LoraAdapterConfig(Section):
                 if value <= 0 or (most is not None and value > most):
                     raise ValueError(f"{field} gives {name!r} the value {value:g}; must be {'above 0' if most is None else f'from 1 to {most}'}")
         return self
+
+    @model_validator(mode="after")
+    def _check_start(self) -> LoraAdapterConfig:
+        if self.starts_in_base:
+            if self.use_dora:
+                raise ValueError(f"use_dora cannot start with init_lora_weights {self.init_lora_weights}, whose base is another")
+            most = max((self.r, *self.rank_pattern.values()))
+            if most > MAX_RANK // 2:
+                raise ValueError(f"init_lora_weights {self.init_lora_weights} saves twice the rank {most}, and {MAX_RANK} is the most")
+        return self
+
+    @property
+    def starts_in_base(self) -> bool:
+        """Whether the start is taken out of the base's weights (PiSSA, OLoRA), so that what is saved has twice the rank."""
+        return self.init_lora_weights not in ("default", "gaussian")
 
     @property
     def scaling_alpha(self) -> float:

@@ -19,7 +19,7 @@ from typing import Any, Generic, Literal, TypeVar, overload
 
 from pydantic import ValidationError
 
-from atoll.config import BUILTIN, REFT_RATE_BESIDE_LORA, LandConfig, QuantizationConfig, TaskEntry, TrainConfig
+from atoll.config import BUILTIN, REFT_RATE_BESIDE_LORA, LandConfig, TaskEntry, TrainConfig
 from atoll.config_adapter import ReftAdapterConfig
 from atoll.config_compose import ComposeConfig
 from atoll.errors import ConfigError
@@ -249,8 +249,8 @@ def _notes(configs: tuple[TrainConfig, ...]) -> tuple[str, ...]:
     """What a user should know about configurations that are valid."""
     notes: dict[str, None] = {}
     for config in configs:
-        if config.quantization is not None:
-            notes[_quantization_note(config.quantization)] = None
+        if (rounding := config.quantization) is not None and rounding.holds_blocks:
+            notes[f"quantization.resident {rounding.resident} saves memory and costs time: every step expands the base's weights twice"] = None
         owner = f"{config.name}: " if len(configs) > 1 else ""
         for note in _reft_notes(config):
             notes[f"{owner}{note}"] = None
@@ -271,7 +271,3 @@ def _reft_notes(config: TrainConfig) -> Iterator[str]:
         yield "trainer.reft_learning_rate has no effect: it is for a ReFT part beside a LoRA; trainer.learning_rate counts"
     if reft is not None and not reft.tied and not Positions.parse(reft.positions).has_sides:
         yield f"tied: false has no effect: positions {reft.positions} have no second side"
-
-
-def _quantization_note(quantization: QuantizationConfig) -> str:
-    return f"quantization to {quantization.bits} bits has no effect yet: training and serving use the unquantised base, as the adapter's record says"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from atoll.errors import ConfigError
-from atoll.ludwig_keys import ADAM_LIKE, ADAPTER_TYPES, DECAYS, OPTIMIZERS, RULES, SPLIT_TYPES, TRAINER_TYPES, Rule, base_name
+from atoll.ludwig_keys import ADAM_LIKE, ADAPTER_TYPES, DECAYS, OPTIMIZERS, RULES, SPLIT_TYPES, STARTS, TRAINER_TYPES, Rule, base_name
 from atoll.yaml_file import Key, YamlFile, key_hint, key_text, kind_of, nearest
 
 _MARKS = ("base_model", "model_type", "input_features", "output_features", "output_feature", "preprocessing", "prompt")
@@ -272,8 +272,12 @@ def _adapter(reader: _Reader) -> None:
     reader.put("adapter.r", ("adapter", "r"), 8)
     reader.put("adapter.dropout", ("adapter", "dropout"), 0.05)
     reader.put("adapter.target_modules", ("adapter", "target_modules"), ["q_proj", "v_proj"])
-    for name in ("alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+    for name in ("alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "loraplus_lr_ratio"):
         reader.put(f"adapter.{name}", ("adapter", name))
+    if reader.get("adapter", "init_lora_weights") not in (None, True):
+        reader.set("adapter.init_lora_weights", reader.choice(("adapter", "init_lora_weights"), STARTS, STARTS[:4], "default"))
+    if reader.get("model_parameters", "neftune_noise_alpha"):  # 0 is none
+        reader.put("trainer.neftune_noise_alpha", ("model_parameters", "neftune_noise_alpha"))
 
 
 def _quantization(reader: _Reader) -> None:

@@ -32,6 +32,7 @@ ADAPTER_TYPES = (
     "lora", "adalora", "ia3", "vera", "loha", "lokr", "fourierft", "boft", "oft",
     "hra", "c3a", "vblora", "tinylora", "waveft", "ln_tuning", "adaption_prompt", "turbo", "turbo_lora",
 )  # fmt: skip
+STARTS = ("default", "gaussian", "olora", "pissa", "eva", "corda", "loftq", "orthogonal")  # the first four are offered
 SPLIT_TYPES = ("fixed", "random", "stratify", "datetime", "hash")
 TRAINER_TYPES = ("finetune", "none", "dpo", "kto", "orpo", "grpo")
 DECAYS = ("cosine", "cosine_with_restarts", "linear", "constant", "exponential", "one_cycle", "inverse_sqrt", "polynomial", "wsd")
@@ -118,11 +119,8 @@ _PREPROCESSING = {
 }
 
 _ADAPTER = {
-    "type r alpha dropout target_modules use_rslora rank_pattern alpha_pattern": USED,
-    "use_dora": _refused("DoRA is another kind of adapter", False),
+    "type r alpha dropout target_modules use_rslora use_dora rank_pattern alpha_pattern init_lora_weights loraplus_lr_ratio": USED,
     "bias_type": _refused("biases stay as they are", "none"),
-    "init_lora_weights": _refused("A starts random and B at zero", "default", True),
-    "loraplus_lr_ratio": _refused("A and B have one learning rate", 1, 1.0),
     "pretrained_adapter_weights": _refused("training starts from a new adapter"),
     "postprocessor": SECTION,
     "postprocessor.merge_adapter_into_base_model": _no_effect("the adapter stays apart, so that one base serves many", False),
@@ -198,7 +196,8 @@ _GENERATION = {
 
 _MODEL_PARAMETERS = {
     "rope_scaling": _refused("a base is used with the positions it was trained with"),
-    "neftune_noise_alpha embedding_noise_alpha": _refused("no noise is added to embeddings", 0, 0.0),
+    "neftune_noise_alpha": USED,
+    "embedding_noise_alpha": _refused("noise on embeddings is neftune_noise_alpha's", 0, 0.0),
 }
 
 # Places in lists are written without their number: input_features[].name

@@ -36,6 +36,25 @@ def test_a_strangers_adapter_without_hashes_is_compatible_at_best(recorded: dict
     assert found.kind == "compatible" and "no record" in found.reason
 
 
+def test_an_adapter_of_a_rounded_base_is_refused_elsewhere_unless_that_is_meant():
+    """Trained on NF4 and served on the weights as they are is a silent mismatch; the sentence names both, and the way out."""
+    trained, nf4 = {**BASE, "quantization": "nf4"}, {**FINGERPRINT, "quantization": "nf4"}
+    assert verdict(trained, ADAPTER, nf4, SHAPES).kind == "exact"
+    for base, said in ((FINGERPRINT, "the base as it is"), ({**FINGERPRINT, "quantization": "fp4"}, "the base rounded to fp4")):
+        found = verdict(trained, ADAPTER, base, SHAPES)
+        assert (found.kind, found.quantization) == ("refused", "nf4") and f"rounded to nf4, but this is {said}" in found.reason
+        assert "--quantization nf4" in found.hint("another") and "--ignore-quantization" in found.hint("another")
+        allowed = verdict(trained, ADAPTER, base, SHAPES, ignore_quantization=True)
+        assert allowed.kind == "compatible" and "rounded to nf4" in allowed.reason
+
+
+def test_an_adapter_of_the_plain_base_may_run_on_a_rounded_one_with_a_word():
+    """People serve plain adapters on a rounded base to save memory; they are told."""
+    found = verdict(BASE, ADAPTER, {**FINGERPRINT, "quantization": "nf4"}, SHAPES)
+    assert found.kind == "compatible" and "trained on the base as it is, but this is the base rounded to nf4" in found.reason
+    assert "no record" in verdict({}, ADAPTER, {**FINGERPRINT, "quantization": "nf4"}, SHAPES).reason
+
+
 def test_two_bases_without_a_chat_template_agree_about_it():
     """None on both sides is a fact known, not a fact missing."""
     none = {"chat_template_hash": None}

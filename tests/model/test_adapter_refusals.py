@@ -237,7 +237,6 @@ def test_a_layer_of_the_config_that_the_file_lacks_is_named(folder: Path) -> Non
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("bias", "all"),
         ("bias", "lora_only"),
         ("modules_to_save", ["lm_head"]),
@@ -255,8 +254,6 @@ def test_a_layer_of_the_config_that_the_file_lacks_is_named(folder: Path) -> Non
         ("init_lora_weights", "olora"),
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "corda"),
-        ("use_dora", "yes"),
-        ("use_dora", 1),
         ("some_option_of_tomorrow", 3),
         ("some_option_of_tomorrow", {"a": 1}),
     ],
@@ -321,6 +318,8 @@ def test_a_strangers_pattern_is_never_run(changes: dict[str, Any], words: tuple[
         ({"lora_dropout": 1.0}, ("lora_dropout is 1.0",)),
         ({"lora_dropout": -0.1}, ("lora_dropout is -0.1",)),
         ({"use_rslora": "false"}, ("use_rslora is 'false'", "true or false")),
+        ({"use_dora": "yes"}, ("use_dora is 'yes'", "true or false")),
+        ({"use_dora": 1}, ("use_dora is 1", "true or false")),
         ({"rank_pattern": {"q_proj": 0}}, ("rank_pattern.q_proj is 0",)),
         ({"rank_pattern": [["q_proj", 2]]}, ("rank_pattern is", "object")),
         ({"rank_pattern": {f"layers.{i}.q_proj": 2 for i in range(10_001)}}, ("rank_pattern has 10001 entries", "at most 10000")),

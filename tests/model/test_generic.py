@@ -235,7 +235,7 @@ def spoilt(folder: Path, how: str) -> None:
         ("pattern", UnsupportedAdapter, "patterns from files are never run"),
         ("uncovered", AdapterFormatError, "which its config does not cover"),
         ("rank", AdapterFormatError, "the config says rank 5"),
-        ("dora", UnsupportedAdapter, "use_dora is True"),
+        ("dora", UnsupportedAdapter, "use_dora is true"),
         ("pickle", AdapterFormatError, "as a pickle"),
         ("nan", AdapterFormatError, "not finite"),
         ("half", AdapterFormatError, "A and B are both needed"),

@@ -23,7 +23,6 @@ from atoll.engine import sampler
 from atoll.engine.request import SamplingParams
 from atoll.errors import BaseMismatch
 from atoll.model.adapter import Adapter
-from atoll.model.bank import LoraBank
 from atoll.model.batch import AdapterBatch, PackedBatch, Segment
 from atoll.model.decoder import Decoder
 from atoll.model.kernels import build
@@ -64,14 +63,16 @@ def model_of(family: str, changes: tuple[tuple[str, Any], ...] = ()) -> Any:
 class Rows:
     """Rows with adapters over one compiled base, each with its pages."""
 
-    def __init__(self, model: Any, rows: Sequence[Sequence[int]] = LONG_ROWS) -> None:
+    def __init__(self, model: Any, rows: Sequence[Sequence[int]] = LONG_ROWS, **spec: Any) -> None:
         self.exact, rounded = decoder_of(model), decoder_of(model, torch.bfloat16)
         found = compiled(rounded)
         assert found is not None
         self.decoder: CompiledDecoder = found
         self.rounded = rounded
         self.rows = [list(row) for row in rows]
-        self.adapters: list[Adapter | None] = [random_adapter(self.exact, rank=rank, seed=rank) if rank else None for rank in (8, 5, 0, 20, 16)]
+        self.adapters: list[Adapter | None] = [
+            random_adapter(self.exact, rank=rank, seed=rank, **spec) if rank else None for rank in (8, 5, 0, 20, 16)
+        ]
         bank = self.bank = self.decoder.new_bank()
         self.slots = [bank.load(adapter) if adapter is not None else None for adapter in self.adapters]
         bounds = [0]
@@ -91,7 +92,7 @@ class Rows:
     def plain(self, decoder: Decoder, index: int) -> Tensor:
         """A row's logits by the plain forward."""
         adapter, row = self.adapters[index], self.rows[index]
-        bank = LoraBank(decoder.shape.linears, decoder.shape.num_layers, decoder.dtype)
+        bank = decoder.new_bank()
         batch = AdapterBatch((Segment(0, len(row), bank.load(adapter)),)) if adapter is not None else AdapterBatch()
         return decoder.logits(decoder.forward(PackedBatch.of([row]), batch))
 
@@ -197,6 +198,27 @@ def test_pages_may_lie_anywhere_and_can_be_copied(target: str) -> None:
     assert torch.equal(torch.cat([first, *rows.hidden([0], cache, 40)]), expected)
     cache.zero_pages([0, 7, 2])
     assert not cache.memory[[0, 7, 2]].any()
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj", "down_proj", "up_proj"), ("k_proj", "o_proj", "gate_proj")])
+@pytest.mark.parametrize(("family", "changes"), [SHAPES[1], SHAPES[3]])
+def test_dora_adapters_scale_base_and_update_but_not_the_bias(target: str, family: str, changes: dict[str, Any], targets: tuple[str, ...]) -> None:
+    """As near to float32 as the plain forward, for some of the linears that share an input, and the same bits alone as beside others."""
+    rows = Rows(model_of(family, tuple(changes.items())), use_dora=True, target_modules=targets)
+    rows.adapters[0] = random_adapter(rows.exact, rank=8, seed=8)  # a plain one beside them
+    rows.slots[0] = rows.bank.load(rows.adapters[0])
+    found = rows.hidden(range(len(rows.rows)))
+    errors, plain_errors = [], []
+    for index, hidden in enumerate(found):
+        exact = rows.plain(rows.exact, index)
+        errors.append(float((rows.decoder.logits(hidden) - exact).abs().mean()))
+        plain_errors.append(float((rows.plain(rows.rounded, index) - exact).abs().mean()))
+        assert torch.equal(rows.hidden([index])[0], hidden)
+    assert sum(errors) <= 1.2 * sum(plain_errors)
+    adapter = rows.adapters[1]
+    assert adapter is not None
+    widths = sum(len(module.magnitude) for module in adapter.modules.values() if module.magnitude is not None)
+    assert rows.bank.slot_bytes(adapter) > 4 * widths > 0
 
 
 def test_an_adapter_that_does_not_fit_is_refused_and_a_slot_is_freed_once(target: str) -> None:

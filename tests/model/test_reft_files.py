@@ -361,7 +361,7 @@ def test_a_base_that_is_no_name_is_refused(folder: Path) -> None:
 def test_the_lora_half_is_held_to_what_a_lora_is(both: Path) -> None:
     """The same refusals as for a LoRA alone."""
     change_config(both, use_dora=True)
-    refused(both, UnsupportedAdapter, "use_dora is True")
+    refused(both, AdapterFormatError, "lora_magnitude_vector")
     change_config(both, use_dora=False)
     q = peft_key(Site(0, "q_proj"), "A")
     change_tensors(both, lambda tensors: tensors.pop(q))

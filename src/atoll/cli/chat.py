@@ -16,6 +16,7 @@ import typer
 
 from atoll.cli.options import BaseOption, DtypeOption
 from atoll.cli.output import print_error, say, write
+from atoll.cli.rounding import BlocksOption, IgnoreOption, QuantizationOption, Rounding
 from atoll.errors import AtollError, ConfigError, EngineError, RequestRefused
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ def chat(
     ] = 1.1,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of the draw.", show_default=False)] = None,
     dtype: DtypeOption = "bfloat16",
+    quantization: QuantizationOption = None,
+    quantized_memory: BlocksOption = False,
+    ignore_quantization: IgnoreOption = False,
 ) -> None:
     """Talk to the base or to an adapter.
 
@@ -55,7 +59,8 @@ def chat(
     from atoll.engine.request import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
-    session = open_session([adapter] if adapter else [], base, dtype)
+    rounding = Rounding(quantization, quantized_memory, ignore_quantization)
+    session = open_session([adapter] if adapter else [], base, dtype, rounding)
     if not session.base.tokenizer.chat_template:
         raise ConfigError(
             f"the base {session.base.name!r} has no chat template", hint="use an instruct base, or continue plain text: atoll generate --raw"

@@ -170,6 +170,7 @@ def _show_cost(plan: TrainingPlan, cost: CostEstimate) -> None:
     measured = f"measured just now on {cost.measured_tokens:,} tokens of this job: {cost.tokens_per_s:,.0f} tokens/s"
     write(
         "# what it takes\n"
+        f"{_base_text(plan)}"
         f"adapter               {_adapter_text(plan)}\n"
         f"trainable parameters  {plan.num_parameters:,}\n"
         f"optimizer steps       {plan.total_steps:,} of {plan.config.trainer.batch_size} rows\n"
@@ -178,10 +179,18 @@ def _show_cost(plan: TrainingPlan, cost: CostEstimate) -> None:
     )
 
 
+def _base_text(plan: TrainingPlan) -> str:
+    """How the base is rounded, and what its linears take; nothing for a base as it is."""
+    rounding, decoder = plan.base.fingerprint.quantization, plan.base.decoder
+    held = "as blocks" if decoder.holds_blocks else f"whole, as {plan.config.trainer.dtype}"
+    return f"base                  linears rounded to {rounding}, held {held}: {size(decoder.linear_bytes)}\n" if rounding else ""
+
+
 def _adapter_text(plan: TrainingPlan) -> str:
     """What is trained, and where."""
     spec, num_layers = plan.spec, plan.base.decoder.shape.num_layers
-    texts = [f"LoRA of rank {spec.rank} on {len(spec.sites(num_layers))} linears"] if spec.target_modules else []
+    kind = "DoRA" if spec.use_dora else "LoRA"
+    texts = [f"{kind} of rank {spec.rank} on {len(spec.sites(num_layers))} linears"] if spec.target_modules else []
     for part in spec.reft:
         blocks = len({site.layer for site in part.sites(0, num_layers)})
         sides = ", each side with its own tensors" if part.sides == 2 else ""
@@ -208,6 +217,8 @@ def _as_json(plan: TrainingPlan, cost: CostEstimate, warnings: Sequence[str]) ->
             "test": {"rows": len(plan.data.test)},
         },
         "kind": plan.spec.kind,
+        "quantization": plan.base.fingerprint.quantization or None,
+        "linear_bytes": plan.base.decoder.linear_bytes,
         "trainable_parameters": plan.num_parameters,
         "steps": plan.total_steps,
         "estimate": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +11,11 @@ from atoll.cli.leaderboard import RUNS, show_outcome
 from atoll.cli.options import DEFAULT_BASE, BaseOption, DtypeOption, JsonOption, OutOption, overrides, stopped
 from atoll.cli.output import say
 from atoll.cli.progress import progress_bar
+from atoll.cli.rounding import BlocksOption, IgnoreOption, QuantizationOption, Rounding
 from atoll.errors import ConfigError
+
+if TYPE_CHECKING:
+    from atoll.hub.store import Hub
 
 SECTIONS = ("data", "eval", "generation")
 
@@ -31,6 +35,9 @@ def evaluate(
     ] = None,
     out: OutOption = None,
     dtype: DtypeOption = "bfloat16",
+    quantization: QuantizationOption = None,
+    quantized_memory: BlocksOption = False,
+    ignore_quantization: IgnoreOption = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting below data, eval or generation, such as data.metric=rouge_l; repeatable."),
@@ -53,6 +60,8 @@ def evaluate(
     from atoll.workflows import evaluate as evaluate_workflow
 
     sections = _sections(overrides(settings, eval__test_rows=rows, data__path=task, data__template=template, data__target=target))
+    rounding = Rounding(quantization, quantized_memory, ignore_quantization)
+    rounded = rounding.of(_open_hub() if models else None, models)
     try:
         with progress_bar() as progress:
             outcome = evaluate_workflow(
@@ -63,6 +72,8 @@ def evaluate(
                 settings=EvalConfig(**sections["eval"]),
                 generation=GenerationConfig(**sections["generation"]),
                 dtype=dtype,
+                quantization=rounded,
+                ignore_quantization=ignore_quantization,
                 out=out or RUNS / "eval" / Path(task.removeprefix("builtin:")).stem,
                 progress=progress,
             )
@@ -85,13 +96,17 @@ def _sections(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return sections
 
 
+def _open_hub() -> Hub:
+    from atoll.hub import Hub
+
+    return Hub()
+
+
 def _base_of(models: list[str] | None) -> str:
     """The base that the first adapter was trained on; the embedded one where no adapter is named."""
     if not models:
         return DEFAULT_BASE
-    from atoll.hub import Hub
-
-    version = Hub().resolve(models[0])
+    version = _open_hub().resolve(models[0])
     if version.base is None:
         raise ConfigError(f"{version.ref} does not say what base it was trained on", hint="name it with --base")
     return version.base

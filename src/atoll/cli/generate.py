@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
 from atoll.cli.options import BaseOption, DtypeOption, JsonOption, usage
 from atoll.cli.output import say, warn, write, write_json
 from atoll.cli.progress import progress_bar
+from atoll.cli.rounding import BlocksOption, IgnoreOption, QuantizationOption, Rounding
 from atoll.errors import DataError, EngineError, RequestRefused
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from atoll.engine.request import Completion, Request, SamplingParams
 
 DEFAULT_NEW_TOKENS = 256
+Form: TypeAlias = tuple[str, Rounding]  # the base's number format, and how it is rounded
 
 
 def generate(
@@ -53,6 +55,9 @@ def generate(
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Rows of --input answered at the same time.")] = 32,
     dtype: DtypeOption = "bfloat16",
+    quantization: QuantizationOption = None,
+    quantized_memory: BlocksOption = False,
+    ignore_quantization: IgnoreOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt with the base or an adapter, streaming.
@@ -88,22 +93,23 @@ def generate(
         logprobs=logprobs,
     )
     style: Style | None = None if chat is None else "chat" if chat else "raw"
+    rounding = Rounding(quantization, quantized_memory, ignore_quantization)
     if rows is not None:
-        _answer_rows(rows, adapter, base, dtype, style, sampling, batch_size)
+        _answer_rows(rows, adapter, base, (dtype, rounding), style, sampling, batch_size)
     else:
-        _answer_one(_fields(prompt, field), adapter, base, dtype, style, sampling, as_json)
+        _answer_one(_fields(prompt, field), adapter, base, (dtype, rounding), style, sampling, as_json)
 
 
 # ---- one prompt ----
 
 
 def _answer_one(
-    fields: dict[str, str], ref: str | None, base: str | None, dtype: str, style: Style | None, sampling: SamplingParams, as_json: bool
+    fields: dict[str, str], ref: str | None, base: str | None, form: Form, style: Style | None, sampling: SamplingParams, as_json: bool
 ) -> None:
     from atoll.cli.prompting import make_prompt
     from atoll.cli.session import open_session
 
-    session = open_session([ref] if ref else [], base, dtype)
+    session = open_session([ref] if ref else [], base, *form)
     adapter = session.adapters[ref] if ref else None
     _check_fields(adapter, fields, style)
     prompt = make_prompt(session.base, adapter, fields, style)
@@ -209,7 +215,7 @@ def _as_json(session: Session, prompt: Prompt, adapter: OpenAdapter | None, comp
 # ---- a file of prompts ----
 
 
-def _answer_rows(file: Path, ref: str | None, base: str | None, dtype: str, style: Style | None, sampling: SamplingParams, batch_size: int) -> None:
+def _answer_rows(file: Path, ref: str | None, base: str | None, form: Form, style: Style | None, sampling: SamplingParams, batch_size: int) -> None:
     """Answer every row in one continuous batch; one JSON object a row to stdout, in the file's order. Rows that failed give exit code 1."""
     from atoll.cli.prompting import make_prompt
     from atoll.cli.session import open_session
@@ -217,7 +223,7 @@ def _answer_rows(file: Path, ref: str | None, base: str | None, dtype: str, styl
 
     rows = read_rows(file)
     refs = [_adapter_of(row, ref) for row in rows]
-    session = open_session(list(dict.fromkeys(name for name in refs if name)), base, dtype)
+    session = open_session(list(dict.fromkeys(name for name in refs if name)), base, *form)
     adapters = [session.adapters[name] if name else None for name in refs]
     prompts = [make_prompt(session.base, adapter, row.values, style, row.where) for row, adapter in zip(rows, adapters, strict=True)]
     longest = max(len(prompt.token_ids) for prompt in prompts) + (sampling.max_new_tokens or DEFAULT_NEW_TOKENS)

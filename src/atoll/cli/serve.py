@@ -11,9 +11,11 @@ from atoll.cli.keys import default_file
 from atoll.cli.options import DEFAULT_BASE, DtypeOption, SetOption, overrides
 from atoll.cli.output import say, size
 from atoll.cli.progress import progress_bar
+from atoll.cli.rounding import BlocksOption, IgnoreOption, QuantizationOption, Rounding
 from atoll.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
+    from atoll.config_quantization import QuantizationConfig
     from atoll.hub.store import Hub
     from atoll.serving.config import ServeConfig
     from atoll.serving.service import Service
@@ -58,6 +60,9 @@ def serve(
         list[str] | None, typer.Option("--cors-origin", metavar="URL", help="Let pages of this origin call the server; repeatable.")
     ] = None,
     dtype: DtypeOption = "bfloat16",
+    quantization: QuantizationOption = None,
+    quantized_memory: BlocksOption = False,
+    ignore_quantization: IgnoreOption = False,
     settings: SetOption = None,
     access_log: Annotated[
         bool, typer.Option("--access-log", help="Log a line for each request: method, path and status, never what it says.")
@@ -75,6 +80,7 @@ def serve(
       atoll serve
       atoll serve smollm2-135m-instruct --adapter support_intents --adapter dates@1
       atoll serve --host 0.0.0.0 --port 8080 --keys keys.json
+      atoll serve --quantization nf4 --adapter my-qlora
       atoll serve --local-root ./adapters --set request_timeout_s=60 --json-log
     """
     from atoll.cli.logs import logging_to_stderr
@@ -94,15 +100,17 @@ def serve(
         "deployment_names": tuple(deployment_name) if deployment_name else None,
         "engine__max_rows": max_rows,
         "engine__max_row_tokens": max_row_tokens,
+        "ignore_quantization": ignore_quantization or None,
         "cors_origins": tuple(cors_origin) if cors_origin else None,
     }
     config = _config({"base": base or _recorded_base(hub, adapter), **overrides(settings, **given)})
     Keys(config.keys_file)  # what is wrong with it should be said before anything is loaded; so with the adapters' names
     for name in config.preload:
         hub.resolve(name)
+    rounded = Rounding(quantization, quantized_memory).of(hub, config.preload)
     listener = bind(config.host, config.port)
     with listener, logging_to_stderr(as_json=json_log, access=access_log):
-        _run(_load(config, hub, dtype), listener, access_log)
+        _run(_load(config, hub, dtype, rounded), listener, access_log)
 
 
 def _config(values: dict[str, Any]) -> ServeConfig:
@@ -121,12 +129,12 @@ def _config(values: dict[str, Any]) -> ServeConfig:
     return ServeConfig(**whole)
 
 
-def _load(config: ServeConfig, hub: Hub, dtype: str) -> Service:
+def _load(config: ServeConfig, hub: Hub, dtype: str, rounded: QuantizationConfig | None) -> Service:
     from atoll.model.base import load_base
     from atoll.serving.service import Service
 
     with progress_bar() as progress:
-        loaded = load_base(config.base, dtype=dtype, progress=progress)
+        loaded = load_base(config.base, dtype=dtype, quantization=rounded, progress=progress)
     return Service(loaded, config, hub)
 
 
@@ -146,7 +154,8 @@ def _greet(service: Service, url: str) -> None:
     key = "" if config.keys_file is None else " -H 'authorization: Bearer KEY'"
     parameters = '"max_new_tokens": 40' + (f', "adapter_id": "{adapter}"' if adapter else "")
     access = f"keys of {config.keys_file}" if config.keys_file is not None else "without keys, this machine only"
-    say(f"serving {service.base.name} at {url} ({access}; {service.kernel} kernel, {config.engine.max_rows} rows)")
+    held = f", linears held as blocks in {size(service.base.decoder.linear_bytes)}" if service.base.decoder.holds_blocks else ""
+    say(f"serving {service.base.title}{held} at {url} ({access}; {service.kernel} kernel, {config.engine.max_rows} rows)")
     if stats.get("adapters_registered"):
         say(f"  {stats['adapters_registered']} adapter(s) loaded, {size(stats['adapter_bytes'])}; others are loaded when a request names them")
     body = f'{{"inputs": "Once upon a time", "parameters": {{{parameters}}}}}'

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from atoll.cli.options import DEFAULT_BASE
 from atoll.cli.output import warn
 from atoll.cli.progress import progress_bar
+from atoll.cli.rounding import AS_TRAINED, Rounding
 from atoll.errors import BaseMismatch, ConfigError
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ class OpenAdapter:
 class Session:
     """Made by open_session. `adapters` by the reference they were asked for with."""
 
-    def __init__(self, base: Base, hub: Hub | None) -> None:
+    def __init__(self, base: Base, hub: Hub | None, *, ignore_quantization: bool = False) -> None:
         self.base, self.adapters = base, dict[str, OpenAdapter]()
+        self._ignore_quantization = ignore_quantization
         self._hub = hub
         self._engine: Engine | None = None
 
@@ -45,7 +47,7 @@ class Session:
         """The adapter that `ref` means. Raises AdapterNotFound, BaseMismatch and what reading its files raises."""
         if ref not in self.adapters:
             self._hub = self._hub or _open_hub()
-            self.adapters[ref] = _open(self._hub, ref, self.base)
+            self.adapters[ref] = _open(self._hub, ref, self.base, self._ignore_quantization)
             if self._engine is not None:
                 self._register(self._engine, self.adapters[ref])
         return self.adapters[ref]
@@ -68,7 +70,7 @@ class Session:
             engine.register(opened.version.digest, opened.adapter)
 
 
-def open_session(refs: Sequence[str], base_name: str | None, dtype: str) -> Session:
+def open_session(refs: Sequence[str], base_name: str | None, dtype: str, rounding: Rounding = AS_TRAINED) -> Session:
     """Load the base and open the adapters `refs`. Raises what resolving, loading and opening raise."""
     hub = _open_hub() if refs else None
     versions = [hub.resolve(ref) for ref in refs] if hub is not None else []
@@ -76,7 +78,8 @@ def open_session(refs: Sequence[str], base_name: str | None, dtype: str) -> Sess
     from atoll.model.base import load_base
 
     with progress_bar() as progress:
-        session = Session(load_base(name, dtype=dtype, progress=progress), hub)
+        base = load_base(name, dtype=dtype, quantization=rounding.of(hub, refs), progress=progress)
+    session = Session(base, hub, ignore_quantization=rounding.ignore)
     for ref in refs:
         session.open(ref)
     return session
@@ -90,20 +93,20 @@ def _recorded_base(versions: Sequence[Version]) -> str:
     return versions[0].base
 
 
-def _open(hub: Hub, ref: str, base: Base) -> OpenAdapter:
+def _open(hub: Hub, ref: str, base: Base, ignore_quantization: bool) -> OpenAdapter:
     from atoll.data.prompt import PromptFormat
     from atoll.model.adapter_files import read_adapter
     from atoll.model.fingerprint import tensor_shapes
 
     version = hub.resolve(ref)
-    verdict = hub.check_base(version.ref, base.fingerprint.to_json(), tensor_shapes(base.path))
+    verdict = hub.check_base(version.ref, base.fingerprint.to_json(), tensor_shapes(base.path), ignore_quantization=ignore_quantization)
     if not verdict.usable:
         raise BaseMismatch(
-            f"{version.ref} does not fit the base {base.name!r}: {verdict.reason}",
-            hint=f"use the base that it was trained on: --base {version.base}" if version.base else "use the base that it was trained on",
+            f"{version.ref} does not fit the base {base.title!r}: {verdict.reason}",
+            hint=verdict.hint("use the base that it was trained on" + (f": --base {version.base}" if version.base else "")),
         )
     if verdict.kind != "exact":
-        warn(f"{version.ref} fits {base.name}, but it may have been trained on another base: {verdict.reason}")
+        warn(f"{version.ref} fits {base.title}, but it may have been trained on another base: {verdict.reason}")
     adapter = read_adapter(hub.path(version))
     own = adapter.manifest.get("prompt")
     return OpenAdapter(version, adapter, PromptFormat.from_json(own) if own else None)

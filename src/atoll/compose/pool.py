@@ -80,6 +80,11 @@ class Pool:
                     f"adapter {name!r} is {adapter.spec.kind}: it edits hidden states, and the search weights LoRA factors only",
                     hint="leave it out of the search; edits can be added to the result with fixed weights (merge strategy cat)",
                 )
+            if adapter.spec.use_dora:
+                raise UnsupportedAdapter(
+                    f"adapter {name!r} is DoRA's: its magnitudes belong to its own update, and cannot be weighted with others",
+                    hint="leave it out of the search, or train it as a plain LoRA",
+                )
             try:
                 adapter.check_fits(shape.linears, shape.num_layers)
             except BaseMismatch as error:

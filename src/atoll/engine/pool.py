@@ -39,6 +39,11 @@ class Place(AdapterWeights, Protocol):
     def index(self) -> int: ...
 
     @property
+    def gathers(self) -> bool:
+        """Whether its single-token rows may be given as the bank's `rows`, where that gathers at all."""
+        ...
+
+    @property
     def parts(self) -> Sequence[Edited]:
         """Its ReFT edits; none for an adapter without."""
         ...
@@ -379,7 +384,7 @@ def _same(one: Adapter, other: Adapter) -> bool:
     if one.modules.keys() != other.modules.keys() or one.edits.keys() != other.edits.keys():
         return False
     pairs = [(module, other.modules[site]) for site, module in one.modules.items()]
-    if any(a.scaling != b.scaling or not _equal_bits(a.a, b.a) or not _equal_bits(a.b, b.b) for a, b in pairs):
+    if any(a.scaling != b.scaling or len(a.tensors) != len(b.tensors) or not all(map(_equal_bits, a.tensors, b.tensors)) for a, b in pairs):
         return False
     if [_formula(part) for part in one.spec.reft] != [_formula(part) for part in other.spec.reft]:
         return False

@@ -71,7 +71,7 @@ def serving_decoder(base: Base, kernel: str) -> ServingDecoder:
     found = compiled(base.decoder)
     if found is None and kernel == "native":
         raise ConfigError(
-            "the native kernel cannot run here: it needs a base in bfloat16 on a CPU that it knows, and a C++ compiler",
+            "the native kernel cannot run here: it needs a base in bfloat16, held whole, on a CPU that it knows, and a C++ compiler",
             hint='kernel "auto" takes plain torch where it cannot',
         )
     return found if found is not None else base.decoder
@@ -186,12 +186,12 @@ class Runner:
         first = 0
         for (single, adapter), group in groupby((i < num_single, adapter) for i, adapter in enumerate(lora)):
             last = first + sum(1 for _ in group)
-            if adapter is not None and not (single and gathered):
+            if adapter is not None and not (single and gathered and self._pool.slot(adapter).gathers):
                 segments.append(Segment(starts[first], starts[last], self._pool.slot(adapter)))
             first = last
         if not gathered:
             return AdapterBatch(tuple(segments), edits=edits) if segments or edits else BASE_ONLY
-        pairs = [(i, adapter) for i, adapter in enumerate(lora[:num_single]) if adapter is not None]
+        pairs = [(i, adapter) for i, adapter in enumerate(lora[:num_single]) if adapter is not None and self._pool.slot(adapter).gathers]
         return AdapterBatch(tuple(segments), self._pool.bank_rows([i for i, _ in pairs], [adapter for _, adapter in pairs]), edits)
 
     def _edits(self, packed: Sequence[Row], starts: Sequence[int]) -> tuple[EditRows, ...]:

@@ -75,8 +75,9 @@ class _Asked(NamedTuple):
 class Arena:
     """Measures versions of a hub against one base, and keeps every score in `folder`; with `record`, in the hub's ledger too."""
 
-    def __init__(self, base: Base, hub: Hub, settings: EvalConfig, folder: Path, *, record: bool = True) -> None:
+    def __init__(self, base: Base, hub: Hub, settings: EvalConfig, folder: Path, *, record: bool = True, ignore_quantization: bool = False) -> None:
         self._base, self._hub, self._settings, self._folder, self._record_all = base, hub, settings, folder, record
+        self._ignore_quantization = ignore_quantization
         self._adapters: dict[str, Adapter] = {}
         self.warnings: list[str] = []
 
@@ -110,7 +111,7 @@ class Arena:
             "context_length": base.context_length,
             "max_options": settings.max_options if settings.option_scoring else 0,
         }
-        contestant = Contestant(base.name, "base", base.fingerprint.digest)
+        contestant = Contestant(base.title, "base", base.fingerprint.digest)
         styles = [style for style in prompt_styles(data.task, base.tokenizer) if settings.chat_base or style == "plain" or data.task.chat]
         runs = [(plan_run(data, contestant, base.tokenizer, style=style, **common), True) for style in styles]
         for version in versions:
@@ -133,11 +134,15 @@ class Arena:
         if version.digest not in self._adapters:
             from atoll.model.base import tensor_shapes
 
-            found = self._hub.check_base(version.ref, self._base.fingerprint.to_json(), tensor_shapes(self._base.path))
+            base = self._base
+            found = self._hub.check_base(
+                version.ref, base.fingerprint.to_json(), tensor_shapes(base.path), ignore_quantization=self._ignore_quantization
+            )
             if found.kind == "refused":
-                raise BaseMismatch(f"{version.ref} does not fit {self._base.name}: {found.reason}", hint="evaluate it on the base it was trained on")
+                hint = found.hint("evaluate it on the base it was trained on")
+                raise BaseMismatch(f"{version.ref} does not fit {base.title}: {found.reason}", hint=hint)
             if found.kind == "compatible":
-                self.warnings.append(f"{version.ref} fits {self._base.name} in shape, but is not known to have been trained on it: {found.reason}")
+                self.warnings.append(f"{version.ref} fits {base.title} in shape, but is not known to have been trained on it: {found.reason}")
             self._adapters[version.digest] = read_adapter(self._hub.path(version))
         return self._adapters[version.digest]
 

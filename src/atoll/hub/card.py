@@ -17,7 +17,7 @@ from atoll.hub.ledger import Run, Score
 from atoll.hub.records import Version
 
 _README_SHOWN = 4000
-_SPEC_SHOWN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern", "layers_to_transform")
+_SPEC_SHOWN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern", "layers_to_transform")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ Shapes = Mapping[str, Sequence[int]]
 
 _EDIT = re.compile(r"reft\.\d+\.layers\.(\d{1,6})\.\w+\.\w+\.([rwbc])")  # a tensor of a ReFT edit, see model/adapter_files.py
 
+_MAGNITUDE = ".lora_magnitude_vector"  # DoRA's [d_out]
+
 # (name in a manifest's base record and in a base's fingerprint, what a user calls it); the weights' hash has two names
 _PARTS = (
     (("config_hash",), "config"),
@@ -33,18 +35,34 @@ class Verdict:
     kind: Literal["exact", "compatible", "refused"]
     reason: str
     tensor: str | None = None  # the first tensor that does not fit; None unless shapes are why it was refused
+    quantization: str | None = None  # how its base was rounded; None unless that is why it was refused
 
     @property
     def usable(self) -> bool:
         return self.kind != "refused"
 
+    def hint(self, otherwise: str) -> str:
+        """What to do about a refusal, on a command line; `otherwise`, unless the rounding of the base is why."""
+        if self.quantization is None:
+            return otherwise
+        return f"round the base alike with --quantization {self.quantization}; --ignore-quantization uses the adapter all the same"
 
-def verdict(manifest_base: Mapping[str, Any] | None, adapter_shapes: Shapes, base_fingerprint: Mapping[str, Any], base_shapes: Shapes) -> Verdict:
+
+def verdict(
+    manifest_base: Mapping[str, Any] | None,
+    adapter_shapes: Shapes,
+    base_fingerprint: Mapping[str, Any],
+    base_shapes: Shapes,
+    *,
+    ignore_quantization: bool = False,
+) -> Verdict:
     """Compare an adapter with a base.
 
     manifest_base: the `base` record of the adapter's manifest (name, config_hash, weights_fingerprint, tokenizer_hash, chat_template_hash, perhaps
     vocab_size), or None. adapter_shapes: tensor key of adapter_model.safetensors -> shape. base_fingerprint: the same four hashes of the base at hand
-    (`weights` or `weights_fingerprint`). base_shapes: parameter name -> shape, linears as [d_out, d_in] ("model.layers.0.self_attn.q_proj.weight").
+    (`weights` or `weights_fingerprint`), and "quantization" where it is rounded, as in an adapter's record: one that was trained on a rounded base is
+    refused by any other, unless ignore_quantization says that this is meant. base_shapes: parameter name -> shape, linears as [d_out, d_in]
+    ("model.layers.0.self_attn.q_proj.weight").
     """
     recorded = manifest_base or {}
     named = f" (made for {recorded['name']!r})" if recorded.get("name") else ""
@@ -55,6 +73,10 @@ def verdict(manifest_base: Mapping[str, Any] | None, adapter_shapes: Shapes, bas
     vocabulary, has = recorded.get("vocab_size"), _vocab_size(base_fingerprint, base_shapes)
     if vocabulary is not None and has is not None and vocabulary != has:
         return Verdict("refused", f"the adapter's tokenizer has {vocabulary} tokens, the base's has {has}{named}")
+    rounded, has_rounded = (str(found.get("quantization") or "") for found in (recorded, base_fingerprint))
+    differs = f"was trained on the base {_rounding(rounded)}, but this is the base {_rounding(has_rounded)}{named}" if rounded != has_rounded else ""
+    if differs and rounded and not ignore_quantization:
+        return Verdict("refused", f"the adapter {differs}", quantization=rounded)
     unknown = [label for keys, label in _PARTS if _first(recorded, keys) is None or _first(base_fingerprint, keys) is None]
     differing = [label for keys, label in _PARTS if label not in unknown and _first(recorded, keys) != _first(base_fingerprint, keys)]
     # a base without a chat template has no hash for it: both None is equality, not ignorance
@@ -63,6 +85,8 @@ def verdict(manifest_base: Mapping[str, Any] | None, adapter_shapes: Shapes, bas
         unknown.remove("chat template")
     if differing:
         return Verdict("compatible", f"every tensor fits, but the base has another {_listed(differing)} than the adapter was made for{named}")
+    if differs and len(unknown) < len(_PARTS):  # where nothing is known of the base, nothing is known of its rounding
+        return Verdict("compatible", f"every tensor fits, but the adapter {differs}")
     if unknown:
         return Verdict("compatible", f"every tensor fits, but the adapter has no record of its base's {_listed(unknown)}{named}")
     return Verdict("exact", "config, weights, tokenizer and chat template are those the adapter was made for")
@@ -72,7 +96,7 @@ def _misfit(key: str, shape: tuple[int, ...], base_shapes: Shapes) -> str:
     """Why one adapter tensor does not fit the base, or ''.
 
     PEFT's keys: base_model.model.<module>.lora_A.weight [r, d_in], lora_B [d_out, r]. An edit's: reft.<part>.layers.<layer>.<component>.<side>. with
-    r or w [r, D], b or c [r].
+    r or w [r, D], b or c [r]. DoRA's magnitude is [d_out].
     """
     edit = _EDIT.fullmatch(key)
     if edit is not None:
@@ -96,6 +120,11 @@ def _misfit(key: str, shape: tuple[int, ...], base_shapes: Shapes) -> str:
             width = "d_in" if suffix == ".lora_A.weight" else "d_out" if suffix == ".lora_B.weight" else "width"
             return f"tensor {key}: {width} is {shape[axis]}, the base's {module} has {base[from_base]}"
         return ""
+    if path.endswith(_MAGNITUDE):
+        base = base_shapes.get(path.removesuffix(_MAGNITUDE) + ".weight")
+        if base is None:
+            return f"tensor {key}: the base has no module {path.removesuffix(_MAGNITUDE)}"
+        return "" if tuple(shape) == tuple(base[:1]) else f"tensor {key}: shape {list(shape)}, the base's linear has {base[0]} outputs"
     base = base_shapes.get(path)
     if base is None:
         return f"tensor {key}: the base has no parameter {path}"
@@ -110,6 +139,10 @@ def _edit_misfit(key: str, shape: tuple[int, ...], layer: int, tensor: str, base
     if tensor in "rw" and (len(shape) != 2 or shape[1] != query[1]):
         return f"tensor {key}: shape {list(shape)} on hidden states of width {query[1]}"
     return "" if len(shape) == (2 if tensor in "rw" else 1) else f"tensor {key}: shape {list(shape)}, expected one axis"
+
+
+def _rounding(name: str) -> str:
+    return f"rounded to {name:.20}" if name else "as it is"
 
 
 def _first(record: Mapping[str, Any], keys: tuple[str, ...]) -> Any:

@@ -227,7 +227,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     wrong = {
         f"kind must be one of {', '.join(KINDS)}": manifest.get("kind") not in KINDS,
         "base must be an object of strings": not isinstance(base, dict)
-        or not all(base.get(key) is None or isinstance(base[key], str) for key in BASE_FIELDS),
+        or not all(base.get(key) is None or isinstance(base[key], str) for key in (*BASE_FIELDS, "quantization")),
         "parents must be a list of objects": not _is_list_of_parents(manifest.get("parents", [])),
         "training must be an object or null": not isinstance(manifest.get("training"), dict | None),
         "prompt must be an object or null": not isinstance(manifest.get("prompt"), dict | None),

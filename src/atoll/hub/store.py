@@ -232,10 +232,16 @@ class Hub(Ledger):
             children=made,
         )
 
-    def check_base(self, ref: str, base_fingerprint: Mapping[str, Any], base_shapes: Shapes) -> Verdict:
+    def check_base(self, ref: str, base_fingerprint: Mapping[str, Any], base_shapes: Shapes, *, ignore_quantization: bool = False) -> Verdict:
         """Whether the version may run on a base; the arguments are those of `verdict`."""
         folder = self.path(ref)
-        return verdict(read_json_object(folder / MANIFEST_FILE)["base"], tensor_shapes(folder), base_fingerprint, base_shapes)
+        recorded = read_json_object(folder / MANIFEST_FILE)["base"]
+        return verdict(recorded, tensor_shapes(folder), base_fingerprint, base_shapes, ignore_quantization=ignore_quantization)
+
+    def quantization_of(self, ref: str) -> str | None:
+        """How the base was rounded that a version was trained on, a name such as "nf4"; None for a base as it is, or where nothing is recorded."""
+        found = (read_json_object(self.path(ref) / MANIFEST_FILE).get("base") or {}).get("quantization")
+        return found if isinstance(found, str) and found else None
 
     # ---- label and trust ----
 

@@ -38,6 +38,7 @@ class AdapterSpec:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
+    use_dora: bool = False
     reft: tuple[ReftSpec, ...] = ()
 
     @classmethod
@@ -103,11 +104,19 @@ def _by_pattern(pattern: Mapping[str, Any], site: Site | str, default: Any) -> A
 
 @dataclass(frozen=True)
 class LoraModule:
-    """The factors of one site: a [r, d_in], b [d_out, r], and the scaling that the update s (x Aᵀ) Bᵀ is multiplied by."""
+    """The factors of one site: a [r, d_in], b [d_out, r], and the scaling that the update s (x Aᵀ) Bᵀ is multiplied by.
+
+    magnitude [d_out]: DoRA's trained lengths of the rows of W + s B A (model.dora).
+    """
 
     a: Tensor
     b: Tensor
     scaling: float
+    magnitude: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
     @property
     def rank(self) -> int:
@@ -133,7 +142,7 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        lora = sum(module.a.numel() + module.b.numel() for module in self.modules.values())
+        lora = sum(tensor.numel() for module in self.modules.values() for tensor in module.tensors)
         return lora + sum(tensor.numel() for found in self.edits.values() for tensor in found.tensors.values())
 
     def check_fits(self, shapes: Mapping[str, tuple[int, int]], num_layers: int) -> None:
@@ -158,6 +167,11 @@ class Adapter:
                     f"the base has {d_out} x {d_in}",
                     hint=hint,
                 )
+            if module.magnitude is not None and tuple(module.magnitude.shape) != (d_out,):
+                found = list(module.magnitude.shape)
+                raise BaseMismatch(
+                    f"layer {site.layer} {site.target}: the adapter's magnitude has shape {found}, the base needs [{d_out}]", hint=hint
+                )
         self._check_edits_fit(shapes["q_proj"][1], num_layers, hint)
 
     def _check_edits_fit(self, hidden: int, num_layers: int, hint: str) -> None:
@@ -174,7 +188,9 @@ class Adapter:
 
 
 def new_adapter(spec: AdapterSpec, shapes: Mapping[str, tuple[int, int]], num_layers: int, generator: torch.Generator) -> Adapter:
-    """A fresh adapter in float32. LoRA: A uniform in ±sqrt(1 / d_in) (Kaiming with a = sqrt(5), as PEFT does), B zero, so the update starts at zero.
+    """A fresh adapter in float32; DoRA's magnitudes, which depend on the base, are the caller's to add.
+
+    LoRA: A uniform in ±sqrt(1 / d_in) (Kaiming with a = sqrt(5), as PEFT does), B zero, so the update starts at zero.
 
     ReFT: see reft.new_intervention. shapes maps a target to its linear's (d_out, d_in). Raises AdapterFormatError when the spec reaches no site.
     """

@@ -22,7 +22,7 @@ from atoll.model.peft_config import peft_config, read_config
 from atoll.model.reft import EditSite, Intervention
 from atoll.model.reft_files import LORA_REFT, REFT, check_edit_shapes, edit_tensors, edits_of, is_edit_key, last_layer, read_reft_config, reft_config
 from atoll.model.safetensors_header import check_header, lora_sites
-from atoll.model.sites import TARGETS, Site, peft_key
+from atoll.model.sites import MAGNITUDE, TARGETS, Site, magnitude_key, peft_key
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +66,9 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     tensors = edit_tensors(adapter.spec, adapter.edits)
     for site, module in adapter.modules.items():
         tensors[peft_key(site, "A")], tensors[peft_key(site, "B")] = module.a.detach().contiguous(), module.b.detach().contiguous()
+        assert (module.magnitude is not None) == adapter.spec.use_dora, "the spec and the modules differ on DoRA"
+        if module.magnitude is not None:
+            tensors[magnitude_key(site)] = module.magnitude.detach().contiguous()
     write_file(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     # Not sorted: PEFT takes the first entry of rank_pattern and alpha_pattern that names a module, so their order has a meaning.
     config = reft_config(adapter.spec) if adapter.spec.reft else peft_config(adapter.spec)
@@ -114,7 +117,9 @@ def _read_tensors(path: Path, spec: AdapterSpec) -> tuple[dict[Site, LoraModule]
 
     shapes = check_header(path)
     edits = {name: shape for name, shape in shapes.items() if is_edit_key(name)}
-    sites = lora_sites({name: shape for name, shape in shapes.items() if name not in edits}, path)
+    magnitudes = {name: shape for name, shape in shapes.items() if name.endswith(MAGNITUDE)}
+    sites = lora_sites({name: shape for name, shape in shapes.items() if name not in edits and name not in magnitudes}, path)
+    _check_magnitudes(magnitudes, {magnitude_key(site): shapes[peft_key(site, "B")][0] for site in sites}, spec, path)
     named = (*(site.layer for site in sites), *(spec.layers_to_transform or ()), *(layer for part in spec.reft for layer in part.layers or ()))
     num_layers = 1 + max((last_layer(edits), *named))
     check_edit_shapes(edits, spec, num_layers, path)
@@ -123,6 +128,19 @@ def _read_tensors(path: Path, spec: AdapterSpec) -> tuple[dict[Site, LoraModule]
     tensors = load_file(path)
     modules = _modules_of(tensors, sites, spec, num_layers, path)
     return modules, edits_of(tensors, spec, num_layers, path)
+
+
+def _check_magnitudes(found: Mapping[str, tuple[int, ...]], widths: Mapping[str, int], spec: AdapterSpec, path: Path) -> None:
+    """A magnitude for every linear of a DoRA adapter, as long as the linear is wide, and none without DoRA."""
+    wanted = {key: (width,) for key, width in widths.items()} if spec.use_dora else {}
+    for key in sorted({*wanted, *found}):
+        if key not in found:
+            raise AdapterFormatError(f"{path} lacks {key}, but its config says use_dora", hint="the file is incomplete or belongs to another config")
+        if key not in wanted:
+            why = "which belongs to no factors of it" if spec.use_dora else "but its config does not say use_dora"
+            raise AdapterFormatError(f"{path} has a tensor {key!r}, {why}", hint="the file belongs to another config")
+        if found[key] != wanted[key]:
+            raise AdapterFormatError(f"{path}: {key} has shape {found[key]}, but the factors beside it need {wanted[key]}")
 
 
 def _modules_of(tensors: Mapping[str, Tensor], sites: set[Site], spec: AdapterSpec, num_layers: int, path: Path) -> dict[Site, LoraModule]:
@@ -134,12 +152,11 @@ def _modules_of(tensors: Mapping[str, Tensor], sites: set[Site], spec: AdapterSp
             raise AdapterFormatError(
                 f"{path}: layer {site.layer} {site.target} has factors {tuple(a.shape)} and {tuple(b.shape)}, but the config says rank {rank}"
             )
-        for name, tensor in (("A", a), ("B", b)):
-            if not bool(tensor.isfinite().all()):
-                raise AdapterFormatError(
-                    f"{path}: {peft_key(site, name)} has values that are not finite (NaN or infinity)", hint="retrain the adapter"
-                )
-        modules[site] = LoraModule(a, b, spec.scaling_at(site))
+        magnitude = tensors[magnitude_key(site)] if spec.use_dora else None
+        for name, tensor in ((peft_key(site, "A"), a), (peft_key(site, "B"), b), (magnitude_key(site), magnitude)):
+            if tensor is not None and not bool(tensor.isfinite().all()):
+                raise AdapterFormatError(f"{path}: {name} has values that are not finite (NaN or infinity)", hint="retrain the adapter")
+        modules[site] = LoraModule(a, b, spec.scaling_at(site), magnitude)
     expected = set(spec.sites(num_layers))
     if expected != set(modules):
         site = min(expected ^ set(modules))

@@ -13,7 +13,7 @@ Used by decoder.py for every linear. Who owns what: the bank owns the served ten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -22,12 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atoll.model.batch import AdapterBatch
+from atoll.model.quant import QuantizedWeight, Weight, dense
 
 
 class Part(NamedTuple):
     """One member of a group: columns out_start to out_stop of the fused output come from rows rank_start to rank_stop of the fused A, times b.
 
-    b [r, d_out] (the file's B transposed); the update is scaling * z[:, ranks] @ b.
+    b [r, d_out] (the file's B transposed); the update is scaling * z[:, ranks] @ b. DoRA (Liu et al. 2024, arXiv 2402.09353): the columns, base and
+    update but not the bias, are then multiplied by magnitude / norm [d_out] float32; a norm of None is 1, for a magnitude that was divided before.
     """
 
     rank_start: int
@@ -36,6 +38,13 @@ class Part(NamedTuple):
     out_stop: int
     b: Tensor
     scaling: float
+    magnitude: Tensor | None = None
+    norm: Tensor | None = None
+
+    @property
+    def gain(self) -> Tensor | None:
+        """What DoRA multiplies the columns by, [d_out] float32."""
+        return self.magnitude if self.magnitude is None or self.norm is None else self.magnitude / self.norm
 
 
 class Update(NamedTuple):
@@ -43,6 +52,7 @@ class Update(NamedTuple):
 
     dropout is the share of x's elements that training hides from A (the rest scaled up); the members of a group see the same mask, drawn from
     dropout_seed. mix [P, R]: the segment's tokens are P blocks of equal length, and z = x Aᵀ of block p is multiplied by mix[p] before it meets b.
+    beside: one more update of the same tokens, which is not trained (PiSSA and OLoRA take their start out of the base by it).
     """
 
     a: Tensor
@@ -50,6 +60,7 @@ class Update(NamedTuple):
     dropout: float = 0.0
     dropout_seed: int = 0
     mix: Tensor | None = None
+    beside: Update | None = None
 
 
 class AdapterWeights(Protocol):
@@ -93,30 +104,39 @@ def lora_update(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return scaling * ((x @ a.T) @ b.T)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: int, group: int, adapters: AdapterBatch) -> Tensor:
-    """x Wᵀ + bias, plus every segment's update. x [T, d_in], weight [d_out, d_in] frozen; returns [T, d_out].
+def linear(x: Tensor, weight: Weight, bias: Tensor | None, layer: int, group: int, adapters: AdapterBatch) -> Tensor:
+    """x Wᵀ + bias, plus every segment's update. x [T, d_in], weight [d_out, d_in] frozen, held whole or as blocks; returns [T, d_out].
 
     With gradients enabled the result is differentiable in x and in every A, B and mix, never in W.
     """
     updates = [(s.start, s.stop, found) for s in adapters.segments if s.stop > s.start and (found := s.weights.update(layer, group)) is not None]
+    updates += [(start, stop, u.beside) for start, stop, u in updates if u.beside is not None]
     if torch.is_grad_enabled() and (x.requires_grad or any(_is_trained(u) for _, _, u in updates)):
         assert adapters.bank_rows is None, "decode rows of a bank have no gradients"
         assert adapters.blocks is None, "merged weights have no gradients"
-        tensors = [tensor for _, _, u in updates for tensor in (u.a, u.mix, *(part.b for part in u.parts))]
-        layout = [(start, stop, [(*part[:4], part.scaling) for part in u.parts], u.dropout, u.dropout_seed) for start, stop, u in updates]
-        out: Tensor = _LoraLinear.apply(x, weight, bias, layout, *tensors)
+        tensors = [t for _, _, u in updates for t in (u.a, u.mix, *(t for part in u.parts for t in (part.b, part.magnitude)))]
+        layout = [(start, stop, [(*part[:4], part.scaling, part.norm) for part in u.parts], u.dropout, u.dropout_seed) for start, stop, u in updates]
+        late = bias if _has_gains(updates) else None
+        out: Tensor = _LoraLinear.apply(x, weight, bias if late is None else None, late, layout, *tensors)
         return out
-    y = _base_product(x, weight, bias, layer, group, adapters.blocks)
+    late = bias if _has_gains(updates) else None
+    y = _base_product(x, dense(weight), bias if late is None else None, layer, group, adapters.blocks)
     for start, stop, update in updates:
         _add_segment(y[start:stop], x[start:stop], update)
     if adapters.bank_rows is not None:
         for bucket in adapters.bank_rows.buckets:
             _add_bucket(y, x, bucket, layer, group)
-    return y
+    return y if late is None else y.add_(late)
+
+
+def _has_gains(updates: Sequence[tuple[int, int, Update]]) -> bool:
+    """Whether any is DoRA's: then the bias is added last, because the gain leaves it out."""
+    return any(part.magnitude is not None for _, _, update in updates for part in update.parts)
 
 
 def _is_trained(update: Update) -> bool:
-    return update.a.requires_grad or (update.mix is not None and update.mix.requires_grad)
+    others = (update.mix, *(part.magnitude for part in update.parts))
+    return update.a.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in others)
 
 
 def _base_product(x: Tensor, weight: Tensor, bias: Tensor | None, layer: int, group: int, blocks: BlockWeights | None) -> Tensor:
@@ -134,12 +154,14 @@ def _mixed(z: Tensor, mix: Tensor) -> Tensor:
 
 
 def _add_segment(y: Tensor, x: Tensor, update: Update) -> None:
-    """y += Σ scaling mix (x Aᵀ) b in place, for one segment. y [t, d_out], x [t, d_in]."""
+    """y += Σ scaling mix (x Aᵀ) b in place, for one segment, and DoRA's gain on the sum. y [t, d_out], x [t, d_in]."""
     z = x @ update.a.to(x.dtype).T
     if update.mix is not None:
         z.view(len(update.mix), -1, z.shape[1]).mul_(update.mix.to(x.dtype).unsqueeze(1))
     for part in update.parts:
-        y[:, part.out_start : part.out_stop].addmm_(z[:, part.rank_start : part.rank_stop], part.b.to(x.dtype), alpha=part.scaling)
+        columns = y[:, part.out_start : part.out_stop].addmm_(z[:, part.rank_start : part.rank_stop], part.b.to(x.dtype), alpha=part.scaling)
+        if (gain := part.gain) is not None:
+            columns.mul_(gain.to(x.dtype))
 
 
 def _add_bucket(y: Tensor, x: Tensor, rows: BucketRows, layer: int, group: int) -> None:
@@ -167,15 +189,18 @@ def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
 
 class _LoraLinear(torch.autograd.Function):
     """`linear` with the backward by hand: dX = dY W + dZ A, dA = dZᵀ X, dB = s (mix Z)ᵀ dY, nothing for W; with dV = s dY Bᵀ, dZ = mix dV and
-    dmix = Σ Z dV over a block's tokens.
+    dmix = Σ Z dV over a block's tokens. Under DoRA, Y = gain U + bias: dmagnitude = Σ U dY / norm, and dY is gain dY in all of the above; the norm
+    counts as a constant, as in the paper's section 4.3.
 
     By hand because autograd would keep each slice and cast as a node of its own, and because the cheap association (never form dY Xᵀ) should be
     visible. Factors come in as float32 masters and are rounded to x's dtype once; their gradients leave in the masters' dtype.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Sequence[Any], *tensors: Tensor | None) -> Tensor:
-        y = F.linear(x, weight, bias)
+    def forward(
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, late: Tensor | None, layout: Sequence[Any], *tensors: Tensor | None
+    ) -> Tensor:
+        y = F.linear(x, dense(weight), bias)
         saved: list[Tensor | None] = []
         queue = iter(tensors)
         for start, stop, parts, dropout, seed in layout:
@@ -184,11 +209,19 @@ class _LoraLinear(torch.autograd.Function):
             z = _dropped(x[start:stop], dropout, seed) @ a.T
             saved += [a, mix, z]
             mixed = z if mix is None else _mixed(z, mix)
-            for rank_start, rank_stop, out_start, out_stop, scaling in parts:
-                b = cast(Tensor, next(queue)).to(x.dtype)
-                y[start:stop, out_start:out_stop].addmm_(mixed[:, rank_start:rank_stop], b, alpha=scaling)
-                saved.append(b)
-        ctx.save_for_backward(x if layout else None, weight, *saved)  # without factors, x would only take memory
+            for rank_start, rank_stop, out_start, out_stop, scaling, norm in parts:
+                b, magnitude = cast(Tensor, next(queue)).to(x.dtype), next(queue)
+                columns, before, gain = y[start:stop, out_start:out_stop], None, None
+                columns.addmm_(mixed[:, rank_start:rank_stop], b, alpha=scaling)
+                if magnitude is not None:
+                    before, gain = columns.clone(), (magnitude if norm is None else magnitude / norm).to(x.dtype)
+                    columns.mul_(gain)
+                saved += [b, before, gain]
+        if late is not None:
+            y.add_(late)
+        ctx.weight = weight if isinstance(weight, QuantizedWeight) else None  # its blocks, not what they expand to
+        # without factors, x would only take memory
+        ctx.save_for_backward(x if layout else None, None if isinstance(weight, QuantizedWeight) else weight, *saved)
         ctx.layout, ctx.dtypes = layout, [None if tensor is None else tensor.dtype for tensor in tensors]
         return y
 
@@ -196,22 +229,25 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy = grads[0].contiguous()
         x, weight, *saved = ctx.saved_tensors
-        need_x, need_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-        dx = dy @ weight if need_x else None
+        need_x, need_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        dy, dmagnitudes = _through_gains(ctx.layout, saved, dy)
+        dx = dy @ dense(ctx.weight if ctx.weight is not None else weight) if need_x else None
         out: list[Tensor | None] = []
         queue = iter(saved)
         for start, stop, parts, dropout, seed in ctx.layout:
             a, mix, z = next(queue), next(queue), next(queue)
-            first = len(out)  # this segment's place among the tensors: A, mix, then each part's B
+            first = len(out)  # this segment's place among the tensors: A, mix, then each part's B and magnitude
             mixed = z if mix is None or not any(need_factors[first + 2 :]) else _mixed(z, mix)
             dys, dz, dbs = dy[start:stop], torch.empty_like(z), []
-            for place, (rank_start, rank_stop, out_start, out_stop, scaling) in enumerate(parts, first + 2):
-                b, dyp = next(queue), dys[:, out_start:out_stop]
+            for number, (rank_start, rank_stop, out_start, out_stop, scaling, _) in enumerate(parts):
+                place = first + 2 + 2 * number
+                b, _, _, dyp = next(queue), next(queue), next(queue), dys[:, out_start:out_stop]
                 torch.mul(dyp @ b.T, scaling, out=dz[:, rank_start:rank_stop])
                 if need_factors[place]:
                     dbs.append(((mixed[:, rank_start:rank_stop].T @ dyp).float() * scaling).to(ctx.dtypes[place]))
                 else:
                     dbs.append(None)
+                dbs.append(next(dmagnitudes))
             dmix = None
             if mix is not None:
                 if need_factors[first + 1]:
@@ -223,4 +259,24 @@ class _LoraLinear(torch.autograd.Function):
                 dx[start:stop] += _dropped(dz @ a, dropout, seed)
             elif dx is not None:
                 dx[start:stop].addmm_(dz, a)
-        return (dx, None, None, None, *out)
+        return (dx, None, None, None, None, *out)
+
+
+def _through_gains(layout: Sequence[Any], saved: Sequence[Tensor | None], dy: Tensor) -> tuple[Tensor, Iterator[Tensor | None]]:
+    """The gradient before DoRA's gains, [T, d_out], and each part's dmagnitude [d_out] float32 in order; without gains, dy itself and nothing."""
+    queue, whole = iter(saved), dy
+    found: list[Tensor | None] = []
+    for start, stop, parts, _, _ in layout:
+        for _ in ("a", "mix", "z"):
+            next(queue)
+        for _, _, out_start, out_stop, _, norm in parts:
+            _, before, gain = next(queue), next(queue), next(queue)
+            if before is None or gain is None:
+                found.append(None)
+                continue
+            whole = whole.clone() if whole is dy else whole
+            columns = whole[start:stop, out_start:out_stop]
+            summed = (columns * before).sum(0, dtype=torch.float32)
+            found.append(summed if norm is None else summed / norm)
+            columns.mul_(gain)
+    return whole, iter(found)

@@ -19,6 +19,7 @@ from torch import Tensor
 from atoll.model.adapter import Adapter
 from atoll.model.apply import BankRows, Part, Update
 from atoll.model.apply_edits import EditedPart, edited_parts
+from atoll.model.dora import BaseWeight, gains
 from atoll.model.reft import fused_bytes
 from atoll.model.sites import GROUPS, Site
 
@@ -40,6 +41,12 @@ class Slot:
     index: int
     groups: frozenset[int]
     parts: tuple[EditedPart, ...] = field(default=(), compare=False, repr=False)
+    gains: Mapping[Site, Tensor] = field(default_factory=dict, compare=False, repr=False)  # DoRA's, see model.dora
+
+    @property
+    def gathers(self) -> bool:
+        """Whether its rows may stand among those of `LoraBank.rows`, which add updates and scale nothing."""
+        return not self.gains
 
     def update(self, layer: int, group: int) -> Update | None:
         if group not in self.groups:
@@ -49,7 +56,7 @@ class Slot:
         if known is not None:
             return known
         parts = tuple(
-            Part(i * self.bucket, (i + 1) * self.bucket, start, stop, b[self.index], 1.0)
+            Part(i * self.bucket, (i + 1) * self.bucket, start, stop, b[self.index], 1.0, self.gains.get(Site(layer, GROUPS[group][i])))
             for i, (start, stop, b) in enumerate(stack.members(layer, group))
         )
         update = stack.updates[self.index, layer, group] = Update(stack.a[layer][group][self.index], parts)
@@ -79,14 +86,22 @@ class _Stack:
 
 
 class LoraBank:
-    """Stacks for every rank bucket in use. shapes maps a target to its linear's (d_out, d_in).
+    """Stacks for every rank bucket in use. shapes maps a target to its linear's (d_out, d_in); weight gives the base's, which DoRA needs.
 
     gathers: single-token rows of several adapters are best given as `rows`; a bank that says False wants a segment for every group of neighbours.
     """
 
     gathers = True
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int]], num_layers: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        num_layers: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        weight: BaseWeight | None = None,
+    ) -> None:
+        self._weight = weight
         self.shapes, self.num_layers, self.dtype, self.device = dict(shapes), num_layers, dtype, device
         self._stacks: dict[int, _Stack] = {}
         self._stackless: set[int] = set()  # indices of the slots without LoRA modules
@@ -101,7 +116,8 @@ class LoraBank:
         if not adapter.modules:
             return edits
         per_layer = sum(d_out for d_out, _ in self.shapes.values()) + sum(len(g) * self.shapes[g[0]][1] for g in GROUPS)
-        return bucket_of(adapter.max_rank) * per_layer * self.num_layers * self.dtype.itemsize + edits
+        scales = sum(4 * module.b.shape[0] for module in adapter.modules.values() if module.magnitude is not None)
+        return bucket_of(adapter.max_rank) * per_layer * self.num_layers * self.dtype.itemsize + edits + scales
 
     def pack(self, adapter: Adapter) -> None:
         """None: copying into a stack is all that there is to do, and no other thread may do it."""
@@ -135,7 +151,8 @@ class LoraBank:
                         a[: module.rank].copy_(module.a)
                         b[: module.rank].copy_((module.b.float() * module.scaling).T)
                         used.add(group)
-        slot = Slot(self, bucket, index, frozenset(used), parts)
+        found = {site: gain.to(self.device) for site, gain in gains(adapter, self._weight).items()}
+        slot = Slot(self, bucket, index, frozenset(used), parts, found)
         stack.groups[index] = slot.groups
         return slot
 

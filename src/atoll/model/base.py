@@ -8,7 +8,7 @@ Used by train, engine, eval and workflows. Where the files come from is model.pu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from atoll.model.pull import EMBEDDED, Progress, pull
 if TYPE_CHECKING:
     import torch
 
+    from atoll.config_quantization import QuantizationConfig
     from atoll.model.decoder import Decoder
 
 __all__ = ["EMBEDDED", "Base", "BaseFingerprint", "describe_base", "load_base", "pull", "read_tensors", "tensor_shapes"]
@@ -42,19 +43,36 @@ class Base:
     eos_ids: tuple[int, ...]
     context_length: int
 
+    @property
+    def title(self) -> str:
+        """The name, and how the base was rounded where it was: what is shown to people beside scores."""
+        return f"{self.name} ({self.fingerprint.quantization})" if self.fingerprint.quantization else self.name
+
     def describe(self) -> dict[str, str]:
         """Name and hashes: the "base" entry of an adapter's manifest."""
         return {"name": self.name, **self.fingerprint.to_json()}
 
 
-def load_base(name: str, *, dtype: str = "bfloat16", device: str = "cpu", home: Path | None = None, progress: Progress | None = None) -> Base:
+def load_base(
+    name: str,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    quantization: QuantizationConfig | None = None,
+    home: Path | None = None,
+    progress: Progress | None = None,
+) -> Base:
     """Load the base `name` (alias, folder, .gguf file or hub id; see model.pull), fetching it first when it is not on this disk.
 
-    dtype is "bfloat16" or "float32"; stored weights are cast to it. No code from the base's folder is run.
-    Raises BaseNotFound, BaseFormatError, StorageError, and ConfigError for a dtype or device that is not there.
+    dtype is "bfloat16" or "float32"; stored weights are cast to it, and then rounded as `quantization` says, which becomes part of the fingerprint.
+    No code from the base's folder is run.
+    Raises BaseNotFound, BaseFormatError, StorageError, and ConfigError for a dtype, device or package that is not there.
     """
     from atoll.model.decoder import Decoder
+    from atoll.model.quant import require_bitsandbytes
 
+    if quantization is not None:
+        require_bitsandbytes()
     torch_dtype, torch_device = checked_dtype(dtype), checked_device(device)
     path = pull(name, home=home, progress=progress)
     if progress is not None:
@@ -69,10 +87,10 @@ def load_base(name: str, *, dtype: str = "bfloat16", device: str = "cpu", home: 
     base = Base(
         name=EMBEDDED[name.lower()].name if name.lower() in EMBEDDED else name,
         path=path,
-        fingerprint=describe_base(path, home=home),
+        fingerprint=replace(describe_base(path, home=home), quantization=quantization.name if quantization is not None else ""),
         config=config,
         tokenizer=tokenizer,
-        decoder=Decoder.from_state_dict(config, read_tensors(path, torch_dtype), torch_dtype, torch_device),
+        decoder=Decoder.from_state_dict(config, read_tensors(path, torch_dtype), torch_dtype, torch_device, quantization),
         dtype=torch_dtype,
         eos_ids=find_eos_ids(path, config, tokenizer),
         context_length=int(config.max_position_embeddings),

@@ -21,6 +21,7 @@ from torch import Tensor
 from atoll.errors import BaseMismatch, RequestRefused
 from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
 from atoll.model.composed_edits import cat_edits
+from atoll.model.dora import refuse_dora
 from atoll.model.reft import ReftSpec
 from atoll.model.sites import TARGETS, Site, module_path
 from atoll.model.sparsify import Merge, weighted_sum
@@ -148,6 +149,7 @@ def compress(adapter: Adapter, rank: int) -> Compressed:
     and none gets more rank than its linear is wide.
     """
     refuse_edits([adapter], "compress")
+    refuse_dora([adapter], "compress")
     modules: dict[Site, LoraModule] = {}
     kept: list[tuple[float, float]] = []
     for site, module in adapter.modules.items():
@@ -207,6 +209,7 @@ def _composed(parents: Sequence[Adapter], weights: Sequence[float], combine: Com
 @torch.no_grad()
 def _combined(parents: Sequence[Adapter], weights: Sequence[float], combine: Combine) -> dict[Site, LoraModule]:
     """combine(site, terms) -> (A, B) at every site that any parent changes, in file order."""
+    refuse_dora(parents, "merging")
     modules: dict[Site, LoraModule] = {}
     for site in sorted({site for parent in parents for site in parent.modules}, key=lambda site: (site.layer, TARGETS.index(site.target))):
         a, b = combine(site, _terms(site, parents, weights))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atoll.config_quantization import QuantizationConfig
 from atoll.errors import BaseFormatError
 from atoll.model.apply import linear
 from atoll.model.apply_edits import apply_edits
@@ -25,6 +26,7 @@ from atoll.model.bank import LoraBank
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
 from atoll.model.kernels.training import TrainingOps, training_ops
 from atoll.model.kv_cache import KvCache
+from atoll.model.quant import QuantizedWeight, Weight, dense, fused
 from atoll.model.reft import ATTENTION_INPUT, ATTENTION_OUTPUT, BLOCK_INPUT, BLOCK_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from atoll.model.rope import RotaryTable, rotate
 from atoll.model.sites import DOWN, FAMILIES, GATE_UP, GROUPS, OUT, QKV, Site, module_path
@@ -98,11 +100,11 @@ def _windows(config: Any) -> tuple[int | None, ...]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One block's frozen tensors. norms are float32; weights are [d_out, d_in] in the compute dtype; q_norm and k_norm are Qwen3's, [K]."""
+    """One block's frozen tensors. norms are float32, weights [d_out, d_in] in the compute dtype or quantised; q_norm and k_norm are Qwen3's, [K]."""
 
     input_norm: Tensor
     post_norm: Tensor
-    weights: tuple[Tensor, Tensor, Tensor, Tensor]
+    weights: tuple[Weight, Weight, Weight, Weight]
     biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
     q_norm: Tensor | None
     k_norm: Tensor | None
@@ -117,14 +119,21 @@ class Decoder:
         self.shape, self.embedding, self.layers, self.final_norm, self.head, self.rotary = shape, embedding, layers, final_norm, head, rotary
 
     @classmethod
-    def from_state_dict(cls, config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str = "cpu") -> Decoder:
-        """Build from transformers' names ("model.layers.0.self_attn.q_proj.weight", …).
+    def from_state_dict(
+        cls,
+        config: Any,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        quantization: QuantizationConfig | None = None,
+    ) -> Decoder:
+        """Build from transformers' names ("model.layers.0.self_attn.q_proj.weight", …); quantization rounds the blocks' linears.
 
         Raises BaseFormatError naming the first tensor that is missing, left over or of another shape than the config says.
         """
         shape = DecoderShape.of(config)
         reader = _Reader(tensors, dtype, device)
-        layers = tuple(_read_layer(reader, shape, index, config) for index in range(shape.num_layers))
+        layers = tuple(_read_layer(reader, shape, index, config, quantization) for index in range(shape.num_layers))
         embedding = reader.take("model.embed_tokens.weight", (shape.vocabulary, shape.hidden))
         final_norm = reader.take("model.norm.weight", (shape.hidden,)).float()
         head = embedding
@@ -143,6 +152,22 @@ class Decoder:
     def device(self) -> torch.device:
         return self.embedding.device
 
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether its linears are held quantised, so that each use expands them."""
+        return any(isinstance(weight, QuantizedWeight) for layer in self.layers for weight in layer.weights)
+
+    @property
+    def linear_bytes(self) -> int:
+        """Bytes of the blocks' linears as they are held."""
+        return sum(weight.nbytes for layer in self.layers for weight in layer.weights)
+
+    def weight(self, site: Site) -> Tensor:
+        """The frozen weight [d_out, d_in] of one linear; where it is held quantised, good until the next use of any."""
+        group = next(index for index, targets in enumerate(GROUPS) if site.target in targets)
+        first = sum(self.shape.linears[target][0] for target in GROUPS[group][: GROUPS[group].index(site.target)])
+        return dense(self.layers[site.layer].weights[group])[first : first + self.shape.linears[site.target][0]]
+
     def new_cache(self, num_pages: int) -> KvCache:
         """A KV cache of this base's shape in its dtype."""
         shape = self.shape
@@ -150,17 +175,27 @@ class Decoder:
 
     def new_bank(self) -> LoraBank:
         """An empty bank for adapters of this base, in its dtype."""
-        return LoraBank(self.shape.linears, self.shape.num_layers, self.dtype, self.device)
+        return LoraBank(self.shape.linears, self.shape.num_layers, self.dtype, self.device, self.weight)
 
     def forward(
-        self, batch: PackedBatch, adapters: AdapterBatch = BASE_ONLY, cache: KvCache | None = None, *, entering: tuple[int, Tensor] | None = None
+        self,
+        batch: PackedBatch,
+        adapters: AdapterBatch = BASE_ONLY,
+        cache: KvCache | None = None,
+        *,
+        entering: tuple[int, Tensor] | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """The final normed hidden states [N, D] of the tokens in batch.output_index (all T tokens if None), in the compute dtype.
 
         cache is needed exactly when the batch names pages. Differentiable in the adapters' tensors when gradients are enabled and there is no
-        cache. entering: (layer, what `residual_before` gave for this batch and layer), to start there.
+        cache. entering: (layer, what `residual_before` gave for this batch and layer), to start there. noise
+        [T, D] float32 is added to the embeddings.
         """
         first, residual = entering if entering is not None else (0, F.embedding(batch.token_ids, self.embedding).float())
+        if noise is not None:
+            assert entering is None, "noise is added below the first block"
+            residual = residual + noise
         if entering is not None and adapters.edits:
             residual = residual.clone()  # edits write into it
         residual = self._blocks(range(first, self.shape.num_layers), residual, batch, adapters, cache)
@@ -347,18 +382,18 @@ class _Reader:
                 )
 
 
-def _read_layer(reader: _Reader, shape: DecoderShape, index: int, config: Any) -> _Layer:
+def _read_layer(reader: _Reader, shape: DecoderShape, index: int, config: Any, quantization: QuantizationConfig | None) -> _Layer:
     prefix = f"model.layers.{index}."
 
-    def fused(targets: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+    def read(targets: tuple[str, ...]) -> tuple[Weight, Tensor | None]:
         weights = [reader.take(f"{module_path(Site(index, t))}.weight", shape.linears[t]) for t in targets]
         names = [f"{module_path(Site(index, t))}.bias" for t in targets]
         biases = [reader.take(name, (shape.linears[t][0],)) for name, t in zip(names, targets, strict=True) if reader.has(name)]
         if biases and len(biases) != len(targets):
             raise BaseFormatError(f"the base has a bias on some but not all of {', '.join(targets)} in layer {index}")
-        return torch.cat(weights), torch.cat(biases) if biases else None
+        return fused(weights, quantization), torch.cat(biases) if biases else None
 
-    groups = [fused(targets) for targets in GROUPS]
+    groups = [read(targets) for targets in GROUPS]
     has_head_norm = config.model_type == "qwen3"
     return _Layer(
         input_norm=reader.take(f"{prefix}input_layernorm.weight", (shape.hidden,)).float(),

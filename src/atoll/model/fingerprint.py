@@ -43,28 +43,32 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BaseFingerprint:
-    """The identity of a base: four sha256 digests in hex.
+    """The identity of a base: four sha256 digests in hex, and how its weights were rounded when it was loaded.
 
-    `config_hash` the architecture, `weights` every tensor, `tokenizer_hash` text to ids, `chat_template_hash` messages to text.
+    `config_hash` the architecture, `weights` every tensor as stored, `tokenizer_hash` text to ids, `chat_template_hash` messages to text,
+    `quantization` a name of config_quantization, empty for the weights as they are.
     """
 
     config_hash: str
     weights: str
     tokenizer_hash: str
     chat_template_hash: str
+    quantization: str = ""
 
     @property
     def digest(self) -> str:
-        """One sha256 over the four, in the order of the fields: the key for caches and the leaderboard."""
-        return _sha256("\n".join((self.config_hash, self.weights, self.tokenizer_hash, self.chat_template_hash)).encode())
+        """One sha256 over all of it, in the order of the fields: the key for caches and the leaderboard."""
+        rounded = (self.quantization,) if self.quantization else ()
+        return _sha256("\n".join((self.config_hash, self.weights, self.tokenizer_hash, self.chat_template_hash, *rounded)).encode())
 
     def to_json(self) -> dict[str, str]:
-        """The four hashes by name, as a manifest keeps them."""
+        """The four hashes by name, as a manifest keeps them, and "quantization" where the base was rounded."""
         return {
             "config_hash": self.config_hash,
             "weights_fingerprint": self.weights,
             "tokenizer_hash": self.tokenizer_hash,
             "chat_template_hash": self.chat_template_hash,
+            **({"quantization": self.quantization} if self.quantization else {}),
         }
 
     @classmethod
@@ -82,7 +86,7 @@ class BaseFingerprint:
                 raise BaseFormatError(
                     f"a base fingerprint needs {key!r} as 64 hex digits, found {value!r}", hint="train or publish the adapter again"
                 )
-        return cls(**{field: data[key] for field, key in names.items()})
+        return cls(**{field: data[key] for field, key in names.items()}, quantization=str(data.get("quantization") or ""))
 
 
 @dataclass(frozen=True)

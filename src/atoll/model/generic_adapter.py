@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from atoll.errors import AdapterFormatError, BaseMismatch
+from atoll.errors import AdapterFormatError, BaseMismatch, UnsupportedAdapter
 from atoll.files import write_file
 from atoll.model.adapter import AdapterSpec, LoraModule, names
 from atoll.model.adapter_files import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, dump_json, read_manifest, read_object, refuse_pickles
@@ -68,6 +68,11 @@ def read_generic_adapter(folder: Path) -> GenericAdapter:
     refuse_pickles(folder)
     config, weights = read_object(folder / CONFIG_FILE), folder / WEIGHTS_FILE
     spec = read_config(config, folder / CONFIG_FILE, known=None)
+    if spec.use_dora:
+        raise UnsupportedAdapter(
+            f"{folder / CONFIG_FILE}: use_dora is true, which Atoll applies to bases of the Llama family only",
+            hint="retrain the adapter without that option",
+        )
     paths = lora_paths(check_header(weights), weights)
     tensors = load_file(weights)
     modules = {}

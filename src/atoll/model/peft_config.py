@@ -26,7 +26,6 @@ _LITERAL = re.compile(r"[A-Za-z0-9_.]+")
 _INERT: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "modules_to_save": (None, []),
-    "use_dora": (False, None),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
     "exclude_modules": (None, []),
@@ -59,6 +58,7 @@ _SILENT = frozenset(
         "lora_alpha",
         "lora_dropout",
         "target_modules",
+        "use_dora",
         "use_rslora",
         "rank_pattern",
         "alpha_pattern",
@@ -93,6 +93,7 @@ def peft_config(spec: AdapterSpec) -> dict[str, Any]:
         "target_modules": list(spec.target_modules),
         "task_type": "CAUSAL_LM",
         "use_rslora": spec.use_rslora,
+        **({"use_dora": True} if spec.use_dora else {}),
     }
 
 
@@ -129,6 +130,7 @@ def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | No
         },
         alpha_pattern={_literal(k, "alpha_pattern", path): finite_number(v, k, path) for k, v in _mapping(config, "alpha_pattern", path).items()},
         layers_to_transform=_layers(config.get("layers_to_transform"), path),
+        use_dora=flag(config.get("use_dora") or False, "use_dora", path),
     )
 
 

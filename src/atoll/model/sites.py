@@ -12,6 +12,7 @@ from typing import NamedTuple
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # transformers model types with these blocks and names
 TARGETS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GROUPS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+MAGNITUDE = ".lora_magnitude_vector"  # how PEFT's names of DoRA's tensors end
 QKV, OUT, GATE_UP, DOWN = range(4)  # indices into GROUPS
 
 _PARENTS = {target: "self_attn" if target in GROUPS[QKV] + GROUPS[OUT] else "mlp" for target in TARGETS}
@@ -33,6 +34,11 @@ def module_path(site: Site) -> str:
 def peft_key(site: Site, factor: str) -> str:
     """The name of factor "A" or "B" of a site in PEFT's adapter_model.safetensors."""
     return f"base_model.model.{module_path(site)}.lora_{factor}.weight"
+
+
+def magnitude_key(site: Site) -> str:
+    """The name of a DoRA magnitude there."""
+    return f"base_model.model.{module_path(site)}{MAGNITUDE}"
 
 
 def parse_peft_key(key: str) -> tuple[Site, str] | None:

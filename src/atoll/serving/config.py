@@ -76,6 +76,7 @@ class ServeConfig(Section):
         description="Seconds during which an adapter that failed to load is not tried again; doubles with each failure, up to 300.",
     )
     compose: ComposeLimits = Field(default_factory=ComposeLimits, description="Limits of compositions over HTTP.")
+    ignore_quantization: bool = Field(default=False, description="Also load adapters that were trained on a base rounded otherwise than this one.")
     preload: tuple[str, ...] = Field(default=(), description="Adapters of the hub to load and pin before the server answers.")
     default_adapter: str | None = Field(default=None, min_length=1, description="Adapter of requests that name none. Default: the base.")
 

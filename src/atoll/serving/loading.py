@@ -48,10 +48,10 @@ class Loaded:
 class Loader:
     """Reads adapters for one base. Its methods may be called from several threads."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, *, ignore_quantization: bool = False) -> None:
         from atoll.model.fingerprint import tensor_shapes
 
-        self._base, self._shapes = base, tensor_shapes(base.path)
+        self._base, self._shapes, self._ignore_quantization = base, tensor_shapes(base.path), ignore_quantization
         self.pack: Callable[[Adapter], Any] | None = None  # the engine's, once there is one
 
     def load(self, folder: Path, digest: str, name: str) -> Loaded:
@@ -79,15 +79,19 @@ class Loader:
     def _check_base(self, folder: Path, adapter: Adapter, name: str) -> None:
         found = self._verdict(folder, adapter.manifest.get("base"))
         if not found.usable:
-            raise BaseMismatch(f"{name} does not fit the base {self._base.name!r}: {found.reason}", hint="use the base that it was trained on")
+            hint = "use the base that it was trained on"
+            if found.quantization is not None:
+                hint = f"serve the base rounded alike: atoll serve --quantization {found.quantization}; --ignore-quantization loads it all the same"
+            raise BaseMismatch(f"{name} does not fit the base {self._base.title!r}: {found.reason}", hint=hint)
         if found.kind != "exact":
-            _log.warning("%s fits %s, but it may have been trained on another base: %s", name, self._base.name, found.reason)
+            _log.warning("%s fits %s, but it may have been trained on another base: %s", name, self._base.title, found.reason)
 
     def _verdict(self, folder: Path, recorded: Any) -> Verdict:
         from atoll.hub.compatibility import verdict
         from atoll.hub.intake import tensor_shapes
 
-        return verdict(recorded if isinstance(recorded, dict) else None, tensor_shapes(folder), self._base.fingerprint.to_json(), self._shapes)
+        recorded, fingerprint = recorded if isinstance(recorded, dict) else None, self._base.fingerprint.to_json()
+        return verdict(recorded, tensor_shapes(folder), fingerprint, self._shapes, ignore_quantization=self._ignore_quantization)
 
     def _checked(self, adapter: Adapter, digest: str, name: str) -> Loaded:
         from atoll.data.prompt import PromptFormat
@@ -109,7 +113,7 @@ class Loader:
 
 
 def _num_bytes(adapter: Adapter) -> int:
-    lora = sum(module.a.nbytes + module.b.nbytes for module in adapter.modules.values())
+    lora = sum(tensor.nbytes for module in adapter.modules.values() for tensor in module.tensors)
     return lora + sum(tensor.nbytes for found in adapter.edits.values() for tensor in found.tensors.values())
 
 

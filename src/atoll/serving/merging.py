@@ -157,10 +157,12 @@ def merge(spec: MergeSpec, parents: Sequence[Adapter], digests: Sequence[str] | 
     from atoll.model import composed
     from atoll.model.adapter import Adapter
     from atoll.model.composed_edits import stacked_edits
+    from atoll.model.dora import refuse_dora
 
     _check_same_base(spec, parents)
     if spec.method != "cat" or spec.rank is not None:
         composed.refuse_edits(parents, f"{spec.strategy} with a rank" if spec.method == "cat" else spec.strategy, spec.ids)
+    refuse_dora(parents, spec.strategy, spec.ids)
     rank = spec.rank
     if rank is None and spec.method == "svd":
         rank = max(parent.max_rank for parent in parents)
@@ -242,7 +244,7 @@ def _entrywise(spec: MergeSpec) -> Merge:
 
 def _check_same_base(spec: MergeSpec, parents: Sequence[Adapter]) -> None:
     """Parents whose manifests record other weights or another shape of their base cannot be added up. Names of bases prove nothing."""
-    for key, what in (("weights_fingerprint", "weights"), ("config_hash", "config")):
+    for key, what in (("weights_fingerprint", "weights"), ("config_hash", "config"), ("quantization", "rounding")):
         recorded: dict[str, str] = {}
         for adapter_id, parent in zip(spec.ids, parents, strict=True):
             found = (parent.manifest.get("base") or {}).get(key)
@@ -251,7 +253,7 @@ def _check_same_base(spec: MergeSpec, parents: Sequence[Adapter]) -> None:
         if len(recorded) > 1:
             (first, one), (second, other) = list(recorded.items())[:2]
             raise BaseMismatch(
-                f"adapters {one!r} and {other!r} were made for bases with other {what} ({first[:12]}… and {second[:12]}…), so they cannot be merged",
+                f"adapters {one!r} and {other!r} were made for bases with other {what} ({first:.12} and {second:.12}), so they cannot be merged",
                 hint="merge adapters of one base",
             )
 
@@ -270,7 +272,7 @@ def _manifest(spec: MergeSpec, parents: Sequence[Adapter], digests: Sequence[str
         "name": None,
         "base": max(bases, key=lambda base: sum(value is not None for value in base.values())) if bases else {"name": parents[0].spec.base or None},
         "prompt": None,
-        "quantization": None,
+        "quantization": next((parent.manifest["quantization"] for parent in parents if parent.manifest.get("quantization")), None),
         "training": None,
         "parents": [{"digest": d, "name": i, "weight": w} for d, i, w in zip(known, spec.ids, spec.weights, strict=True)],
         "composition": {**spec.parameters, **kept},

@@ -54,7 +54,7 @@ class AdapterRegistry:
 
     def __init__(self, base: Base, config: ServeConfig, hub: Hub | None, run: Any, observers: Sequence[Observer]) -> None:
         self._base, self._config, self._run, self._observers = base, config, run, observers
-        self.loader = Loader(base)
+        self.loader = Loader(base, ignore_quantization=config.ignore_quantization)
         self.lookups = Lookups(config, hub)
         self._keys: dict[str, str] = {}  # identity of a located adapter -> digest of its content
         self._loading: dict[str, asyncio.Task[Entry]] = {}  # by identity

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from atoll.config import TrainerConfig
 from atoll.data.batches import epoch_batches, micro_batches
 from atoll.data.encode import EncodedRow
 from atoll.errors import TrainingError
-from atoll.model.adapter import Adapter
+from atoll.model.adapter import Adapter, LoraModule
 from atoll.model.decoder import Decoder
+from atoll.model.sites import Site
 from atoll.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from atoll.train.entering import EnteringStates
 from atoll.train.log import RunLog
@@ -59,6 +61,8 @@ def entering_states(decoder: Decoder, first_layer: int, num_rows: int, config: T
 class TrainingJob:
     """One adapter's training: make it, `open` it, and let loop.train_jobs step it. `folder` receives checkpoint.safetensors, log.jsonl, tensorboard/.
 
+    removed: a start that is taken out of the base (train.start); b_ratio: LoRA+'s, see TrainableAdapter.
+
     A step is begin_step, an `add` for each of its groups, finish_step. Between two steps it may be left for as long as one likes.
     """
 
@@ -71,6 +75,9 @@ class TrainingJob:
         config: TrainerConfig,
         folder: Path,
         job_digest: str,
+        *,
+        removed: Mapping[Site, LoraModule] | None = None,
+        b_ratio: float | None = None,
     ) -> None:
         if not train_rows:
             raise TrainingError("there are no training rows", hint="check the data file and its split column")
@@ -79,16 +86,17 @@ class TrainingJob:
         self.decoder, self.config, self.folder, self._digest = decoder, config, folder, job_digest
         self._train, self._validation = list(train_rows), list(validation_rows)
         self._lengths = [len(row.token_ids) for row in self._train]
-        self.weights = TrainableAdapter(adapter, decoder.shape.linears, decoder.device)
+        self.weights = TrainableAdapter(adapter, decoder.shape.linears, decoder.device, b_ratio=b_ratio, weight=decoder.weight, removed=removed)
         self._optimizer = torch.optim.AdamW(
             self.weights.parameter_groups(config), lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
         )
         self.total_steps = total_steps(len(self._train), config)
         self._steps_an_epoch = math.ceil(len(self._train) / config.batch_size)
-        self._entering = entering_states(decoder, self.weights.first_layer, len(self._train), config)
+        has_noise = config.neftune_noise_alpha is not None  # each row has its own in every step: nothing is kept or shared
+        self._entering = None if has_noise else entering_states(decoder, self.weights.first_layer, len(self._train), config)
         self._eval_every = config.eval_every or self._steps_an_epoch
         self._positions = tuple(spec.positions for spec in adapter.spec.reft)
-        self._shares = not (adapter.spec.dropout or any(spec.dropout for spec in adapter.spec.reft) or decoder.rotary.by_length)
+        self._shares = not (has_noise or adapter.spec.dropout or any(spec.dropout for spec in adapter.spec.reft) or decoder.rotary.by_length)
         self._best: Tensor | None = None
         self.progress = Progress()
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
@@ -101,6 +109,7 @@ class TrainingJob:
         restored = load_checkpoint(self.folder, self._digest, self.weights.values, self._optimizer)
         if restored is not None:
             self.progress, self._best = restored
+            self.weights.changed()
         self._log = RunLog(self.folder, self.progress.step)
 
     def close(self) -> None:
@@ -154,6 +163,18 @@ class TrainingJob:
         """
         self.weights.dropout_seed = None if place is None else (self.config.seed * 1_000_003 + self.progress.step) * 1024 + place
         return self._entering.of(group.rows, group.shared) if self._entering is not None else None
+
+    def noise(self, num_tokens: int, row: int) -> Tensor | None:
+        """NEFTune's noise [num_tokens, D] float32 for the embeddings of a group's row number `row`, after `enter`; None where there is none.
+
+        Uniform in ± alpha / sqrt(L D), L the row's tokens (Jain et al. 2023, arXiv 2310.05914); drawn from the step's seed, so alike again.
+        """
+        alpha, seed, hidden = self.config.neftune_noise_alpha, self.weights.dropout_seed, self.decoder.shape.hidden
+        if alpha is None or seed is None:
+            return None
+        bound = alpha / math.sqrt((num_tokens + 1) * hidden)  # the row's last token is predicted only
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} noise {row}".encode()))
+        return torch.empty(num_tokens, hidden).uniform_(-bound, bound, generator=generator)
 
     def mean(self, loss: Tensor) -> Tensor:
         """A group's part in the loss of the whole step, of which the gradient is taken; `loss` is summed over its labels."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from atoll.model.loss import label_losses
 from atoll.model.memory import keep_freed_memory, release_memory
 from atoll.train.interrupt import interruptible
 from atoll.train.job import Report, TrainingJob, TrainResult
-from atoll.train.rows import RowGroup, adapter_batch, pack_groups
+from atoll.train.rows import LabelledBatch, RowGroup, adapter_batch, pack_groups
 
 JOBS_AT_ONCE = 8
 _JOINED_TOKENS = 1024  # padded tokens of a forward that several jobs share,
@@ -263,9 +264,22 @@ def _losses(items: Sequence[_Item], *, training: bool) -> list[Tensor]:
     entering = [item.job.enter(item.group, item.place if training else None) for item in items]
     packed = pack_groups([item.group for item in items], decoder.device)
     adapters = adapter_batch(packed, [item.job.weights for item in items])
-    hidden = decoder.forward(packed.batch, adapters, entering=entering[0] if len(items) == 1 else None)
+    noise = _noise(packed, items) if training else None
+    hidden = decoder.forward(packed.batch, adapters, entering=entering[0] if len(items) == 1 else None, noise=noise)
     each = label_losses(hidden, decoder.head, packed.labels)
     return [each[start:stop].sum() for start, stop in packed.label_spans]
+
+
+def _noise(packed: LabelledBatch, items: Sequence[_Item]) -> Tensor | None:
+    """What the jobs of a forward add to its embeddings, [T, D] float32; None where none of them adds anything."""
+    if all(item.job.config.neftune_noise_alpha is None for item in items):
+        return None
+    lengths, counts, pieces = packed.batch.lengths, Counter[int](), []
+    for length, owner in zip(lengths, packed.owners, strict=True):
+        drawn = items[owner].job.noise(length, counts[owner])
+        counts[owner] += 1
+        pieces.append(torch.zeros(length, items[0].job.decoder.shape.hidden) if drawn is None else drawn)
+    return torch.cat(pieces).to(packed.batch.token_ids.device)
 
 
 def _after_gradients(job: TrainingJob) -> None:

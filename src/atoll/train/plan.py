@@ -1,6 +1,6 @@
 """What a training job will do, before it does it: its rows, its prompts, its steps, its identity, and what it will cost.
 
-A plan is made from a config and a base; `--dry-run` shows it, `run_plan` carries it out, and loop.train_jobs its `new_job` among others. The cost is
+A plan is made from a config and a base; `--dry-run` shows it, `run_plan` carries it out, and loop.train_jobs its `training_job` among others. The cost is
 measured on the machine at hand, with one forward and backward on some of the job's own rows, because no table of speeds would be true for long.
 
 Used by workflows and the command line.
@@ -12,11 +12,14 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atoll.config import TrainConfig
+from atoll.config import Section, TrainConfig
+from atoll.config_adapter import LoraAdapterConfig
+from atoll.config_quantization import QuantizationConfig
 from atoll.data.batches import epoch_batches, micro_batches
 from atoll.data.encode import Encoded, encode_examples
 from atoll.data.prompt import PromptFormat
@@ -34,6 +37,8 @@ _FORWARD_SHARE = 0.4  # of a training step's time: what a validation pass costs 
 _PROCESS_BYTES = 500 << 20  # python, torch and transformers as loaded
 _NO_MATTER = {"checkpoint_every", "logging_every", "device", "reuse_mib"}  # the trainer's keys that do not decide the weights,
 _OF_REFT = {"reft_learning_rate", "reft_weight_decay"}  # and those that do not where there is no ReFT
+_LATER_ADAPTER = ("reft", "use_dora", "init_lora_weights", "loraplus_lr_ratio")
+_LATER_TRAINER = ("neftune_noise_alpha",)
 _FORMAT = 2  # raise when the same config would train other weights than before, so that old checkpoints are not resumed
 
 
@@ -81,9 +86,11 @@ class TrainingPlan:
 
     @property
     def num_parameters(self) -> int:
-        """Trainable parameters: r (d_in + d_out) a site of LoRA, and each ReFT site's tensors."""
+        """Trainable parameters: r (d_in + d_out) a site of LoRA, d_out more under DoRA, and each ReFT site's tensors."""
         shape = self.base.decoder.shape
-        lora = sum(self.spec.rank_at(site) * sum(shape.linears[site.target]) for site in self.spec.sites(shape.num_layers))
+        sites = self.spec.sites(shape.num_layers)
+        lora = sum(self.spec.rank_at(site) * sum(shape.linears[site.target]) for site in sites)
+        lora += sum(shape.linears[site.target][0] for site in sites) if self.spec.use_dora else 0
         shapes = [tensor_shapes(self.spec.reft[site.part], site.layer, shape.hidden) for site in self.spec.edit_sites(shape.num_layers)]
         return int(lora + sum(math.prod(size) for tensors in shapes for size in tensors.values()))
 
@@ -126,8 +133,8 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
     identity: dict[str, Any] = {
         "format": _FORMAT,
         "base": base.fingerprint.digest,
-        "adapter": _without_none(config.adapter.model_dump(mode="json"), "reft"),
-        "trainer": config.trainer.model_dump(mode="json", exclude=_NO_MATTER if spec.reft else _NO_MATTER | _OF_REFT),
+        "adapter": _without_defaults(config.adapter, _LATER_ADAPTER),
+        "trainer": _without_defaults(config.trainer, _LATER_TRAINER, _NO_MATTER if spec.reft else _NO_MATTER | _OF_REFT),
         "prompt": prompt.to_json(),
         "rows": [[row.token_ids, row.first_label, *([row.num_prompt] if spec.reft else [])] for part in encoded for row in part.rows],
     }
@@ -138,27 +145,28 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
     return TrainingPlan(config, base, data, encoded[0], encoded[1], prompt, spec, digest)
 
 
-def _without_none(values: dict[str, Any], key: str) -> dict[str, Any]:
-    """A key that came later is left out where it is not given, so that jobs from before it keep their identity."""
-    return {name: value for name, value in values.items() if name != key or value is not None}
+def _without_defaults(section: Section, later: Collection[str], excluded: set[str] | None = None) -> dict[str, Any]:
+    """A section's values; keys that came later are left out where they have their default, so that jobs from before them keep their identity."""
+    fields = type(section).model_fields
+    values = section.model_dump(mode="json", exclude=excluded)
+    return {name: value for name, value in values.items() if name not in later or value != fields[name].default}
 
 
-def new_job(plan: TrainingPlan, folder: Path) -> TrainingJob:
-    """The plan's job in `folder`, not begun yet."""
-    import torch
-
-    from atoll.model.adapter import new_adapter
+def training_job(plan: TrainingPlan, folder: Path) -> TrainingJob:
+    """The job of a plan, from its start. Raises ConfigError for a start that the base's linears cannot give."""
     from atoll.train.job import TrainingJob
+    from atoll.train.start import start_adapter
 
-    decoder = plan.base.decoder
-    generator = torch.Generator().manual_seed(plan.config.trainer.seed)
-    start = new_adapter(plan.spec, decoder.shape.linears, decoder.shape.num_layers, generator)
-    return TrainingJob(decoder, start, plan.train.rows, plan.validation.rows, plan.config.trainer, folder, plan.digest)
+    decoder, trainer, adapter = plan.base.decoder, plan.config.trainer, plan.config.adapter
+    of_lora = (adapter.init_lora_weights, adapter.loraplus_lr_ratio) if isinstance(adapter, LoraAdapterConfig) else ("default", None)
+    start = start_adapter(plan.spec, decoder, trainer.seed, of_lora[0])
+    rows = plan.train.rows, plan.validation.rows
+    return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, removed=start.removed, b_ratio=of_lora[1])
 
 
 def run_plan(plan: TrainingPlan, folder: Path, report: Report | None = None) -> TrainResult:
     """Train (or go on training) in `folder`, alone; the result's adapter carries its manifest. Raises as loop.train does."""
-    return with_manifest(plan, new_job(plan, folder).run(report))
+    return with_manifest(plan, training_job(plan, folder).run(report))
 
 
 def with_manifest(plan: TrainingPlan, result: TrainResult) -> TrainResult:
@@ -179,7 +187,7 @@ def _manifest(plan: TrainingPlan, result: TrainResult) -> dict[str, Any]:
         "task": task.name,
         "base": plan.base.describe(),
         "prompt": plan.prompt.to_json(),
-        "quantization": None,
+        "quantization": QuantizationConfig.named(rounded).record() if (rounded := plan.base.fingerprint.quantization) else None,
         "parents": [],
         "training": {
             "config": plan.config.model_dump(mode="json", exclude={"base", "name"}),
@@ -204,18 +212,17 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
     memory_bytes = process + base + 5 float32 vectors of the adapter (values, gradient, two moments, best) + activations of the largest micro-batch
     + what is kept.
     """
-    import torch
-
-    from atoll.model.adapter import new_adapter
     from atoll.model.loss import label_loss
     from atoll.train.job import entering_states
     from atoll.train.rows import adapter_batch, label_batch
+    from atoll.train.start import start_adapter
     from atoll.train.weights import TrainableAdapter
 
     decoder, trainer = plan.base.decoder, plan.config.trainer
     shape = decoder.shape
-    start = new_adapter(plan.spec, shape.linears, shape.num_layers, torch.Generator().manual_seed(0))
-    weights = TrainableAdapter(start, shape.linears, decoder.device)
+    start = start_adapter(plan.spec, decoder, 0).adapter
+    in_base = isinstance(plan.config.adapter, LoraAdapterConfig) and plan.config.adapter.starts_in_base
+    weights = TrainableAdapter(start, shape.linears, decoder.device, weight=decoder.weight, removed=start.modules if in_base else None)
     kept = entering_states(decoder, plan.first_layer, len(plan.train.rows), trainer)
     lengths = [len(row.token_ids) for row in plan.train.rows]
     steps = epoch_batches(lengths, trainer.batch_size, trainer.seed, 0)
@@ -252,8 +259,7 @@ def _memory_bytes(plan: TrainingPlan, keeps: bool) -> int:
     q, kv = shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
     scores = shape.num_heads * min(lengths[0], 512)
     a_token_a_layer = 2 * 4 * shape.hidden + item * (2 * shape.hidden + 3 * (q + 2 * kv) + 2 * q + 3 * shape.mlp + scores)
-    linears = sum(d_out * d_in for d_out, d_in in shape.linears.values()) * shape.num_layers
-    base = item * (linears + shape.vocabulary * shape.hidden)
+    base = plan.base.decoder.linear_bytes + item * shape.vocabulary * shape.hidden
     with_gradients = tokens * (shape.num_layers - plan.first_layer) * a_token_a_layer
     every_token = sum(lengths) + sum(len(row.token_ids) for row in plan.validation.rows)
     kept = min(every_token * shape.hidden * 4, plan.config.trainer.reuse_mib << 20) if keeps else 0

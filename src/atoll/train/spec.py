@@ -48,6 +48,7 @@ def _spec(base_name: str, config: AdapterConfig, num_layers: int) -> AdapterSpec
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
         layers_to_transform=config.layers_to_transform,
+        use_dora=config.use_dora,
         reft=() if config.reft is None else (reft_spec(config.reft, num_layers),),
     )
 

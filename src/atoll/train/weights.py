@@ -12,28 +12,44 @@ import torch
 from torch import Tensor
 
 from atoll.config import TrainerConfig
-from atoll.model.adapter import Adapter
+from atoll.model.adapter import Adapter, LoraModule
 from atoll.model.apply import Update
 from atoll.model.apply_edits import EditedPart
+from atoll.model.dora import BaseWeight
+from atoll.model.sites import Site
 from atoll.train.flat import FlatVector
 from atoll.train.lora_masters import LoraMasters
 from atoll.train.reft_masters import ReftMasters
+from atoll.train.start import converted
 
 
 class TrainableAdapter:
     """One adapter's masters. Implements model.apply.AdapterWeights.
 
-    values and grads are flat float32 vectors [P]: LoRA's factors, then ReFT's W's, then its other tensors. `values.grad` is `grads`, so an optimizer
-    over `[values]` trains the adapter; after its step, `retract` is due.
+    values and grads are flat float32 vectors [P]: LoRA's factors, DoRA's magnitudes, ReFT's W's, then its other tensors. `values.grad` is `grads`, so
+    an optimizer over `[values]` trains the adapter; after its step, `retract` is due.
+
+    b_ratio: LoRA+'s (Hayou et al. 2024, arXiv 2402.12354), the learning rate of B over that of A; None for one rate. weight, which DoRA needs, and
+    removed are those of LoraMasters.
     """
 
-    def __init__(self, adapter: Adapter, linears: Mapping[str, tuple[int, int]], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        linears: Mapping[str, tuple[int, int]],
+        device: torch.device | str = "cpu",
+        *,
+        b_ratio: float | None = None,
+        weight: BaseWeight | None = None,
+        removed: Mapping[Site, LoraModule] | None = None,
+    ) -> None:
+        self._b_ratio, self._removed = b_ratio, removed
         self.spec, self._manifest = adapter.spec, adapter.manifest
         self._flat = FlatVector(adapter.num_parameters, device)
         self.values, self.grads = self._flat.values, self._flat.grads
         self.dropout_seed: int | None = None  # set by the loop before each training forward; None: no dropout (evaluation)
         self.first_layer = min([site.layer for site in adapter.modules] + [site.layer for site in adapter.edits])
-        self._lora = LoraMasters(adapter, linears, self._flat) if adapter.modules else None
+        self._lora = LoraMasters(adapter, linears, self._flat, apart=b_ratio is not None, weight=weight, removed=removed) if adapter.modules else None
         self._num_lora = self._flat.taken
         self._reft = ReftMasters(adapter, self._flat) if adapter.edits else None
 
@@ -55,22 +71,36 @@ class TrainableAdapter:
         """After an optimizer step: R's that must have orthonormal rows get them back."""
         if self._reft is not None:
             self._reft.retract()
+        self.changed()
+
+    def changed(self) -> None:
+        """After `values` have been written, by whomever: what follows from them will be made again."""
+        if self._lora is not None:
+            self._lora.changed()
 
     def parameter_groups(self, config: TrainerConfig) -> list[dict[str, object]]:
         """AdamW's groups: slices of the vector, in its order, that differ in learning rate or weight decay. Only LoRA's factors and ReFT's W decay.
 
+        LoRA+'s rate is for B and for magnitudes, as in PEFT.
+
         Each has its "lr" and its "share" of config.learning_rate, by which schedules scale. Beside a LoRA, ReFT has a rate of its own.
         """
         size, share = self.values.numel(), 1.0
-        wanted = [(0, self._num_lora, share, config.weight_decay)]
+        wanted: list[tuple[int, int, float, float]] = []
+        if self._lora is not None:
+            of_b, first_b = self._b_ratio or 1.0, self._lora.first_b if self._b_ratio is not None else 0
+            wanted += [(0, first_b, share, config.weight_decay), (first_b, self._lora.first_magnitude, of_b, config.weight_decay)]
+            wanted += [(self._lora.first_magnitude, self._num_lora, of_b, 0.0)]
         if self._reft is not None:
             share = config.reft_learning_rate / config.learning_rate if self.has_lora else 1.0
             wanted += [(self._num_lora, self._reft.first_kept, share, config.reft_weight_decay), (self._reft.first_kept, size, share, 0.0)]
         merged: list[tuple[int, int, float, float]] = []
         for start, stop, *settings in wanted:
+            if stop == start:
+                continue
             if merged and merged[-1][2:] == tuple(settings):
                 merged[-1] = (merged[-1][0], stop, *merged[-1][2:])
-            elif stop > start:
+            else:
                 merged.append((start, stop, settings[0], settings[1]))
         return [
             {"params": [self._flat.part(start, stop)], "lr": config.learning_rate * share, "share": share, "weight_decay": decay}
@@ -81,4 +111,5 @@ class TrainableAdapter:
         """A copy of the tensors as they are now, or as they were in `values` [P] (the best step's)."""
         modules = {} if self._lora is None else self._lora.modules(values)
         edits = {} if self._reft is None else self._reft.edits(values)
-        return Adapter(self.spec, modules, self._manifest, edits)
+        found = Adapter(self.spec, modules, self._manifest, edits)
+        return found if self._removed is None else converted(found, {site: self._removed[site] for site in modules})

@@ -136,14 +136,14 @@ class _Jobs:
 
     def maker(self, index: int) -> Callable[[], TrainingJob]:
         """What makes the job when its turn comes; from then on the hub says that it runs."""
-        from atoll.train.plan import new_job
+        from atoll.train.plan import training_job
 
         folder, plan = self._work[index]
 
         def make() -> TrainingJob:
             stack = ExitStack()
             self._records[index] = stack, stack.enter_context(recorded_run(self._hub, "train", plan_name(plan), plan.config.model_dump(mode="json")))
-            return new_job(plan, folder)
+            return training_job(plan, folder)
 
         return make
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atoll.config import DataConfig, EvalConfig, GenerationConfig
+from atoll.config import DataConfig, EvalConfig, GenerationConfig, QuantizationConfig
 from atoll.data.task import load_task
 from atoll.errors import AtollError
 from atoll.eval.arena import Arena, note_of
@@ -46,23 +46,25 @@ def evaluate(
     generation: GenerationConfig | None = None,
     dtype: str = "bfloat16",
     device: str = "cpu",
+    quantization: QuantizationConfig | None = None,
+    ignore_quantization: bool = False,
     out: Path | None = None,
     progress: Progress = silent,
 ) -> LandOutcome:
     """Score the base and some adapters of the hub on one task, in one continuous batch; raw outputs and the leaderboard go to `out`.
 
-    models: hub references ("name", "name@2", "name:tag"). Raises AdapterNotFound, BaseMismatch for an adapter of another base, and what loading
-    raises.
+    models: hub references ("name", "name@2", "name:tag"); ignore_quantization: take adapters of a base that is rounded otherwise, too.
+    Raises AdapterNotFound, BaseMismatch for an adapter of another base, and what loading raises.
     """
     from atoll.model.base import load_base
 
     require("scipy", "rouge_score")
     hub, settings, generation, out = hub or open_hub(), settings or EvalConfig(), generation or GenerationConfig(), out or Path("runs/eval")
     task = load_task(data, root=root)
-    base = load_base(base_name, dtype=dtype, device=device, progress=progress)
+    base = load_base(base_name, dtype=dtype, device=device, quantization=quantization, progress=progress)
     versions = [hub.resolve(model) for model in models]
     with locked(out):
-        arena = Arena(base, hub, settings, out / "scores")
+        arena = Arena(base, hub, settings, out / "scores", ignore_quantization=ignore_quantization)
         scores = arena.measure(task, versions, generation, progress)
         note = {task.task.name: note_of(task, scores, settings, versions)}
         return write_board(base, scores, note, out, {}, arena.warnings)
@@ -72,6 +74,6 @@ def write_board(
     base: Base, scores: Sequence[Score], notes: Mapping[str, RowNote], out: Path, failures: Mapping[str, AtollError], warnings: Sequence[str]
 ) -> LandOutcome:
     """Scores as a leaderboard, written to `out`."""
-    board = build_leaderboard(base.name, base.fingerprint.digest, scores)
+    board = build_leaderboard(base.title, base.fingerprint.digest, scores)
     json_path, markdown_path = write_leaderboard(out, board, notes)
     return LandOutcome(board, notes, json_path, markdown_path, failures, tuple(warnings))

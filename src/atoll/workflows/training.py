@@ -54,7 +54,8 @@ def make_plan(
     from atoll.train.plan import plan_training
 
     data = data or load_task(config.require_data(), name=config.name, root=root)
-    base = base or load_base(config.base, dtype=config.trainer.dtype, device=config.trainer.device, progress=progress)
+    trainer = config.trainer
+    base = base or load_base(config.base, dtype=trainer.dtype, device=trainer.device, quantization=config.quantization, progress=progress)
     return plan_training(config, base, data, stop=limits(config.generation, data, base.tokenizer)[1])
 
 

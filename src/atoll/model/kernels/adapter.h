@@ -24,6 +24,7 @@ struct Site {
     long a = 0;
     std::vector<int> z_start;  // of each member, in ranks
     std::vector<Block> blocks;
+    std::vector<float> gain;  // DoRA's, of each packed column, 1 for linears without; empty: nothing is scaled
 };
 
 struct Adapter {
@@ -82,6 +83,16 @@ inline void set_factors(Adapter& adapter, const Shape& s, int layer, int group, 
         uint32_t* to = (uint32_t*)(adapter.memory + block.offset) + (long)(start / 2 - block.first) * LANES + c % LANES;
         const float* from = b + (long)column.index * rank;
         for (int r = 0; r < rank; r += 2, to += LANES) *to = both(from[r] * scaling, r + 1 < rank ? from[r + 1] * scaling : 0.0f);
+    }
+}
+
+// One linear's DoRA gains [d_out], by which the sums of base and update are multiplied, but not the bias.
+inline void set_gain(Adapter& adapter, const Shape& s, int layer, int group, int member, const float* gain) {
+    Site& site = adapter.sites[layer * GROUPS + group];
+    if (site.gain.empty()) site.gain.assign(up_to(s.columns(group), PANEL), 1.0f);
+    for (int c = 0; c < s.columns(group); c++) {
+        Column column = s.column(group, c);
+        if (column.member == member) site.gain[c] = gain[column.index];
     }
 }
 

@@ -19,6 +19,7 @@ import torch
 from atoll.errors import EngineError
 from atoll.model.adapter import Adapter
 from atoll.model.apply_edits import edited_parts
+from atoll.model.dora import BaseWeight, gains
 from atoll.model.positions import Positions
 from atoll.model.reft import ACTIVATIONS, COMPONENTS, fused_bytes
 from atoll.model.sites import GROUPS, TARGETS, Site
@@ -68,6 +69,8 @@ class CompiledSlot:
     packed: Packed
     bucket: int = 0  # a bank of this kind has no rank buckets
 
+    gathers = False
+
     @property
     def parts(self) -> tuple[CompiledPart, ...]:
         """Its ReFT edits."""
@@ -82,7 +85,8 @@ class CompiledBank:
 
     gathers = False
 
-    def __init__(self, library: Any, model: int, shapes: Mapping[str, tuple[int, int]], num_layers: int, owner: object) -> None:
+    def __init__(self, library: Any, model: int, shapes: Mapping[str, tuple[int, int]], num_layers: int, owner: object, weight: BaseWeight) -> None:
+        self._weight = weight
         self.shapes, self.num_layers = dict(shapes), num_layers
         self._library, self._model = library, model
         self._owner = owner  # whoever frees the model, which must not go before its adapters
@@ -92,6 +96,7 @@ class CompiledBank:
     def slot_bytes(self, adapter: Adapter) -> int:
         """Bytes that an adapter takes here."""
         edits = sum(fused_bytes(adapter.spec.reft[site.part], found) for site, found in adapter.edits.items())
+        edits += sum(4 * module.b.shape[0] for module in adapter.modules.values() if module.magnitude is not None)
         return edits + int(self._library.atoll_adapter_size(ctypes.c_void_p(self._model), self._ranks(adapter)))
 
     def pack(self, adapter: Adapter) -> Packed:
@@ -120,6 +125,16 @@ class CompiledBank:
                 ctypes.c_void_p(b.data_ptr()),
                 module.rank,
                 ctypes.c_float(module.scaling),
+            )
+        for site, gain in gains(adapter, self._weight).items():
+            group = next(i for i, targets in enumerate(GROUPS) if site.target in targets)
+            self._library.atoll_adapter_gain(
+                ctypes.c_void_p(self._model),
+                ctypes.c_void_p(handle),
+                site.layer,
+                group,
+                GROUPS[group].index(site.target),
+                ctypes.c_void_p(gain.contiguous().data_ptr()),
             )
         return packed
 

@@ -24,10 +24,12 @@ from atoll.model.decoder import Decoder
 from atoll.model.kernels.bank import CompiledBank, CompiledEdits, CompiledSlot
 from atoll.model.kernels.build import Target, compiler_path, load_library, usable_targets
 from atoll.model.kv_cache import PAGE_TOKENS
+from atoll.model.quant import dense
+from atoll.model.sites import Site
 
 _MOST_HEAD_SIZE = 1024  # the library's buffer for one head
 
-_SOURCE, _INTERFACE = "library.cpp", 4  # atoll_interface() of the sources beside this file
+_SOURCE, _INTERFACE = "library.cpp", 5  # atoll_interface() of the sources beside this file
 _log = logging.getLogger(__name__)
 
 
@@ -88,6 +90,7 @@ class CompiledDecoder:
         self.shape, self.rotary, self.kernel = decoder.shape, decoder.rotary, target.name
         self.embedding, self.dtype, self.device = decoder.embedding, decoder.dtype, decoder.device
         self._library = library
+        self._decoder = weakref.ref(decoder)  # it holds this object, and lives as long as its base does
         self._table: tuple[Any, Any] = ((), ())  # cos and sin [positions, K/2], grown as far as they are asked for
         self._model: int = _packed_model(library, decoder)
         free = weakref.finalize(self, library.atoll_model_free, ctypes.c_void_p(self._model))
@@ -99,7 +102,12 @@ class CompiledDecoder:
 
     def new_bank(self) -> CompiledBank:
         """An empty bank for adapters of this base."""
-        return CompiledBank(self._library, self._model, self.shape.linears, self.shape.num_layers, self)
+        return CompiledBank(self._library, self._model, self.shape.linears, self.shape.num_layers, self, self._weight)
+
+    def _weight(self, site: Site) -> Tensor:
+        decoder = self._decoder()
+        assert decoder is not None, "the base is gone"
+        return decoder.weight(site)
 
     def forward(self, batch: PackedBatch, adapters: AdapterBatch = BASE_ONLY, cache: CompiledCache | None = None) -> Tensor:
         """The final normed hidden states [N, D] bfloat16 of the wanted tokens: see Decoder.forward. Needs a cache and its pages."""
@@ -181,7 +189,7 @@ class CompiledDecoder:
 
 def compiled(decoder: Decoder) -> CompiledDecoder | None:
     """The compiled version of a decoder, made once and kept with it; None where plain torch has to do (another dtype or device, no compiler, …)."""
-    if decoder.dtype != torch.bfloat16 or decoder.device.type != "cpu":
+    if decoder.dtype != torch.bfloat16 or decoder.device.type != "cpu" or decoder.holds_blocks:  # its own copy of the base would undo the saving
         return None
     if decoder.shape.head_size % 2 or decoder.shape.head_size > _MOST_HEAD_SIZE:
         return None
@@ -233,7 +241,7 @@ def _packed_model(library: Any, decoder: Decoder) -> int:
         failed = library.atoll_layer(
             ctypes.c_void_p(model),
             index,
-            _pointers(layer.weights),
+            _pointers([dense(weight) for weight in layer.weights]),
             _pointers(biases),
             *(ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)),
             shape.windows[index] or 0,

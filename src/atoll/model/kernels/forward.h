@@ -198,9 +198,12 @@ struct Forward {
             for (int t = first; t < first + count; t++) {
                 float* row = sums + (long)(t - first) * width;
                 if (Adapter* adapter = adapter_of[t])
-                    if (const Site* site = site_of(adapter, layer, group))
+                    if (const Site* site = site_of(adapter, layer, group)) {
                         expand(row, site->blocks.data(), from * 2, to * 2, adapter->memory, z + (long)t * z_stride,
                                t + 1 < first + count ? factors_of(t + 1, t, layer, group, from * 2) : nullptr);
+                        if (!site->gain.empty())
+                            for (int i = 0; i < (to - from) * PANEL; i += LANES) store(row + i, load(row + i) * load(&site->gain[from * PANEL + i]));
+                    }
                 if (!w.bias.empty())
                     for (int i = 0; i < (to - from) * PANEL; i += LANES) store(row + i, load(row + i) + load(&w.bias[from * PANEL + i]));
                 finish(t, from * PANEL, row, (to - from) * PANEL);

@@ -10,7 +10,7 @@ using namespace kernels;
 extern "C" {
 
 // What this library was built for, so that a stale file is never used: changes with the functions below.
-int atoll_interface() { return 4; }
+int atoll_interface() { return 5; }
 
 int atoll_usable() {
 #if defined(ATOLL_AMX)
@@ -83,6 +83,11 @@ void atoll_adapter_free(Adapter* adapter) { delete adapter; }
 // One linear's factors: a [rank][d_in], b [d_out][rank], float32; members count within their group.
 void atoll_adapter_set(Model* model, Adapter* adapter, int layer, int group, int member, const float* a, const float* b, int rank, float scaling) {
     set_factors(*adapter, model->shape, layer, group, member, a, b, rank, scaling);
+}
+
+// One linear's DoRA gains [d_out] float32, after its factors.
+void atoll_adapter_gain(Model* model, Adapter* adapter, int layer, int group, int member, const float* gain) {
+    set_gain(*adapter, model->shape, layer, group, member, gain);
 }
 
 // Edits with these ranks: [layers][6] in the order of Component, 0 where nothing is edited. As an adapter's, they may be made beside a forward.
