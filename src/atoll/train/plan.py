@@ -1,7 +1,7 @@
 """What a training job will do, before it does it: its rows, its prompts, its steps, its identity, and what it will cost.
 
-A plan is made from a config and a base; `--dry-run` shows it, `run_plan` carries it out, and loop.train_jobs its `training_job` among others. The
-cost is measured on the machine at hand, with one forward and backward on some of the job's own rows, because no table of speeds would be true for long.
+A plan is made from a config and a base; `--dry-run` shows it, `run_plan` carries it out, and loop.train_jobs its `training_job` among others. What
+it costs is measured on the machine at hand, with a forward and backward on some of the job's own rows, because no table of speeds stays true.
 
 Used by workflows and the command line.
 """
