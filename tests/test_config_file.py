@@ -188,7 +188,9 @@ def test_the_example_tickets_are_varied_and_use_every_label() -> None:
     assert {row["completion"] for row in rows} == set(config.data.label_set or ())
 
 
-@pytest.mark.parametrize(("kind", "example"), [("train", "train.yaml"), ("train", "train_reft.yaml"), ("land", "land.yaml"), ("compose", "compose.yaml")])
+@pytest.mark.parametrize(
+    ("kind", "example"), [("train", "train.yaml"), ("train", "train_reft.yaml"), ("land", "land.yaml"), ("compose", "compose.yaml")]
+)
 def test_the_examples_satisfy_the_json_schema(kind: str, example: str) -> None:
     """Editors check files against the schema; it must not redden what the loader accepts, nor accept a misspelt key."""
     from jsonschema import Draft202012Validator

@@ -73,8 +73,8 @@ def test_a_land_prints_its_leaderboard_and_writes_it(atoll, land_file, tmp_path)
 
 def test_a_task_that_fails_is_a_sentence_and_exit_code_1(atoll, land_file, monkeypatch):
     """The other tasks are done and shown, but a script must notice."""
-    from atoll.workflows import landing
     from atoll.errors import TrainingError
+    from atoll.workflows import landing
 
     def run_plan_in(folder, plan, hub, **options):
         if plan.data.task.name == "date_format":
