@@ -41,9 +41,9 @@ def test_a_wrong_setting_is_one_sentence_with_a_way_out(kind: str) -> None:
 
 
 def test_folds_are_for_searches_by_gradient() -> None:
-    assert ComposeSettings().has_folds and ComposeSettings(method="gradient_per_layer").has_folds
-    for without in ({"method": "cma"}, {"hold_out": 0.2}, {"folds": 0}):
-        assert not ComposeSettings(**without).has_folds
+    assert ComposeSettings().takes_folds and ComposeSettings(method="gradient_per_layer").takes_folds
+    for without in ({"method": "cma"}, {"hold_out": 0.2}):
+        assert not ComposeSettings(**without).takes_folds
 
 
 def test_all_rows_of_a_single_file_are_examples_unless_ratios_say_otherwise() -> None:

@@ -45,8 +45,8 @@ class ComposeSettings(Section):
         default=None,
         ge=0,
         le=20,
-        description="Groups of examples that a gradient search holds out in turn, to know when to stop; 0 for none. Without it, 3 below 16 examples; "
-        "from there on a quarter of the examples is held out once.",
+        description="Groups of examples that a gradient search holds out in turn, each from a search of its own beside the real one, to know when to "
+        "stop; without it, or with 0, none are.",
     )
     hold_out: float | None = Field(default=None, gt=0, lt=1, description="Hold out this share of the examples once, instead of folds.")
     l1: float = Field(default=0.05, ge=0, description="Strength of the regulariser, times the mean of |weight|.")
@@ -84,9 +84,9 @@ class ComposeSettings(Section):
         return bounds
 
     @property
-    def has_folds(self) -> bool:
-        """Whether the method can use folds and none of the settings says otherwise."""
-        return self.method.partition(":")[0] in _WITH_FOLDS and self.hold_out is None and self.folds != 0
+    def takes_folds(self) -> bool:
+        """Whether the method can hold examples out in folds, and they are not held out once instead."""
+        return self.method.partition(":")[0] in _WITH_FOLDS and self.hold_out is None
 
 
 ComposeSection: TypeAlias = Annotated[ComposeSettings, BeforeValidator(empty_as_mapping, json_schema_input_type=ComposeSettings | None)]

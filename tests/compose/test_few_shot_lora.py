@@ -32,7 +32,7 @@ def test_training_learns_the_examples_and_leaves_no_file(decoder: Decoder, tempo
     seen: list[tuple[int, int]] = []
     adapter = train_on_examples(decoder, rows, base="tiny", report=lambda headline, step, total: seen.append((step, total)))
     found = losses(decoder, Pool.of([adapter], decoder), torch.tensor([[0.0], [1.0]]), rows).mean(1)
-    assert float(found[1]) < 0.8 * float(found[0])
+    assert float(found[1]) < 0.9 * float(found[0])
     total = few_shot_trainer(5).max_steps
     assert seen == [(step, total) for step in range(1, (total or 0) + 1)]
     assert adapter.spec.base == "tiny"

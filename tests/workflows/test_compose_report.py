@@ -80,11 +80,14 @@ def report(versus: dict[str, tuple[float, float]], *, measure: str = "score", op
 
 CLEAR, EVEN, WORSE = (0.2, 0.05), (0.02, 0.05), (-0.2, 0.05)
 SAID: dict[str, tuple[Report, list[str]]] = {
-    "it beats everything": (report({"base": CLEAR, "best single": (0.15, 0.05), "random adapters": CLEAR}), ["Use it", "intents@1 (+0.150 ± 0.050)"]),
+    "it beats everything": (
+        report({"base": CLEAR, "best single": (0.15, 0.05), "random adapters": CLEAR}),
+        ["Use it", "intents@1 (difference +0.150 ± 0.050)"],
+    ),
     "no better than the base": (report({"base": EVEN, "best single": EVEN}), ["cannot tell the composition from the base"]),
     "worse than the base": (report({"base": WORSE}), ["worse than the base", "use the base as it is"]),
-    "one adapter does as well": (report({"base": CLEAR, "best single": EVEN}), ["better than the base", "intents@1 alone does as well"]),
-    "one adapter is better": (report({"base": CLEAR, "best single": WORSE}), ["intents@1 alone is better (-0.200 ± 0.050): use it"]),
+    "one adapter does as well": (report({"base": CLEAR, "best single": EVEN}), ["better than the base", "intents@1 alone does as well, as far as"]),
+    "one adapter is better": (report({"base": CLEAR, "best single": WORSE}), ["intents@1 alone is better (difference -0.200 ± 0.050): use it"]),
     "random adapters do as well": (report({"base": CLEAR, "random adapters": EVEN}), ["not what the adapters know"]),
     "equal weights do as well": (report({"base": CLEAR, "uniform": EVEN}), ["Equal weights do as well"]),
     "training is better": (report({"base": CLEAR, "k-shot LoRA": WORSE}), ["train instead, made in 12 s"]),

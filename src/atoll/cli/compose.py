@@ -76,7 +76,8 @@ def compose(
     budget: Annotated[int | None, typer.Option("--budget", min=1, metavar="N", help="Evaluations of the search.", show_default=False)] = None,
     time_s: Annotated[float | None, typer.Option("--time", metavar="SECONDS", help="Time for the search.", show_default=False)] = None,
     hold_out: Annotated[
-        float | None, typer.Option("--hold-out", metavar="SHARE", help="Hold out this share of the examples, not folds.", show_default=False)
+        float | None,
+        typer.Option("--hold-out", metavar="SHARE", help="Hold out this share of the examples, to know when to stop.", show_default=False),
     ] = None,
     form: Annotated[
         str | None, typer.Option("--form", metavar="FORM", help="cat (the exact sum) or product (LoraHub's).", show_default=False)
@@ -226,7 +227,7 @@ def _cells(line: Line) -> list[str | None]:
     several = len(line.scores) > 1
     spread = (line.spread or None) if several else line.score_stderr  # the base is the same for every seed
     what = f"{line.what} ({line.note})" if line.note and line.what else line.note or line.what
-    made = duration(line.seconds) if line.seconds else None
+    made = duration(line.seconds) if line.seconds and line.seconds >= 0.05 else None
     return [line.name, what, _with(line.loss, line.loss_stderr), _with(line.score, spread), _figure(line.option), gain, made]
 
 

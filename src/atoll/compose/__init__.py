@@ -7,7 +7,7 @@
     metrics.py      options and written texts as scores
     objective.py    scores, what each example counts, regulariser, held-out part
     search.py       `search` by the name of a method; run.py keeps its books
-    gradient.py     Adam on the weights
+    gradient.py     quasi-Newton steps on the weights (quasi_newton.py)
     population.py   CMA-ES and nevergrad
     result.py       weights to an adapter with a manifest
     controls.py     what a composition is compared with: base_losses.py, random_adapters.py, few_shot_lora.py, in_context.py

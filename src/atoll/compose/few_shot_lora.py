@@ -1,13 +1,13 @@
 """LoRA trained on the few examples themselves: what a composition must beat to be worth more than training.
 
-There are no rows to validate on, and held-out examples are never seen here: the number of steps is a function of the number of examples alone, fixed
-before any of them is looked at.
+There are no rows to validate on, and held-out examples are never seen here: the number of steps is a function of the number of examples alone.
 
 Used by controls.py and workflows.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,13 +25,16 @@ from atoll.train.spec import adapter_spec
 
 FEW_SHOT_ADAPTER = LoraAdapterConfig(r=16)  # at all linears, as adapters of a hub usually are
 _BATCH = 8
-_FEWEST_STEPS, _EPOCHS = 30, 6.0
+# By trials on Atoll's generated tasks (support_intents, date_format, unit_conversion, review_explained; SmolLM2-135M-Instruct) at constant learning
+# rates of 1e-4, 3e-4 and 1e-3, test loss was least where rate x steps was about 0.0035 for 5 examples and 0.006 for 20, whatever the rate, and rose
+# steeply behind that: twice as many steps cost more than half of them. A cosine averages half of its peak.
+_RATE, _STEPS = 5e-4, 6.0
 
 
 def few_shot_trainer(num_examples: int, seed: int = 0) -> TrainerConfig:
-    """How LoRA is trained on so many examples."""
-    steps = max(_FEWEST_STEPS, round(_EPOCHS * num_examples / _BATCH))
-    return TrainerConfig(max_steps=steps, batch_size=_BATCH, learning_rate=5e-4, warmup_fraction=0.1, checkpoint_every=None, seed=seed)
+    """How LoRA is trained on k examples: 6 √k steps (13 for 5, 27 for 20, 60 for 100) of up to 8 examples each, at 5e-4 with a cosine."""
+    steps = max(1, round(_STEPS * math.sqrt(num_examples)))
+    return TrainerConfig(max_steps=steps, batch_size=_BATCH, learning_rate=_RATE, warmup_fraction=0.1, checkpoint_every=None, seed=seed)
 
 
 def train_on_examples(

@@ -43,15 +43,16 @@ def _verdict(report: Report) -> list[str]:
 def _simpler_ones(report: Report) -> list[str]:
     """Controls that do as well as far as the figures can tell."""
     words = {
-        BEST_SINGLE: "{name} alone does as well ({gain}): use it instead, it is one adapter and not several.",
-        UNIFORM: "Equal weights do as well ({gain}): the search has not added anything that these figures can show.",
-        RANDOM: "Random adapters of the same shapes do as well ({gain}): what is gained is not what the adapters know.",
-        TRAINED: "LoRA trained on the same examples does as well ({gain}){seconds}.",
-        IN_CONTEXT: "The base with the examples in its prompt does as well ({gain}), at the price of longer prompts.",
-        MAJORITY: "Always giving the most common answer does as well ({gain}): nothing has been learned that counts.",
+        BEST_SINGLE: "{name} alone does as well{tell} ({gain}): use it instead, it is one adapter and not several.",
+        UNIFORM: "Equal weights do as well{tell} ({gain}): the search has added nothing that shows.",
+        RANDOM: "Random adapters of the same shapes do as well{tell} ({gain}): what is gained is not what the adapters know.",
+        TRAINED: "LoRA trained on the same examples does as well{tell} ({gain}){seconds}.",
+        IN_CONTEXT: "The base with the examples in its prompt does as well{tell} ({gain}), at the price of longer prompts.",
+        MAJORITY: "Always giving the most common answer does as well{tell} ({gain}): nothing has been learned that counts.",
     }
+    tell = ", as far as these figures can tell"
     return [
-        text.format(name=_name(report, name), gain=_shown(report, report.versus[name]), seconds=_seconds(report, name))
+        text.format(name=_name(report, name), gain=_shown(report, report.versus[name]), seconds=_seconds(report, name), tell=tell)
         for name, text in words.items()
         if name in report.versus and not _is_better(report.versus[name]) and not _is_worse(report.versus[name])
     ]
@@ -107,8 +108,8 @@ def _seconds(report: Report, name: str) -> str:
 
 
 def _shown(report: Report, gain: Gain) -> str:
-    """A difference seen from the composition: +0.120 ± 0.031, or 0.31 ± 0.05 nats less."""
+    """A difference seen from the composition: difference +0.120 ± 0.031, or held-out loss less by 0.310 ± 0.050."""
     error = "" if gain.stderr is None else f" ± {gain.stderr:.3f}"
     if report.measure == "score":
-        return f"{gain.value:+.3f}{error}"
+        return f"difference {gain.value:+.3f}{error}"
     return f"held-out loss {'less' if gain.value >= 0 else 'more'} by {abs(gain.value):.3f}{error}"

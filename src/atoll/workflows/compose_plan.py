@@ -178,13 +178,13 @@ def _check_examples(config: ComposeConfig, num: int) -> None:
     if settings.k is not None and settings.k > num:
         raise DataError(f"k is {settings.k}, but there are {num} examples", hint="give more examples, or a smaller k")
     k = settings.k or num
-    if settings.has_folds and settings.folds is not None and settings.folds > k:
+    if settings.takes_folds and settings.folds is not None and settings.folds > k:
         raise ConfigError(f"{k} examples cannot be cut into {settings.folds} folds", hint=f"set folds to {k} or less, or give more examples")
     if settings.hold_out is not None and k < 2:
         raise ConfigError("one example cannot be held out of one", hint="give more examples, or leave hold_out away")
     if settings.folds == 1:
         raise ConfigError("folds is 1, which holds out everything", hint="use 2 or more, or 0 for none")
-    if settings.folds and not settings.has_folds:
+    if settings.folds and not settings.takes_folds:
         reason = "hold_out is given" if settings.hold_out is not None else f"the method {settings.method} knows no folds"
         raise ConfigError(f"folds is {settings.folds}, but {reason}", hint="leave folds away")
 

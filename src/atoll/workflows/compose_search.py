@@ -31,9 +31,6 @@ from atoll.workflows.compose_clock import Clock
 from atoll.workflows.compose_plan import ComposePlan, Draw, encoded
 from atoll.workflows.start import Progress, prefixed
 
-FOLDS = 3  # of a search over few examples: each is one more search beside the real one
-ENOUGH = 16  # examples from which on a part is held out once instead,
-HELD_OUT = 0.25  # this one
 MAX_RANK = 1024  # what an adapter file may have: ranks that add up to more are compressed to it
 
 
@@ -130,21 +127,19 @@ def searcher(plan: ComposePlan, report: Report | None = None) -> Search:
 
 
 def _held_out(settings: ComposeSettings, few: FewShot, seed: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """(examples held out once, folds), one of them empty. In a cross-validation there are fewer examples than the settings were made for."""
+    """(examples held out once, folds), at least one of them empty. In a cross-validation there are fewer examples than the settings were made for."""
     k = len(few)
-    share = settings.hold_out
-    if share is None and settings.folds is None and settings.has_folds and k >= ENOUGH:
-        share = HELD_OUT
-    if share is not None:
-        return few.hold_out(share, seed) if k > 1 else (), ()
-    wanted = FOLDS if settings.folds is None else settings.folds
-    return (), few.folds(min(wanted, k), seed) if settings.has_folds and k > 1 else ()
+    if k < 2:
+        return (), ()
+    if settings.hold_out is not None:
+        return few.hold_out(settings.hold_out, seed), ()
+    return (), few.folds(min(settings.folds, k), seed) if settings.folds else ()
 
 
 def _budget(settings: ComposeSettings, num_folds: int) -> int | None:
-    """The method's own budget is for one search; with folds beside it, as many evaluations again."""
+    """The method's own budget is for one search; each fold is one more."""
     usual = BUDGETS.get(settings.method.partition(":")[0])
-    return 2 * usual if usual is not None and num_folds else None
+    return usual * (1 + num_folds) if usual is not None and num_folds else None
 
 
 def _searched(plan: ComposePlan, draw: Draw, clock: Clock, progress: Progress, stop_asked: Callable[[], bool]) -> Searched:
