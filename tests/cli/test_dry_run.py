@@ -51,9 +51,9 @@ def test_json_holds_the_same(atoll, job):
 def test_keys_without_effect_are_warned_of_by_name(atoll, job, tmp_path):
     """A setting that does nothing must not look as if it did."""
     config = json.loads(job.read_text())
-    job.write_text(json.dumps({**config, "quantization": {"bits": 4}}))
+    job.write_text(json.dumps({**config, "trainer": {**config["trainer"], "reft_weight_decay": 0.1}}))
     for arguments in (["--dry-run"], ["--out", "run"]):
-        assert "warning: quantization to 4 bits has no effect yet" in atoll("train", job, *arguments).err
+        assert "warning: trainer.reft_weight_decay has no effect" in atoll("train", job, *arguments).err
 
 
 def test_a_long_prompt_is_shown_without_its_middle(tiny_base_dir):
