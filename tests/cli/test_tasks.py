@@ -58,5 +58,5 @@ def test_the_schema_checks_the_files_of_the_examples(atoll, tmp_path):
         good.get("trainer", good.get("defaults", {}).get("trainer", {})).update(learning_rate=5e-4)  # YAML 1.1 reads 5e-4 as text
         jsonschema.validate(good, schema)
         assert not jsonschema.Draft202012Validator(schema).is_valid({**good, "nonsense": 1})
-    assert atoll("schema", "--write", tmp_path).out.splitlines() == [str(tmp_path / f"{kind}.schema.json") for kind in ("train", "land")]
+    assert atoll("schema", "--write", tmp_path).out.splitlines() == [str(tmp_path / f"{kind}.schema.json") for kind in ("train", "land", "compose")]
     assert json.loads((tmp_path / "land.schema.json").read_text()) == schema

@@ -68,3 +68,16 @@ def test_rows_of_other_lengths_get_a_block_of_their_own() -> None:
     blocks = blocks_of(PackedBatch.of([[5] * length for length in (4, 40, 5, 4, 41)]))
     assert sorted((block.num_rows, block.length) for block in blocks) == [(2, 41), (3, 5)]
     assert sorted(token for block in blocks for token in block.tokens.tolist()) == list(range(94))
+
+
+def test_what_is_not_a_number_stays_in_its_row() -> None:
+    """Jobs share a batch; the first token's job may have diverged, and padding must not copy it into others' rows."""
+    batch = PackedBatch.of([[5] * 3, [6] * 6, [7] * 5])
+    q, k, v = (torch.ones(batch.num_tokens, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    for tensor in (q, k, v):
+        tensor[:3] = float("nan")
+        tensor.requires_grad_()
+    out = FreshAttention(batch)(q, k, v, None)
+    out[3:].sum().backward()
+    assert bool(out[3:].isfinite().all())
+    assert all(tensor.grad is not None and bool(tensor.grad[3:].isfinite().all()) for tensor in (q, k, v))

@@ -10,7 +10,7 @@ import typer
 from atoll.cli.job_table import job_table
 from atoll.cli.leaderboard import show_outcome
 from atoll.cli.options import AtOnceOption, BaseOption, JsonOption, OutOption, SetOption, overrides, stopped
-from atoll.cli.output import say, warn
+from atoll.cli.output import messages, say, warn
 from atoll.cli.progress import progress_bar
 
 
@@ -43,7 +43,8 @@ def land(
     for warning in loaded.warnings:
         warn(warning)
     try:
-        with progress_bar() as progress, job_table() as table:
+        console = messages()  # one for both, or each would draw over the other
+        with progress_bar(console) as progress, job_table(console) as table:
             folder = out or Path("runs") / file.stem
             outcome = land_workflow(loaded.config, folder, root=loaded.root, at_once=at_once, progress=progress, table=table)
     except KeyboardInterrupt:

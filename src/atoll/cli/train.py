@@ -32,7 +32,7 @@ def train(
     at_once: AtOnceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train one adapter and publish it to the hub; or, from several files, several at once.
+    """Train an adapter, or several at once, and publish to the hub.
 
     The run's folder (--out, default runs/NAME) keeps checkpoints, the log and the adapter; the same command goes on where a stopped one ended. With
     several files every adapter has a folder of its name in --out (default runs); they share one base in memory and train together, each as it would

@@ -34,7 +34,7 @@ class Block:
         starts = torch.tensor([batch.row_starts[row] for row in rows], device=device).unsqueeze(1)
         columns = torch.arange(self.length, device=device)
         inside = columns < torch.tensor(lengths, device=device).unsqueeze(1)
-        self.take = torch.where(inside, starts + columns, 0).view(-1)  # [n * L] packed index of each place (0 where there is none)
+        self.take = torch.where(inside, starts + columns, starts).view(-1)  # [n * L] packed index of each place; padding: the row's own first token
         self.back = torch.nonzero(inside.view(-1)).squeeze(1)  # the places that hold a token
         self.tokens = self.take[self.back]  # and which
         self.is_dense = min(lengths) == self.length  # no padding

@@ -1,7 +1,8 @@
 """One adapter's training over a frozen base: LoRA, ReFT or both. Its state, and the arithmetic of a step; loop.py runs the forwards.
 
 The state of a job is a step count and three vectors; everything else (row order, dropout, learning rate) is a function of the config and the step. So
-a run that is killed and resumed from its last checkpoint takes the same steps again and ends with the same weights, bit for bit on a CPU in float32.
+a run that is killed and resumed from its last checkpoint takes the same steps again and, alone, ends with the same weights, bit for bit on a CPU in
+float32; beside other jobs (loop.py) to the rounding of products of another height.
 
 The loss is the mean over the label tokens of the whole effective batch, however it is cut into micro-batches. Used by loop.py and plan.py.
 """

@@ -9,10 +9,13 @@ A job that diverges, fails or is cancelled ends alone: what it shared with other
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,7 +58,7 @@ class _Item(NamedTuple):
 
     @property
     def padded_tokens(self) -> int:
-        return len(self.group.rows) * max(len(row.token_ids) - self.group.shared for row in self.group.rows)
+        return self.group.shared + len(self.group.rows) * max(len(row.token_ids) - self.group.shared for row in self.group.rows)
 
 
 def train(job: TrainingJob, report: Report | None = None) -> TrainResult:
@@ -97,20 +100,28 @@ def train_jobs(
     try:
         with interruptible() as stop_asked:
             while True:
-                _admit(running, waiting, at_once, on_result)
+                try:
+                    _admit(running, waiting, at_once, on_result)
+                except Exception:
+                    _keep(running.values())
+                    raise
                 if not running:
                     return
                 _round([entry.job for entry in running.values()], {id(entry.job): entry for entry in running.values()})
-                statuses = [entry.status() for entry in running.values()]
-                if report is not None:
-                    report(statuses)
-                stopping = stop_asked()
-                for index, entry in list(running.items()):
-                    outcome = _outcome(entry, stopping, cancelled(index))
-                    if outcome is not None and not (stopping and isinstance(outcome, Interrupted)):
-                        del running[index]
-                        entry.job.close()
-                        on_result(index, outcome)
+                try:
+                    statuses = [entry.status() for entry in running.values()]
+                    if report is not None:
+                        report(statuses)
+                    stopping = stop_asked()
+                    for index, entry in list(running.items()):
+                        outcome = _outcome(entry, stopping, cancelled(index))
+                        if outcome is not None and not (stopping and isinstance(outcome, Interrupted)):
+                            del running[index]
+                            entry.job.close()
+                            on_result(index, outcome)
+                except Exception:  # the caller's, which ends all: nothing that is trained is lost
+                    _keep(running.values())
+                    raise
                 if stopping and (running or next(waiting, None) is not None):
                     raise _interrupted(list(running.values()), len(makers))
     finally:
@@ -147,8 +158,8 @@ def _admit(
         try:
             job = make()
             job.open()
-        except AtollError as error:
-            on_result(index, error)
+        except Exception as error:
+            on_result(index, _as_training_error(error))
             continue
         if job.finished:
             job.close()
@@ -187,40 +198,51 @@ def _round(jobs: Sequence[TrainingJob], entries: dict[int, _Running]) -> None:
     alone: set[int] = set()  # jobs whose step was begun again, by themselves
     for batch in _joined(items):
         batch = [item for item in batch if id(item.job) not in alone]
-        try:
-            _forward_backward(batch)
-        except Exception as error:
-            if len(batch) > 1:
-                _log.warning("a forward that %d jobs shared failed and is done again job by job: %s", len(batch), error)
-            for job in {id(item.job): item.job for item in batch}.values():
-                alone.add(id(job))
-                if len(batch) == 1:
-                    entries[id(job)].error = _as_training_error(error)
-                else:
-                    entries[id(job)].error = _step_alone(job)
+        error = _attempt(functools.partial(_forward_backward, batch))
+        if error is None:
+            continue
+        if len(batch) > 1:
+            _log.warning("a forward that %d jobs shared failed and is done again job by job: %s", len(batch), error)
+        for job in {id(item.job): item.job for item in batch}.values():
+            alone.add(id(job))
+            entries[id(job)].error = error if len(batch) == 1 else _attempt(functools.partial(_step_alone, job))
     for job in jobs:
         if entries[id(job)].error is None:
-            try:
-                _after_gradients(job)
-            except AtollError as error:
-                entries[id(job)].error = error
+            entries[id(job)].error = _attempt(functools.partial(_after_gradients, job))
 
 
-def _step_alone(job: TrainingJob) -> Exception | None:
-    """A step's gradients from the beginning, sharing nothing; the error, if it fails again."""
+def _attempt(work: Callable[[], None]) -> Exception | None:
+    """The error that some work of a job ended with, if it did; nothing of what was computed stays in memory with it."""
     try:
-        for place, group in enumerate(job.begin_step()):
-            _forward_backward([_Item(job, group, place)])
+        work()
     except Exception as error:
+        traceback.clear_frames(error.__traceback__)
         return _as_training_error(error)
     return None
+
+
+def _step_alone(job: TrainingJob) -> None:
+    """A step's gradients from the beginning, sharing nothing."""
+    for place, group in enumerate(job.begin_step()):
+        _forward_backward([_Item(job, group, place)])
+
+
+def _keep(entries: Iterable[_Running]) -> None:
+    """Checkpoints of jobs that stand between two steps, as far as they can be written."""
+    for entry in entries:
+        if entry.error is None:
+            with contextlib.suppress(AtollError):
+                entry.job.checkpoint()
 
 
 def _as_training_error(error: Exception) -> Exception:
     """A failure of torch (out of memory, mostly) as one sentence; what is ours already stays."""
     if isinstance(error, AtollError):
         return error
-    return TrainingError(f"a training step failed: {error}", hint="lower trainer.micro_batch_tokens if memory is short; the last checkpoint is kept")
+    _log.warning("a job failed: %s", error, exc_info=error)
+    return TrainingError(
+        f"training failed: {error or type(error).__name__}", hint="lower trainer.micro_batch_tokens if memory is short; the last checkpoint is kept"
+    )
 
 
 def _joined(items: Sequence[_Item]) -> list[list[_Item]]:
@@ -233,7 +255,8 @@ def _joined(items: Sequence[_Item]) -> list[list[_Item]]:
             batches.append([item])
             continue
         for place, (batch, taken) in enumerate(open_batches):
-            if taken + size <= _JOINED_TOKENS and all(other.job is not item.job for other in batch):
+            most = min(_JOINED_TOKENS, *(member.job.config.micro_batch_tokens for member in (item, *batch)))
+            if taken + size <= most and all(other.job is not item.job for other in batch):
                 batch.append(item)
                 open_batches[place] = (batch, taken + size)
                 break

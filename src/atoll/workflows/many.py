@@ -5,6 +5,7 @@ Used by landing.py and, for several files, by the command line.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.config import TrainConfig
-from atoll.errors import AtollError, Busy, ConfigError, Interrupted, StorageError
+from atoll.errors import AtollError, ConfigError, Interrupted, StorageError
 from atoll.hub.names import check_name
 from atoll.workflows.bases import Bases
 from atoll.workflows.runs import recorded_run
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from atoll.train.loop import JobStatus
     from atoll.train.plan import TrainingPlan
 
-_ENDS_ALL = (Interrupted, StorageError, Busy)  # what no other job can be spared from
+_ENDS_ALL = (StorageError,)  # what no other job can be spared from
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def train_many(
     for config, root in configs:
         plans.append(make_plan(config, root=root, base=bases.of(config), progress=progress))
         name = check_name(plan_name(plans[-1]))
-        if name in (plan_name(other) for other in plans[:-1]):
+        if name.casefold() in (plan_name(other).casefold() for other in plans[:-1]):
             raise ConfigError(f"two of the files train an adapter named {name!r}", hint="give one of them another name")
     folders = [(out or Path("runs")) / plan_name(plan) for plan in plans]
     with ExitStack() as stack:
@@ -87,8 +88,8 @@ def run_plans_in(
 ) -> list[TrainOutcome | AtollError]:
     """Carry out plans, each in its folder, those of one base together; in the order of `work`, each one's outcome or the error that ended it.
 
-    Finished runs of the same jobs are found and kept. table is told of each job; without one, progress hears of all as one stage. Raises Interrupted,
-    StorageError and Busy.
+    Finished runs of the same jobs are found and kept. table is told of each job; without one, progress hears of all as one stage. Raises
+    Interrupted and StorageError.
     """
     from atoll.train.loop import JOBS_AT_ONCE, train_jobs
 
@@ -153,7 +154,7 @@ class _Jobs:
 
         index = group[place]
         folder, plan = self._work[index]
-        stack, record = self._records.pop(index)
+        stack, record = self._records.pop(index, (ExitStack(), {}))  # none where the hub could not even write that it runs
         try:
             with stack:
                 if isinstance(outcome, Exception):
@@ -173,14 +174,10 @@ class _Jobs:
         self._show()
 
     def abandon(self, error: BaseException) -> None:
-        """Close the hub's records of the jobs that were running when everything ended."""
+        """Close the hub's records of the jobs that were running when everything ended: they were interrupted, whatever became of another."""
         for stack, _ in self._records.values():
-            try:
-                with stack:
-                    raise error
-            except BaseException as same:
-                if same is not error:
-                    raise
+            with contextlib.suppress(AtollError), stack:
+                raise Interrupted(str(error) if isinstance(error, Interrupted) else f"stopped because everything did: {error}")
 
     def outcomes(self) -> list[TrainOutcome | AtollError]:
         return [self._found[index] for index in range(len(self._work))]
