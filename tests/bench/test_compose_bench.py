@@ -38,6 +38,10 @@ def test_lorahubs_last_module_is_what_its_candidate_before_left_there(bench: Any
     assert bench.effective([[1.0, 0.5]]) == [[1.0, 0.5]], "before the first candidate the last module is still its own"
 
 
+def test_losses_are_compared_where_weights_are_what_a_search_may_give(bench: Any) -> None:
+    assert bench.largest_difference([1.0, 9.0], [1.5, 2.0], [[0.5, -1.5], [0.0, 7.0]]) == 0.5
+
+
 def test_outputs_are_of_one_length_and_seeds_give_other_examples(bench: Any) -> None:
     """A mean over examples is then a mean over tokens, which is what lorahub's loss is."""
     inputs, outputs = bench.make_examples(0)
@@ -56,6 +60,6 @@ def test_a_ratio_is_the_median_of_the_rounds_own_ratios(bench: Any) -> None:
 def test_of_several_variants_the_best_is_claimed_and_all_are_told(bench: Any) -> None:
     found = {"lorahub_evaluation_s": [1.0], "atoll_product_float32_evaluation_s": [0.5], "atoll_product_bfloat16_evaluation_s": [0.125]}
     ratios, every = bench.summarise(found)
-    assert ratios == {"evaluation_vs_lorahub": 8.0, "time_to_loss_vs_lorahub": None, "evaluation_vs_naive": None}
+    assert ratios == {"evaluation_vs_lorahub": 8.0, "time_to_loss_vs_lorahub": None, "time_to_best_vs_lorahub": None, "evaluation_vs_naive": None}
     assert every == {"evaluation_vs_lorahub_product_float32": 2.0, "evaluation_vs_lorahub_product_bfloat16": 8.0}
     assert bench.notes_of("evaluation_vs_lorahub", every) == "product_bfloat16 8.00, product_float32 2.00"

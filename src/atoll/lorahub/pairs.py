@@ -24,7 +24,7 @@ from atoll.model.generic_adapter import GenericAdapter, read_generic_adapter, wr
 from atoll.model.generic_pool import GenericPool
 
 GROUP_TOKENS = 2048  # of a forward that is worth its overhead: examples of unequal length are not padded together beyond it
-FORWARD_TOKENS = 16384  # of a forward at most
+FORWARD_TOKENS = 2560  # of a forward at most: more do not make it faster, and what they compute no longer fits the cache
 BACKWARD_TOKENS = 4096  # of a forward whose activations are kept
 _KEPT_GROUPS = 256
 
