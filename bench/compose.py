@@ -1,15 +1,15 @@
 """How fast is a search for composition weights, beside lorahub 0.1.0 and beside the loop that one would write first?
 
-    .venv/bin/python bench/compose.py --lorahub VENV [--t5 small] [--base smollm2-135m-instruct] [--rounds 3] [--threads N] [--only lorahub,naive]
+    .venv/bin/python bench/compose.py --lorahub VENV [--t5 small] [--targets q,v] [--base smollm2-135m-instruct] [--rounds 3] [--only lorahub,naive]
 
-lorahub: a T5 of random weights in a published size, 20 modules of rank 16 at q and v (see random_t5.py), 5 examples, 40 evaluations. Per evaluation:
+lorahub: a T5 of random weights in a published size, 20 modules of rank 16 (see random_t5.py), 5 examples, 40 evaluations. Per evaluation:
 those of lorahub's search after the first; and Atoll's, of the same 40 candidates scored together, in both forms and both dtypes. The losses that the
 two give to a candidate are compared (at the weights that lorahub's bug leaves it, see atoll/lorahub/compatible.py).
 
 Time to loss: lorahub's call, from the names of the modules to the merged model, and what Atoll needs from and to the same points with its default
-method until its value (loss and regulariser) is at or below the loss of the model that lorahub returns. That loss is bad, since lorahub's bug spoils
-its later candidates; so the same is told, as time to best, of the lowest loss that lorahub saw on the way. Loading base and modules is in all of
-these times; importing libraries is in none.
+method until a candidate's loss is at or below that of the model that lorahub returns. Since lorahub's bug spoils some of its candidates, the same is
+told, as time to best, of the lowest loss that lorahub saw on the way. Loading base and modules is in all of these times; importing libraries is in
+none.
 
 naive: Atoll's batched search on a decoder base against a loop over the candidates: merge the adapters, load the result, run, all logits.
 
@@ -57,6 +57,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lorahub", type=Path, help="virtual environment with lorahub 0.1.0 (default: that part is left out)")
     parser.add_argument("--t5", choices=tuple(SHAPES), default="small", help="size of the T5")
+    parser.add_argument("--targets", type=lambda text: text.split(","), default=["q", "v"], help="linears that its modules change (LoraHub's: q,v)")
     parser.add_argument("--base", default="smollm2-135m-instruct", help="folder or alias of the decoder base")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace, folder: Path, workers: Workers) -> dict[s
         if value is not None:
             floor = f" (floor {FLOORS[name]:g})" if name in FLOORS else ""
             say(f"{name} {value:.2f}{floor}: {notes_of(name, all_ratios)}")
-    settings = {"t5": arguments.t5, "modules": MODULES, "rank": RANK, "examples": NUM_EXAMPLES, "evaluations": STEPS}
+    settings = {"t5": arguments.t5, "targets": arguments.targets, "modules": MODULES, "rank": RANK, "examples": NUM_EXAMPLES, "evaluations": STEPS}
     return {"bench": "compose", "ratios": ratios, "by_variant": all_ratios, "rounds": found, "settings": settings, "machine": machine, "notes": notes}
 
 
@@ -96,7 +97,8 @@ def against_lorahub(
     """Write the job, start both sides, warm them, and measure them in turn."""
     base = folder / "t5"
     write_base(base, SHAPES[arguments.t5])
-    modules = write_taught_modules(folder, base, [make_examples(1 + number) for number in range(MODULES)], rank=RANK, alpha=ALPHA)
+    taught = [make_examples(1 + number) for number in range(MODULES)]
+    modules = write_taught_modules(folder, base, taught, rank=RANK, alpha=ALPHA, targets=arguments.targets)
     inputs, outputs = make_examples(0)
     options = {"threads": arguments.threads, "base": str(base), "modules": modules, "inputs": inputs, "outputs": outputs}
     start(workers, "lorahub", arguments.lorahub / "bin" / "python", "lorahub_worker.py", options, environment)
@@ -119,7 +121,7 @@ def against_lorahub(
             for name, target in (("loss", theirs["loss"]), ("best", min(best, theirs["loss"]))):
                 ours = workers["atoll"].ask({"do": "reach", "target": target, "steps": STEPS, "form": form, "dtype": dtype})
                 if not ours["reached"]:
-                    notes.append(f"{form} {dtype} did not reach {target:.4f}: its value is {ours['value']:.4f}")
+                    notes.append(f"{form} {dtype} did not reach {target:.4f}: its loss is {ours['loss']:.4f}")
                     say(f"    {notes[-1]}")
                     continue
                 note(found, f"atoll_{form}_{dtype}_to_{name}_s", ours["seconds"], ours)

@@ -71,11 +71,13 @@ def write_modules(
     return [str(folder / name) for name in names]
 
 
-def write_taught_modules(folder: Path, base: Path, examples: Sequence[tuple[Sequence[str], Sequence[str]]], *, rank: int, alpha: float) -> list[str]:
+def write_taught_modules(
+    folder: Path, base: Path, examples: Sequence[tuple[Sequence[str], Sequence[str]]], *, rank: int, alpha: float, targets: Sequence[str]
+) -> list[str]:
     """A module for each set of (inputs, outputs), taught by one step: A random, B minus the gradient of the mean loss, with a norm of STEP in all.
 
     On a random base a module whose factors are noise too helps nothing, and a search among such modules wanders; these lower the losses of their own
-    examples and, less so, those of others, as modules of related tasks do. Acts on q and v. Returns the folders.
+    examples and, less so, those of others, as modules of related tasks do. Returns the folders.
     """
     import torch
 
@@ -84,9 +86,9 @@ def write_taught_modules(folder: Path, base: Path, examples: Sequence[tuple[Sequ
     from atoll.model.generic import Pairs, load_encoder_decoder
     from atoll.model.generic_adapter import GenericAdapter, write_generic_adapter
 
-    model, scaling, targets = load_encoder_decoder(str(base)), alpha / rank, ("q", "v")
+    model, scaling = load_encoder_decoder(str(base)), alpha / rank
     places = {place: shape for place, shape in model.linears.items() if place.rsplit(".", 1)[-1] in targets}
-    spec, made = AdapterSpec(base=str(base), rank=rank, alpha=alpha, target_modules=targets, dropout=0.1), []
+    spec, made = AdapterSpec(base=str(base), rank=rank, alpha=alpha, target_modules=tuple(targets), dropout=0.1), []
     for number, (inputs, outputs) in enumerate(examples):
         generator = torch.Generator().manual_seed(100 + number)
         a = {place: (2 * torch.rand(rank, d_in, generator=generator) - 1) / d_in**0.5 for place, (_, d_in) in places.items()}

@@ -7,6 +7,27 @@ from typing import Any
 
 from protocol import run_worker
 
+ROUNDING = 0.005  # of a loss of ten nats, between a bfloat16 search and its result in float32
+
+
+class _Watched:
+    """Scores that know the lowest mean over all examples that any candidate had."""
+
+    def __init__(self, scores: Any) -> None:
+        self._scores, self._seen, self.lowest = scores, dict[int, float](), float("inf")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scores, name)
+
+    def scores(self, weights: Any, examples: Any) -> Any:
+        """One candidate's examples may come in portions."""
+        found = self._scores.scores(weights, examples)
+        self._seen |= dict(zip(examples, found.detach()[0].tolist(), strict=True))
+        if len(self._seen) == self._scores.num_examples:
+            self.lowest = min(self.lowest, sum(self._seen.values()) / len(self._seen))
+            self._seen.clear()
+        return found
+
 
 class SearchContestant:
     """One job (base, modules, examples). Losses are means over all label tokens, as lorahub's worker gives them."""
@@ -46,9 +67,10 @@ class SearchContestant:
         return {"seconds": seconds, "weights": [float(weight) for weight in weights], "loss": self._loss(model, tokenizer)}
 
     def reach(self, target: float, steps: int, form: str, dtype: str) -> dict[str, Any]:
-        """seconds from the modules' names to the merged model, the search ended as soon as its value, regulariser included, is at or below target.
+        """seconds from the modules' names to the merged model, the search ended as soon as a candidate's loss is at or below target.
 
-        The same stages as lorahub_learning with its default method and so many steps; loading base and modules is part of it.
+        The same stages as lorahub_learning with its default method and so many steps; loading base and modules is part of it. reached: whether the
+        model that it ends with, the best by loss and regulariser, has that loss.
         """
         from atoll.compose.objective import Objective, l1
         from atoll.compose.run import GRADIENT_COST, Settings
@@ -56,30 +78,22 @@ class SearchContestant:
         from atoll.lorahub.algorithm import BOUNDS
         from atoll.lorahub.objective import STRENGTH
 
-        best: list[float] = []
-
-        def report(text: str, done: int, total: int) -> None:
-            best.append(float(text.removeprefix("best ").split(",")[0]))
-
-        def reached() -> bool:
-            return bool(best) and best[-1] <= target
-
         started = time.perf_counter()
         learner = self._learner(form, dtype)
-        objective, settings = Objective(learner.scores(None), l1(STRENGTH)), Settings(bounds=BOUNDS)
+        scores = _Watched(learner.scores(None))
         found = search(
-            objective, learner.num, "gradient", budget=GRADIENT_COST * steps, seed=42, settings=settings, report=report, stop_asked=reached
+            Objective(scores, l1(STRENGTH)),
+            learner.num,
+            "gradient",
+            budget=GRADIENT_COST * steps,
+            seed=42,
+            settings=Settings(bounds=BOUNDS),
+            stop_asked=lambda: scores.lowest <= target,
         )
         model, tokenizer = learner.finish(learner.composed(found.weights), {}, None)
         seconds = time.perf_counter() - started
-        return {
-            "seconds": seconds,
-            "search_s": found.seconds,
-            "evaluations": found.evaluations,
-            "reached": reached(),
-            "value": found.value,
-            "loss": self._loss(model, tokenizer),
-        }
+        loss = self._loss(model, tokenizer)
+        return {"seconds": seconds, "search_s": found.seconds, "evaluations": found.evaluations, "reached": loss <= target + ROUNDING, "loss": loss}
 
     def _learner(self, form: str, dtype: str) -> Any:
         """What lorahub_learning makes before it searches."""

@@ -33,7 +33,7 @@ class ComposeSettings(Section):
     )
     top_k: int = Field(default=10, ge=1, le=256, description="Adapters that go on from the ranking to the search.")
     method: str = Field(
-        default="gradient",
+        default="gradient_per_layer",
         description=f"How the weights are found: {', '.join(METHODS)}.",
         json_schema_extra={"examples": ["gradient", "gradient_per_layer", "cma", "nevergrad:NGOpt", "uniform", "best_single"]},
     )

@@ -34,7 +34,7 @@ def both(examples: Path, tests_file: Path) -> dict[str, Any]:
 
 def test_the_result_is_an_ordinary_adapter_that_says_what_it_was_made_of(base: Base, hub: Hub, examples: Path, tmp_path: Path) -> None:
     """The published version is the weighted sum of its parents, fits its base exactly, and is asked in the words of the examples."""
-    outcome = compose_and_publish(config_of(base, examples, controls=False), out=tmp_path / "out", hub=hub)
+    outcome = compose_and_publish(config_of(base, examples, controls=False, compose={"method": "gradient"}), out=tmp_path / "out", hub=hub)
     version = outcome.version
     assert version is not None and version.ref == "warmth@1" and version.kind == "composed" and not outcome.reused
     card = hub.show("warmth")

@@ -42,7 +42,7 @@ class Settings:
     start: Literal["best", "uniform", "zero"] | Sequence[float] | None = None
     patience: int = 10
     racing: bool = True
-    step: float = 0.5
+    step: float = 1.0
     sigma: float = 0.3
     population: int | None = None
     workers: int | None = None

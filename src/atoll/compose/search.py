@@ -1,7 +1,7 @@
 """Find the weights of a composition: `search` by the name of a method.
 
-    gradient            L-BFGS on one weight an adapter: the default
-    gradient_per_layer  L-BFGS on one weight an adapter and layer
+    gradient            L-BFGS on one weight an adapter
+    gradient_per_layer  L-BFGS on one weight an adapter and layer: the default of `atoll compose`
     cma                 CMA-ES, without gradients: for scores that have none
     nevergrad:<name>    any optimiser of nevergrad; nevergrad:NGOpt is LoraHub's
     uniform             1/N each, and no search
@@ -30,7 +30,7 @@ from atoll.model.memory import keep_freed_memory, release_memory
 from atoll.train.interrupt import interruptible
 
 METHODS = ("gradient", "gradient_per_layer", "cma", "nevergrad:<name>", "uniform", "best_single")
-BUDGETS = {"gradient": 48, "gradient_per_layer": 72, "cma": 240, "nevergrad": 40}  # evaluations, three a gradient; 40 is LoraHub's
+BUDGETS = {"gradient": 48, "gradient_per_layer": 48, "cma": 240, "nevergrad": 40}  # evaluations, three a gradient; 40 is LoraHub's
 _NEEDS_GRADIENTS = ("gradient", "gradient_per_layer")
 
 
