@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.errors import AdapterFormatError, BaseMismatch
 from atoll.model.reft import EditSite, Intervention, ReftSpec, new_intervention, tensor_shapes
-from atoll.model.sites import TARGETS, Site, module_path
+from atoll.model.sites import TARGETS, Site, module_name, module_path
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,8 @@ class AdapterSpec:
 
     rank and alpha hold for every target module unless rank_pattern or alpha_pattern names the module. layers_to_transform of None means all layers.
     target_modules holds names of linears ("q_proj") or dotted ends of their paths ("layers.3.self_attn.q_proj"); none of them: no LoRA, and rank is
-    the largest of the ReFT parts (`reft_only`).
+    the largest of the ReFT parts (`reft_only`). fan_in_fan_out: what PEFT notes of linears that store their weight transposed (GPT-2's); factors are
+    the same either way.
     """
 
     base: str
@@ -39,6 +40,7 @@ class AdapterSpec:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
     reft: tuple[ReftSpec, ...] = ()
+    fan_in_fan_out: bool = False
 
     @classmethod
     def reft_only(cls, base: str, parts: Iterable[ReftSpec]) -> AdapterSpec:
@@ -56,8 +58,8 @@ class AdapterSpec:
         """Every place that the ReFT parts edit in a base of `num_layers` blocks, in file order."""
         return [site for part, spec in enumerate(self.reft) for site in spec.sites(part, num_layers)]
 
-    def sites(self, num_layers: int) -> list[Site]:
-        """Every (layer, target) that this adapter changes in a base of `num_layers` blocks, in file order."""
+    def sites(self, num_layers: int, targets: Iterable[str] = TARGETS) -> list[Site]:
+        """Every (layer, target) that this adapter changes in a base of `num_layers` blocks with these linears, in file order."""
         layers = range(num_layers) if self.layers_to_transform is None else sorted(set(self.layers_to_transform))
         outside = [layer for layer in layers if not 0 <= layer < num_layers]
         if outside:
@@ -66,7 +68,8 @@ class AdapterSpec:
                 hint="leave the layer out, or use the base that the adapter was made for",
             )
         wanted = frozenset(self.target_modules)
-        return [site for layer in layers for target in TARGETS if not wanted.isdisjoint(_ends(site := Site(layer, target)))]
+        known = tuple(targets)
+        return [site for layer in layers for target in known if not wanted.isdisjoint(_ends(site := Site(layer, target)))]
 
     def rank_at(self, site: Site | str) -> int:
         """The rank at a site or at a linear's path: rank_pattern's entry that names it best, else `rank`."""
@@ -142,7 +145,7 @@ class Adapter:
         shapes maps a target to its linear's (d_out, d_in).
         """
         hint = "use the base that the adapter was made for" + (f": {self.spec.base}" if self.spec.base else "")
-        for site in self.spec.sites(num_layers):
+        for site in self.spec.sites(num_layers, shapes):
             if site not in self.modules:
                 raise BaseMismatch(
                     f"the adapter's config covers {module_path(site)}, but its file has no factors for it (the base has {num_layers} layers)",
@@ -151,6 +154,8 @@ class Adapter:
         for site, module in self.modules.items():
             if site.layer >= num_layers:
                 raise BaseMismatch(f"the adapter changes layer {site.layer}, but the base has {num_layers} layers", hint=hint)
+            if site.target not in shapes:
+                raise BaseMismatch(f"the adapter changes {module_path(site)}, which the base does not have", hint=hint)
             d_out, d_in = shapes[site.target]
             if module.a.shape[1] != d_in or module.b.shape[0] != d_out:
                 raise BaseMismatch(
@@ -158,7 +163,7 @@ class Adapter:
                     f"the base has {d_out} x {d_in}",
                     hint=hint,
                 )
-        self._check_edits_fit(shapes["q_proj"][1], num_layers, hint)
+        self._check_edits_fit(hidden_size(shapes), num_layers, hint)
 
     def _check_edits_fit(self, hidden: int, num_layers: int, hint: str) -> None:
         expected = self.spec.edit_sites(num_layers)
@@ -173,6 +178,11 @@ class Adapter:
                 raise BaseMismatch(f"layer {site.layer} {site.component}: the edit has tensors {shapes}, but the base needs {wanted}", hint=hint)
 
 
+def hidden_size(shapes: Mapping[str, tuple[int, int]]) -> int:
+    """D of a base whose linears have these (d_out, d_in): what its first linear reads."""
+    return shapes["q_proj" if "q_proj" in shapes else next(iter(shapes))][1]
+
+
 def new_adapter(spec: AdapterSpec, shapes: Mapping[str, tuple[int, int]], num_layers: int, generator: torch.Generator) -> Adapter:
     """A fresh adapter in float32. LoRA: A uniform in ±sqrt(1 / d_in) (Kaiming with a = sqrt(5), as PEFT does), B zero, so the update starts at zero.
 
@@ -181,13 +191,13 @@ def new_adapter(spec: AdapterSpec, shapes: Mapping[str, tuple[int, int]], num_la
     import torch
 
     modules: dict[Site, LoraModule] = {}
-    for site in spec.sites(num_layers):
+    for site in spec.sites(num_layers, shapes):
         d_out, d_in = shapes[site.target]
         rank, bound = spec.rank_at(site), 1 / math.sqrt(d_in)
         a = torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)
         modules[site] = LoraModule(a, torch.zeros(d_out, rank), spec.scaling_at(site))
-    hidden = shapes["q_proj"][1]
+    hidden = hidden_size(shapes)
     edits = {site: new_intervention(spec.reft[site.part], site.layer, hidden, generator) for site in spec.edit_sites(num_layers)}
     if not modules and not edits:
-        raise AdapterFormatError("the adapter changes no module", hint=f"name at least one target module of {', '.join(TARGETS)} and one layer")
+        raise AdapterFormatError("the adapter changes no module", hint=f"name at least one target module of {', '.join(dict.fromkeys(map(module_name, shapes)))} and one layer")
     return Adapter(spec, modules, edits=edits)

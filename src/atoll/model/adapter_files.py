@@ -22,7 +22,7 @@ from atoll.model.peft_config import peft_config, read_config
 from atoll.model.reft import EditSite, Intervention
 from atoll.model.reft_files import LORA_REFT, REFT, check_edit_shapes, edit_tensors, edits_of, is_edit_key, last_layer, read_reft_config, reft_config
 from atoll.model.safetensors_header import check_header, lora_sites
-from atoll.model.sites import TARGETS, Site, peft_key
+from atoll.model.sites import TARGETS, Site, in_file_order, peft_key
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +127,7 @@ def _read_tensors(path: Path, spec: AdapterSpec) -> tuple[dict[Site, LoraModule]
 
 def _modules_of(tensors: Mapping[str, Tensor], sites: set[Site], spec: AdapterSpec, num_layers: int, path: Path) -> dict[Site, LoraModule]:
     modules: dict[Site, LoraModule] = {}
-    for site in sorted(sites, key=lambda s: (s.layer, TARGETS.index(s.target))):
+    for site in in_file_order(sites):
         a, b = tensors[peft_key(site, "A")], tensors[peft_key(site, "B")]
         rank = spec.rank_at(site)
         if a.shape[0] != rank or b.shape[1] != rank:
@@ -140,7 +140,7 @@ def _modules_of(tensors: Mapping[str, Tensor], sites: set[Site], spec: AdapterSp
                     f"{path}: {peft_key(site, name)} has values that are not finite (NaN or infinity)", hint="retrain the adapter"
                 )
         modules[site] = LoraModule(a, b, spec.scaling_at(site))
-    expected = set(spec.sites(num_layers))
+    expected = set(spec.sites(num_layers, {site.target for site in modules} | set(TARGETS)))
     if expected != set(modules):
         site = min(expected ^ set(modules))
         what = "has no factors for" if site in expected else "has factors, which its config does not cover, for"

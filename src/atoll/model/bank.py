@@ -58,10 +58,11 @@ class Slot:
 
 @dataclass
 class _Stack:
-    """One bucket's tensors. a[layer][group] is [capacity, members * rank, d_in]; b[layer][target] is [capacity, rank, d_out]."""
+    """One bucket's tensors. targets[group] are a group's members; a[layer][group] is [capacity, members * rank, d_in]; b[layer][target] is [capacity, rank, d_out]."""
 
     rank: int
     capacity: int
+    targets: Sequence[Sequence[str]]
     a: list[list[Tensor]]
     b: list[dict[str, Tensor]]
     free: list[int] = field(default_factory=list)
@@ -71,7 +72,7 @@ class _Stack:
     def members(self, layer: int, group: int) -> list[tuple[int, int, Tensor]]:
         """(out_start, out_stop, b) of each member of a group, in fused order."""
         out, start = [], 0
-        for target in GROUPS[group]:
+        for target in self.targets[group]:
             b = self.b[layer][target]
             out.append((start, start + b.shape[2], b))
             start += b.shape[2]
@@ -79,14 +80,22 @@ class _Stack:
 
 
 class LoraBank:
-    """Stacks for every rank bucket in use. shapes maps a target to its linear's (d_out, d_in).
+    """Stacks for every rank bucket in use. shapes maps a target to its linear's (d_out, d_in); groups are the targets that share an input.
 
     gathers: single-token rows of several adapters are best given as `rows`; a bank that says False wants a segment for every group of neighbours.
     """
 
     gathers = True
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int]], num_layers: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        num_layers: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        groups: Sequence[Sequence[str]] = GROUPS,
+    ) -> None:
+        self.groups = groups
         self.shapes, self.num_layers, self.dtype, self.device = dict(shapes), num_layers, dtype, device
         self._stacks: dict[int, _Stack] = {}
         self._stackless: set[int] = set()  # indices of the slots without LoRA modules
@@ -100,7 +109,7 @@ class LoraBank:
         edits = sum(fused_bytes(adapter.spec.reft[site.part], found) for site, found in adapter.edits.items())
         if not adapter.modules:
             return edits
-        per_layer = sum(d_out for d_out, _ in self.shapes.values()) + sum(len(g) * self.shapes[g[0]][1] for g in GROUPS)
+        per_layer = sum(d_out for d_out, _ in self.shapes.values()) + sum(len(g) * self.shapes[g[0]][1] for g in self.groups)
         return bucket_of(adapter.max_rank) * per_layer * self.num_layers * self.dtype.itemsize + edits
 
     def pack(self, adapter: Adapter) -> None:
@@ -124,7 +133,7 @@ class LoraBank:
         index = stack.free.pop()
         used: set[int] = set()
         for layer in range(self.num_layers):
-            for group, targets in enumerate(GROUPS):
+            for group, targets in enumerate(self.groups):
                 for member, target in enumerate(targets):
                     a = stack.a[layer][group][index, member * bucket : (member + 1) * bucket]
                     b = stack.b[layer][target][index]
@@ -165,14 +174,14 @@ class LoraBank:
 
     def _new_stack(self, bucket: int) -> _Stack:
         a = [
-            [torch.zeros(0, len(g) * bucket, self.shapes[g[0]][1], dtype=self.dtype, device=self.device) for g in GROUPS]
+            [torch.zeros(0, len(g) * bucket, self.shapes[g[0]][1], dtype=self.dtype, device=self.device) for g in self.groups]
             for _ in range(self.num_layers)
         ]
         b = [
             {t: torch.zeros(0, bucket, d_out, dtype=self.dtype, device=self.device) for t, (d_out, _) in self.shapes.items()}
             for _ in range(self.num_layers)
         ]
-        return _Stack(bucket, 0, a, b)
+        return _Stack(bucket, 0, self.groups, a, b)
 
     def _grow(self, stack: _Stack) -> None:
         """Double a stack (from 0 to 4). Old slots keep their index; views handed out for a step are not kept beyond it."""

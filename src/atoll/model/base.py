@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.errors import BaseFormatError, ConfigError
+from atoll.model.families import GENERIC
 from atoll.model.fingerprint import BaseFingerprint, describe_base, load_config, read_json, stored_tensors, tensor_shapes
 from atoll.model.pull import EMBEDDED, Progress, pull
 
@@ -53,8 +54,6 @@ def load_base(name: str, *, dtype: str = "bfloat16", device: str = "cpu", home: 
     dtype is "bfloat16" or "float32"; stored weights are cast to it. No code from the base's folder is run.
     Raises BaseNotFound, BaseFormatError, StorageError, and ConfigError for a dtype or device that is not there.
     """
-    from atoll.model.decoder import Decoder
-
     torch_dtype, torch_device = checked_dtype(dtype), checked_device(device)
     path = pull(name, home=home, progress=progress)
     if progress is not None:
@@ -72,14 +71,34 @@ def load_base(name: str, *, dtype: str = "bfloat16", device: str = "cpu", home: 
         fingerprint=describe_base(path, home=home),
         config=config,
         tokenizer=tokenizer,
-        decoder=Decoder.from_state_dict(config, read_tensors(path, torch_dtype), torch_dtype, torch_device),
+        decoder=load_decoder(path, config, torch_dtype, torch_device),
         dtype=torch_dtype,
         eos_ids=find_eos_ids(path, config, tokenizer),
-        context_length=int(config.max_position_embeddings),
+        context_length=context_length(config),
     )
     if progress is not None:
         progress(f"loading {name}", 1, 1)
     return base
+
+
+def load_decoder(path: Path, config: Any, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """The native forward where it computes this family, else transformers' blocks under the same contract."""
+    if config.model_type in GENERIC:
+        from atoll.model.generic_decoder import load_generic_decoder
+
+        return load_generic_decoder(path, dtype, device)
+    from atoll.model.decoder import Decoder
+
+    return Decoder.from_state_dict(config, read_tensors(path, dtype), dtype, device)
+
+
+def context_length(config: Any) -> int:
+    """The longest row that a base takes, in tokens."""
+    if config.model_type in GENERIC:
+        from atoll.model.generic_decoder import context_of
+
+        return context_of(config)
+    return int(config.max_position_embeddings)
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -70,6 +70,16 @@ class DecoderShape:
         )
 
     @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The linears of a block that share an input and run as one product."""
+        return GROUPS
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base's files hold a linear's weight as [d_in, d_out], which PEFT notes in an adapter's config."""
+        return False
+
+    @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """(d_out, d_in) of each of the seven linears."""
         q, kv = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
@@ -109,7 +119,13 @@ class _Layer:
 
 
 class Decoder:
-    """A frozen base ready to run. Make it with `from_state_dict`; it owns its tensors and shares them with nobody who writes."""
+    """A frozen base ready to run. Make it with `from_state_dict`; it owns its tensors and shares them with nobody who writes.
+
+    can_enter: whether a forward may start above the first block. softcap: the head's logits z become softcap * tanh(z / softcap), where it is given.
+    """
+
+    can_enter = True
+    softcap: float | None = None
 
     def __init__(
         self, shape: DecoderShape, embedding: Tensor, layers: tuple[_Layer, ...], final_norm: Tensor, head: Tensor, rotary: RotaryTable
@@ -150,7 +166,7 @@ class Decoder:
 
     def new_bank(self) -> LoraBank:
         """An empty bank for adapters of this base, in its dtype."""
-        return LoraBank(self.shape.linears, self.shape.num_layers, self.dtype, self.device)
+        return LoraBank(self.shape.linears, self.shape.num_layers, self.dtype, self.device, self.shape.groups)
 
     def forward(
         self, batch: PackedBatch, adapters: AdapterBatch = BASE_ONLY, cache: KvCache | None = None, *, entering: tuple[int, Tensor] | None = None

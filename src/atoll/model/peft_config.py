@@ -16,7 +16,7 @@ from typing import Any
 
 from atoll.errors import AdapterFormatError, UnsupportedAdapter
 from atoll.model.adapter import AdapterSpec
-from atoll.model.sites import TARGETS
+from atoll.model.sites import MODULE_NAMES
 
 _MAX_RANK = 1024
 _MAX_PATTERNS = 10_000  # entries of one; the deepest bases have about a thousand linears
@@ -28,7 +28,6 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "use_dora": (False, None),
     "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
     "exclude_modules": (None, []),
     "layers_pattern": (None, "layers", []),
     "layer_replication": (None, []),
@@ -60,6 +59,7 @@ _SILENT = frozenset(
         "lora_dropout",
         "target_modules",
         "use_rslora",
+        "fan_in_fan_out",
         "rank_pattern",
         "alpha_pattern",
         "layers_to_transform",
@@ -80,7 +80,7 @@ def peft_config(spec: AdapterSpec) -> dict[str, Any]:
         "alpha_pattern": dict(spec.alpha_pattern),
         "base_model_name_or_path": spec.base,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": spec.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_to_transform": None if spec.layers_to_transform is None else list(spec.layers_to_transform),
@@ -96,7 +96,7 @@ def peft_config(spec: AdapterSpec) -> dict[str, Any]:
     }
 
 
-def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | None = TARGETS) -> AdapterSpec:
+def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | None = MODULE_NAMES) -> AdapterSpec:
     """The spec that an adapter_config.json says; `path` is for messages. known: the linears that may be targets, None for any name.
 
     Raises AdapterFormatError (a value of the wrong type or out of range) or UnsupportedAdapter (an option that would change the forward).
@@ -123,6 +123,7 @@ def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | No
         alpha=finite_number(config.get("lora_alpha", 8.0), "lora_alpha", path),
         target_modules=_targets(config.get("target_modules"), path, known),
         dropout=dropout,
+        fan_in_fan_out=flag(config.get("fan_in_fan_out") or False, "fan_in_fan_out", path),
         use_rslora=flag(config.get("use_rslora") or False, "use_rslora", path),
         rank_pattern={
             _literal(k, "rank_pattern", path): whole_rank(v, f"rank_pattern.{k}", path) for k, v in _mapping(config, "rank_pattern", path).items()

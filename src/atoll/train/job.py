@@ -51,7 +51,7 @@ def total_steps(num_rows: int, config: TrainerConfig) -> int:
 
 def entering_states(decoder: Decoder, first_layer: int, num_rows: int, config: TrainerConfig) -> EnteringStates | None:
     """Where a job that changes nothing below block first_layer keeps what enters there; None where rows are seen once and keeping pays nothing."""
-    if not first_layer or total_steps(num_rows, config) <= math.ceil(num_rows / config.batch_size):
+    if not first_layer or not decoder.can_enter or total_steps(num_rows, config) <= math.ceil(num_rows / config.batch_size):
         return None
     return EnteringStates(decoder, first_layer, config.reuse_mib * MIB)
 
@@ -79,7 +79,7 @@ class TrainingJob:
         self.decoder, self.config, self.folder, self._digest = decoder, config, folder, job_digest
         self._train, self._validation = list(train_rows), list(validation_rows)
         self._lengths = [len(row.token_ids) for row in self._train]
-        self.weights = TrainableAdapter(adapter, decoder.shape.linears, decoder.device)
+        self.weights = TrainableAdapter(adapter, decoder.shape.linears, decoder.device, decoder.shape.groups)
         self._optimizer = torch.optim.AdamW(
             self.weights.parameter_groups(config), lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
         )

@@ -264,7 +264,7 @@ def _losses(items: Sequence[_Item], *, training: bool) -> list[Tensor]:
     packed = pack_groups([item.group for item in items], decoder.device)
     adapters = adapter_batch(packed, [item.job.weights for item in items])
     hidden = decoder.forward(packed.batch, adapters, entering=entering[0] if len(items) == 1 else None)
-    each = label_losses(hidden, decoder.head, packed.labels)
+    each = label_losses(hidden, decoder.head, packed.labels, decoder.softcap)
     return [each[start:stop].sum() for start, stop in packed.label_spans]
 
 

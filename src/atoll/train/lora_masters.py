@@ -6,27 +6,30 @@ Factors of linears that share an input are stored fused, as model.apply reads th
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from atoll.model.adapter import Adapter, LoraModule
 from atoll.model.apply import Part, Update
-from atoll.model.sites import GROUPS, TARGETS, Site
+from atoll.model.sites import Site, in_file_order
 from atoll.train.flat import FlatVector
+
+Groups: TypeAlias = Sequence[Sequence[str]]  # the targets of each fused linear
 
 
 class LoraMasters:
     """An adapter's A and B as leaves of a flat vector."""
 
-    def __init__(self, adapter: Adapter, linears: Mapping[str, tuple[int, int]], flat: FlatVector) -> None:
-        self._flat = flat
-        self._sites = sorted(adapter.modules, key=lambda site: (site.layer, TARGETS.index(site.target)))
+    def __init__(self, adapter: Adapter, linears: Mapping[str, tuple[int, int]], flat: FlatVector, groups: Groups) -> None:
+        self._flat, self._groups = flat, groups
+        self._sites = in_file_order(adapter.modules)
         self._updates: dict[tuple[int, int], Update] = {}
         self._slices: dict[Site, tuple[Tensor, Tensor, float]] = {}
         for layer in sorted({site.layer for site in self._sites}):
-            for group, targets in enumerate(GROUPS):
+            for group, targets in enumerate(groups):
                 self._fuse(adapter, linears, layer, group, [t for t in targets if Site(layer, t) in adapter.modules])
 
     def _fuse(self, adapter: Adapter, linears: Mapping[str, tuple[int, int]], layer: int, group: int, members: list[str]) -> None:
@@ -35,7 +38,7 @@ class LoraMasters:
         modules = [adapter.modules[Site(layer, target)] for target in members]
         a = self._flat.leaf(sum(module.rank for module in modules), modules[0].a.shape[1])
         starts, column = {}, 0
-        for target in GROUPS[group]:
+        for target in self._groups[group]:
             starts[target] = column
             column += linears[target][0]
         parts, row = [], 0

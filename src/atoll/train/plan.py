@@ -83,14 +83,14 @@ class TrainingPlan:
     def num_parameters(self) -> int:
         """Trainable parameters: r (d_in + d_out) a site of LoRA, and each ReFT site's tensors."""
         shape = self.base.decoder.shape
-        lora = sum(self.spec.rank_at(site) * sum(shape.linears[site.target]) for site in self.spec.sites(shape.num_layers))
+        lora = sum(self.spec.rank_at(site) * sum(shape.linears[site.target]) for site in self.spec.sites(shape.num_layers, shape.linears))
         shapes = [tensor_shapes(self.spec.reft[site.part], site.layer, shape.hidden) for site in self.spec.edit_sites(shape.num_layers)]
         return int(lora + sum(math.prod(size) for tensors in shapes for size in tensors.values()))
 
     @property
     def first_layer(self) -> int:
         """The first block that the adapter changes."""
-        return first_layer(self.spec, self.base.decoder.shape.num_layers)
+        return first_layer(self.spec, self.base.decoder.shape.num_layers, self.base.decoder.shape.linears)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
         for examples, max_length in ((data.train, trainer.max_length), (data.validation, None if trainer.max_length == "p95" else trainer.max_length))
     ]
     prompt = data.task.prompt_format(stop)
-    spec = adapter_spec(base.name, config.adapter, base.decoder.shape.num_layers, base.decoder.shape.hidden)
+    shape = base.decoder.shape
+    spec = adapter_spec(base.name, config.adapter, shape.num_layers, shape.hidden, tuple(shape.linears), fan_in_fan_out=shape.fan_in_fan_out)
     identity: dict[str, Any] = {
         "format": _FORMAT,
         "base": base.fingerprint.digest,
@@ -131,8 +132,8 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
         "prompt": prompt.to_json(),
         "rows": [[row.token_ids, row.first_label, *([row.num_prompt] if spec.reft else [])] for part in encoded for row in part.rows],
     }
-    lowest = first_layer(spec, base.decoder.shape.num_layers)
-    if lowest:  # then rows enter there one by one (train.entering), which decides last bits
+    lowest = first_layer(spec, shape.num_layers, shape.linears)
+    if lowest and base.decoder.can_enter:  # then rows enter there one by one (train.entering), which decides last bits
         identity["first_layer"] = lowest
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     return TrainingPlan(config, base, data, encoded[0], encoded[1], prompt, spec, digest)
@@ -207,7 +208,7 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
     decoder, trainer = plan.base.decoder, plan.config.trainer
     shape = decoder.shape
     start = new_adapter(plan.spec, shape.linears, shape.num_layers, torch.Generator().manual_seed(0))
-    weights = TrainableAdapter(start, shape.linears, decoder.device)
+    weights = TrainableAdapter(start, shape.linears, decoder.device, shape.groups)
     kept = entering_states(decoder, plan.first_layer, len(plan.train.rows), trainer)
     lengths = [len(row.token_ids) for row in plan.train.rows]
     steps = epoch_batches(lengths, trainer.batch_size, trainer.seed, 0)
@@ -219,7 +220,7 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
         entering = kept.of(rows) if kept is not None else None
         entered = time.perf_counter()
         hidden = decoder.forward(packed.batch, adapter_batch(packed, [weights]), entering=entering)
-        loss = label_loss(hidden, decoder.head, packed.labels)
+        loss = label_loss(hidden, decoder.head, packed.labels, decoder.softcap)
         if loss.requires_grad:
             loss.backward()
         if warm:

@@ -15,8 +15,9 @@ from atoll.config import TrainerConfig
 from atoll.model.adapter import Adapter
 from atoll.model.apply import Update
 from atoll.model.apply_edits import EditedPart
+from atoll.model.sites import GROUPS
 from atoll.train.flat import FlatVector
-from atoll.train.lora_masters import LoraMasters
+from atoll.train.lora_masters import Groups, LoraMasters
 from atoll.train.reft_masters import ReftMasters
 
 
@@ -27,13 +28,13 @@ class TrainableAdapter:
     over `[values]` trains the adapter; after its step, `retract` is due.
     """
 
-    def __init__(self, adapter: Adapter, linears: Mapping[str, tuple[int, int]], device: torch.device | str = "cpu") -> None:
+    def __init__(self, adapter: Adapter, linears: Mapping[str, tuple[int, int]], device: torch.device | str = "cpu", groups: Groups = GROUPS) -> None:
         self.spec, self._manifest = adapter.spec, adapter.manifest
         self._flat = FlatVector(adapter.num_parameters, device)
         self.values, self.grads = self._flat.values, self._flat.grads
         self.dropout_seed: int | None = None  # set by the loop before each training forward; None: no dropout (evaluation)
         self.first_layer = min([site.layer for site in adapter.modules] + [site.layer for site in adapter.edits])
-        self._lora = LoraMasters(adapter, linears, self._flat) if adapter.modules else None
+        self._lora = LoraMasters(adapter, linears, self._flat, groups) if adapter.modules else None
         self._num_lora = self._flat.taken
         self._reft = ReftMasters(adapter, self._flat) if adapter.edits else None
 

@@ -1,0 +1,47 @@
+"""Families of decoders that run by transformers' own blocks, and what their linears are called.
+
+A family is a row of one table: where its blocks stand, and which linears a block has. A linear is named as everywhere: by its short name where it
+stands where Llama's does ("q_proj"), else by its path with a star for the block's number ("transformer.h.*.attn.c_attn"), so that a site says by
+itself what PEFT calls it.
+
+Used by sites.py and generic_decoder.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_LLAMA = (*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """blocks: the path of the list of blocks; linears: paths in a block, in the order of a forward; attention, mlp: those two modules in a block."""
+
+    blocks: str = "model.layers"
+    linears: tuple[str, ...] = _LLAMA
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of a block's linears in the model, with a star for the block's number."""
+        return tuple(f"{self.blocks}.*.{linear}" for linear in self.linears)
+
+
+_FEED_FORWARD = ("mlp.c_fc", "mlp.c_proj")
+GENERIC: dict[str, Family] = {  # by transformers' model type
+    "gpt2": Family("transformer.h", ("attn.c_attn", "attn.c_proj", *_FEED_FORWARD), "attn"),
+    "gpt_neox": Family(
+        "gpt_neox.layers", ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), "attention"
+    ),
+    "gemma": Family(),
+    "gemma2": Family(),
+    "gemma3_text": Family(),
+    "olmo": Family(),
+    "olmo2": Family(),
+    "olmo3": Family(),
+    "phi3": Family(linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")),
+    "starcoder2": Family(linears=(*_LLAMA[:4], *_FEED_FORWARD)),
+    "smollm3": Family(),
+}
