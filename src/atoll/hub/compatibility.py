@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from atoll.model.families import FIRST_LINEARS
+
 Shapes = Mapping[str, Sequence[int]]
 
 _EDIT = re.compile(r"reft\.\d+\.layers\.(\d{1,6})\.\w+\.\w+\.([rwbc])")  # a tensor of a ReFT edit, see model/adapter_files.py
@@ -104,7 +106,7 @@ def _misfit(key: str, shape: tuple[int, ...], base_shapes: Shapes) -> str:
 
 def _edit_misfit(key: str, shape: tuple[int, ...], layer: int, tensor: str, base_shapes: Shapes) -> str:
     """Why one tensor of an edit does not fit: it needs the layer, and the base's hidden size where it has one."""
-    query = base_shapes.get(f"model.layers.{layer}.self_attn.q_proj.weight")
+    query = next((base_shapes[name] for path in FIRST_LINEARS if (name := f"{path.replace('*', str(layer))}.weight") in base_shapes), None)
     if query is None:
         return f"tensor {key}: the base has no layer {layer}"
     if tensor in "rw" and (len(shape) != 2 or shape[1] != query[1]):

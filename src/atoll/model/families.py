@@ -9,6 +9,7 @@ Used by sites.py and generic_decoder.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _LLAMA = (*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -16,12 +17,16 @@ _LLAMA = (*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.gate_proj", "mlp.
 
 @dataclass(frozen=True)
 class Family:
-    """blocks: the path of the list of blocks; linears: paths in a block, in the order of a forward; attention, mlp: those two modules in a block."""
+    """blocks: the path of the list of blocks; linears: paths in a block, in the order of a forward; attention, mlp: those two modules in a block.
+
+    transposed: the linears' weights are stored as [d_in, d_out].
+    """
 
     blocks: str = "model.layers"
     linears: tuple[str, ...] = _LLAMA
     attention: str = "self_attn"
     mlp: str = "mlp"
+    transposed: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -31,7 +36,7 @@ class Family:
 
 _FEED_FORWARD = ("mlp.c_fc", "mlp.c_proj")
 GENERIC: dict[str, Family] = {  # by transformers' model type
-    "gpt2": Family("transformer.h", ("attn.c_attn", "attn.c_proj", *_FEED_FORWARD), "attn"),
+    "gpt2": Family("transformer.h", ("attn.c_attn", "attn.c_proj", *_FEED_FORWARD), "attn", transposed=True),
     "gpt_neox": Family(
         "gpt_neox.layers", ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), "attention"
     ),
@@ -45,3 +50,21 @@ GENERIC: dict[str, Family] = {  # by transformers' model type
     "starcoder2": Family(linears=(*_LLAMA[:4], *_FEED_FORWARD)),
     "smollm3": Family(),
 }
+FIRST_LINEARS = tuple(dict.fromkeys((f"model.layers.*.{_LLAMA[0]}", *(family.paths[0] for family in GENERIC.values()))))  # they read [.., D]
+
+
+def as_in_model(shapes: Mapping[str, tuple[int, ...]], model_type: str) -> dict[str, tuple[int, ...]]:
+    """Stored tensors' shapes by the names that they have in the language model, linears as [d_out, d_in].
+
+    Files of some families leave out the first part of the names ("h.0.attn.c_attn.weight"), and some store linears transposed.
+    """
+    family = GENERIC.get(model_type)
+    if family is None:
+        return dict(shapes)
+    outer, _, inner = family.blocks.partition(".")
+    linears = tuple(f".{linear}.weight" for linear in family.linears)
+    named = {}
+    for name, shape in shapes.items():
+        path = f"{outer}.{name}" if name.startswith(f"{inner}.") else name
+        named[path] = shape[::-1] if family.transposed and path.startswith(f"{family.blocks}.") and path.endswith(linears) else shape
+    return named

@@ -22,7 +22,7 @@ from typing import Any
 
 from atoll.errors import BaseFormatError, StorageError
 from atoll.files import write_file
-from atoll.model.families import GENERIC
+from atoll.model.families import GENERIC, as_in_model
 
 # Bytes an element of the dtypes that a safetensors header may name.
 ITEM_BYTES = {
@@ -169,8 +169,13 @@ def tensor_digests(path: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """name -> shape of every tensor of the base at `path` (a folder, or one safetensors file), read from the headers only."""
-    return {name: tensor.shape for name, tensor in stored_tensors(path).items()}
+    """name -> shape of every tensor of the base at `path` (a folder, or one safetensors file), read from the headers only.
+
+    Names are those in the language model, linears are [d_out, d_in], however another family than Llama's stores them.
+    """
+    shapes = {name: tensor.shape for name, tensor in stored_tensors(path).items()}
+    model_type = read_json(path / "config.json").get("model_type") if (path / "config.json").is_file() else None
+    return as_in_model(shapes, str(model_type))
 
 
 def tokenizer_hash(path: Path) -> str:

@@ -39,10 +39,10 @@ _BY_LENGTH = ("dynamic", "longrope")  # kinds of rope that turn a token by the l
 
 @dataclass(frozen=True)
 class GenericShape(DecoderShape):
-    """The sizes of a generic base. linears_of_block maps each target to its (d_out, d_in); transposed: weights are stored as [d_in, d_out]."""
+    """The sizes of a generic base. linears_of_block maps each target to its (d_out, d_in)."""
 
     linears_of_block: Mapping[str, tuple[int, int]]
-    transposed: bool
+    family: Family
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -54,7 +54,7 @@ class GenericShape(DecoderShape):
 
     @property
     def fan_in_fan_out(self) -> bool:
-        return self.transposed
+        return self.family.transposed
 
 
 class _Rotary:
@@ -101,10 +101,10 @@ class GenericDecoder(Decoder):
         self._replace_linears(config.model_type, len(blocks))
         self._place_edits(blocks, family)
         targets = family_targets(config.model_type)
-        found = {target: model.get_submodule(module_path(Site(0, target))) for target in targets}
-        shapes = {target: _shape(module) for target, module in found.items()}
+        shapes = {target: _shape(model.get_submodule(module_path(Site(0, target)))) for target in targets}
         # What the base class holds of its own blocks is transformers' here: no layers, no final norm.
-        super().__init__(_shape_of(config, shapes, len(blocks), found), model.get_input_embeddings().weight, (), torch.empty(0), head.weight, _Rotary())  # type: ignore[arg-type]
+        shape = _shape_of(config, family, shapes, len(blocks))
+        super().__init__(shape, model.get_input_embeddings().weight, (), torch.empty(0), head.weight, _Rotary())  # type: ignore[arg-type]
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self._attention_softcap = getattr(config, "attn_logit_softcapping", None)
         _register_attention()
@@ -250,7 +250,7 @@ def _register_attention() -> None:
     ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _packed_attention)
 
 
-def _shape_of(config: Any, shapes: Mapping[str, tuple[int, int]], num_layers: int, modules: Mapping[str, nn.Module]) -> GenericShape:
+def _shape_of(config: Any, family: Family, shapes: Mapping[str, tuple[int, int]], num_layers: int) -> GenericShape:
     heads = int(config.num_attention_heads)
     return GenericShape(
         vocabulary=int(config.vocab_size),
@@ -264,7 +264,7 @@ def _shape_of(config: Any, shapes: Mapping[str, tuple[int, int]], num_layers: in
         context=context_of(config),
         windows=(None,) * num_layers,
         linears_of_block=dict(shapes),
-        transposed=not any(isinstance(module, nn.Linear) for module in modules.values()),
+        family=family,
     )
 
 
