@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from atoll.model.families import GENERIC
+from atoll.model.families import ENCODERS, GENERIC
 from tests.conftest import TINY, tiny_tokenizer
 
 _ALIKE = {key: value for key, value in TINY.items() if key != "num_key_value_heads"}
@@ -54,4 +54,38 @@ def write_family_base(folder: Path, family: str, seed: int = 0, **changes: Any) 
     return folder
 
 
-FAMILIES = tuple(GENERIC)
+FAMILIES = tuple(name for name in GENERIC if name not in ENCODERS)
+
+
+def encoder_model(family: str, seed: int = 0, num_labels: int = 3, **changes: Any) -> Any:
+    """transformers' own model for sequence classification at toy size, float32, in eval mode."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.for_model(family, **{**_ALIKE, "num_labels": num_labels, **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.add_(0.1 * torch.randn_like(tensor)) if "LayerNorm" in name else tensor.normal_(0.0, 0.15)
+    return model
+
+
+def encoder_tokenizer() -> Any:
+    """One token a byte between <s> and </s>."""
+    from tokenizers import processors
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+def write_encoder_base(folder: Path, family: str, seed: int = 0) -> Path:
+    """A base folder as a user's is: an encoder without a classifier."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = encoder_model(family, seed)
+    getattr(model, family).save_pretrained(folder)
+    encoder_tokenizer().save_pretrained(folder)
+    return folder

@@ -75,7 +75,7 @@ class Engine:
             regime=self._intake.regime,
         )
         self.limits, self.grammars = self._intake.limits, self._intake.grammars
-        self._lender = Lender(self._pages, self._pool, self._runner, self.config.max_step_tokens)
+        self._lender = Lender(self._pages, self._pool, self._runner, self.config.max_step_tokens, whole=base.decoder.whole_prompts)
         self._jobs = Jobs()
         self._numbers = itertools.count(1)
         self._listeners: dict[str, Callable[[TokenEvent], None]] = {}

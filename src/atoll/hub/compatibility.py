@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from atoll.model.adapter_files import HEAD_TENSORS
 from atoll.model.families import FIRST_LINEARS
 
 Shapes = Mapping[str, Sequence[int]]
@@ -98,6 +99,8 @@ def _misfit(key: str, shape: tuple[int, ...], base_shapes: Shapes) -> str:
             width = "d_in" if suffix == ".lora_A.weight" else "d_out" if suffix == ".lora_B.weight" else "width"
             return f"tensor {key}: {width} is {shape[axis]}, the base's {module} has {base[from_base]}"
         return ""
+    if path in HEAD_TENSORS:
+        return ""  # a classifier of the adapter's own
     base = base_shapes.get(path)
     if base is None:
         return f"tensor {key}: the base has no parameter {path}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from atoll.errors import AdapterFormatError, BaseMismatch
+from atoll.model.families import ENCODERS
 from atoll.model.reft import EditSite, Intervention, ReftSpec, new_intervention, tensor_shapes
 from atoll.model.sites import TARGETS, Site, module_name, module_path
 
@@ -27,7 +28,7 @@ class AdapterSpec:
     rank and alpha hold for every target module unless rank_pattern or alpha_pattern names the module. layers_to_transform of None means all layers.
     target_modules holds names of linears ("q_proj") or dotted ends of their paths ("layers.3.self_attn.q_proj"); none of them: no LoRA, and rank is
     the largest of the ReFT parts (`reft_only`). fan_in_fan_out: what PEFT notes of linears that store their weight transposed (GPT-2's); factors are
-    the same either way.
+    the same either way. classifies: it has a classifier head of its own (PEFT's task type SEQ_CLS) for a base that is an encoder.
     """
 
     base: str
@@ -41,6 +42,7 @@ class AdapterSpec:
     layers_to_transform: tuple[int, ...] | None = None
     reft: tuple[ReftSpec, ...] = ()
     fan_in_fan_out: bool = False
+    classifies: bool = False
 
     @classmethod
     def reft_only(cls, base: str, parts: Iterable[ReftSpec]) -> AdapterSpec:
@@ -121,13 +123,15 @@ class LoraModule:
 class Adapter:
     """A spec, the factors of every linear it changes and the tensors of every place it edits.
 
-    `manifest` is what PEFT's config has no field for (prompt, base fingerprint, training).
+    `manifest` is what PEFT's config has no field for (prompt, base fingerprint, training). head: the tensors of its classifier by their names in the
+    model ("classifier.weight"), where the base is an encoder.
     """
 
     spec: AdapterSpec
     modules: Mapping[Site, LoraModule]
     manifest: Mapping[str, Any] = field(default_factory=dict)
     edits: Mapping[EditSite, Intervention] = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def max_rank(self) -> int:
@@ -137,7 +141,8 @@ class Adapter:
     @property
     def num_parameters(self) -> int:
         lora = sum(module.a.numel() + module.b.numel() for module in self.modules.values())
-        return lora + sum(tensor.numel() for found in self.edits.values() for tensor in found.tensors.values())
+        edits = sum(tensor.numel() for found in self.edits.values() for tensor in found.tensors.values())
+        return lora + edits + sum(tensor.numel() for tensor in self.head.values())
 
     def check_fits(self, shapes: Mapping[str, tuple[int, int]], num_layers: int) -> None:
         """Raise BaseMismatch at the first site that does not fit a base, or that the base has and the adapter lacks.
@@ -145,6 +150,7 @@ class Adapter:
         shapes maps a target to its linear's (d_out, d_in).
         """
         hint = "use the base that the adapter was made for" + (f": {self.spec.base}" if self.spec.base else "")
+        self._check_head_fits(shapes, hint)
         for site in self.spec.sites(num_layers, shapes):
             if site not in self.modules:
                 raise BaseMismatch(
@@ -164,6 +170,14 @@ class Adapter:
                     hint=hint,
                 )
         self._check_edits_fit(hidden_size(shapes), num_layers, hint)
+
+    def _check_head_fits(self, shapes: Mapping[str, tuple[int, int]], hint: str) -> None:
+        if self.head and not any(target.startswith(ENCODERS) for target in shapes):
+            raise BaseMismatch("the adapter has a classifier head, but the base writes text", hint=hint)
+        hidden = hidden_size(shapes)
+        for name, tensor in self.head.items():
+            if tensor.dim() == 2 and tensor.shape[1] != hidden:
+                raise BaseMismatch(f"{name} reads states of width {tensor.shape[1]}, but the base's have {hidden}", hint=hint)
 
     def _check_edits_fit(self, hidden: int, num_layers: int, hint: str) -> None:
         expected = self.spec.edit_sites(num_layers)

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
+# The tensors of an encoder's classifier: BERT's, and RoBERTa's two layers.
+HEAD_TENSORS = ("classifier.weight", "classifier.bias", *(f"classifier.{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")))
+
+_PREFIX = "base_model.model."
 _CONFIG_LIMIT = 1 << 20
 
 
@@ -47,8 +51,8 @@ def read_adapter(folder: Path) -> Adapter:
     config = read_object(folder / CONFIG_FILE)
     read = read_reft_config if config.get("peft_type") in (REFT, LORA_REFT) else read_config
     spec = read(config, folder / CONFIG_FILE)
-    modules, edits = _read_tensors(folder / WEIGHTS_FILE, spec)
-    return Adapter(spec, modules, read_manifest(folder), edits)
+    modules, edits, head = _read_tensors(folder / WEIGHTS_FILE, spec)
+    return Adapter(spec, modules, read_manifest(folder), edits, head)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -66,6 +70,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     tensors = edit_tensors(adapter.spec, adapter.edits)
     for site, module in adapter.modules.items():
         tensors[peft_key(site, "A")], tensors[peft_key(site, "B")] = module.a.detach().contiguous(), module.b.detach().contiguous()
+    tensors |= {_PREFIX + name: tensor.detach().contiguous() for name, tensor in adapter.head.items()}
     write_file(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     # Not sorted: PEFT takes the first entry of rank_pattern and alpha_pattern that names a module, so their order has a meaning.
     config = reft_config(adapter.spec) if adapter.spec.reft else peft_config(adapter.spec)
@@ -109,12 +114,15 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_tensors(path: Path, spec: AdapterSpec) -> tuple[dict[Site, LoraModule], dict[EditSite, Intervention]]:
+def _read_tensors(path: Path, spec: AdapterSpec) -> tuple[dict[Site, LoraModule], dict[EditSite, Intervention], dict[str, Tensor]]:
     from safetensors.torch import load_file
 
     shapes = check_header(path)
     edits = {name: shape for name, shape in shapes.items() if is_edit_key(name)}
-    sites = lora_sites({name: shape for name, shape in shapes.items() if name not in edits}, path)
+    heads = {_PREFIX + name for name in HEAD_TENSORS} & set(shapes) if spec.classifies else set()
+    if spec.classifies and not heads:
+        raise AdapterFormatError(f"{path} has no classifier head, but its config says that one was saved", hint="the file is incomplete")
+    sites = lora_sites({name: shape for name, shape in shapes.items() if name not in edits and name not in heads}, path)
     named = (*(site.layer for site in sites), *(spec.layers_to_transform or ()), *(layer for part in spec.reft for layer in part.layers or ()))
     num_layers = 1 + max((last_layer(edits), *named))
     check_edit_shapes(edits, spec, num_layers, path)
@@ -122,7 +130,11 @@ def _read_tensors(path: Path, spec: AdapterSpec) -> tuple[dict[Site, LoraModule]
         raise AdapterFormatError(f"{path} has LoRA factors, but its config says {REFT}", hint="the file belongs to another config")
     tensors = load_file(path)
     modules = _modules_of(tensors, sites, spec, num_layers, path)
-    return modules, edits_of(tensors, spec, num_layers, path)
+    head = {name.removeprefix(_PREFIX): tensors[name] for name in sorted(heads)}
+    for name, tensor in head.items():
+        if not bool(tensor.isfinite().all()):
+            raise AdapterFormatError(f"{path}: {name} has values that are not finite (NaN or infinity)", hint="retrain the adapter")
+    return modules, edits_of(tensors, spec, num_layers, path), head
 
 
 def _modules_of(tensors: Mapping[str, Tensor], sites: set[Site], spec: AdapterSpec, num_layers: int, path: Path) -> dict[Site, LoraModule]:

@@ -40,6 +40,7 @@ class Slot:
     index: int
     groups: frozenset[int]
     parts: tuple[EditedPart, ...] = field(default=(), compare=False, repr=False)
+    head: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def update(self, layer: int, group: int) -> Update | None:
         if group not in self.groups:
@@ -144,7 +145,8 @@ class LoraBank:
                         a[: module.rank].copy_(module.a)
                         b[: module.rank].copy_((module.b.float() * module.scaling).T)
                         used.add(group)
-        slot = Slot(self, bucket, index, frozenset(used), parts)
+        head = {name: tensor.to(self.device, self.dtype) for name, tensor in adapter.head.items()}
+        slot = Slot(self, bucket, index, frozenset(used), parts, head)
         stack.groups[index] = slot.groups
         return slot
 

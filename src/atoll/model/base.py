@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.errors import BaseFormatError, ConfigError
-from atoll.model.families import GENERIC
+from atoll.model.families import ENCODERS, GENERIC
 from atoll.model.fingerprint import BaseFingerprint, describe_base, load_config, read_json, stored_tensors, tensor_shapes
 from atoll.model.pull import EMBEDDED, Progress, pull
 
@@ -60,6 +60,8 @@ def load_base(name: str, *, dtype: str = "bfloat16", device: str = "cpu", home: 
         progress(f"loading {name}", 0, 1)
     config = load_config(path)
     tokenizer = load_tokenizer(path)
+    if config.model_type in ENCODERS:
+        tokenizer.reads_whole_texts = True
     if len(tokenizer) > config.vocab_size:
         raise BaseFormatError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens, but the embedding holds {config.vocab_size}",
@@ -138,7 +140,10 @@ def find_eos_ids(path: Path, config: Any, tokenizer: Any) -> tuple[int, ...]:
     if generation is None:
         generation = getattr(config, "eos_token_id", None)
     listed = generation if isinstance(generation, list) else [generation]
-    ids = tuple(dict.fromkeys(token for token in (tokenizer.eos_token_id, *listed) if token is not None))
+    own = tokenizer.eos_token_id
+    if own is None and config.model_type in ENCODERS:
+        own = tokenizer.sep_token_id  # what ends a text for an encoder
+    ids = tuple(dict.fromkeys(token for token in (own, *listed) if token is not None))
     if not ids:
         raise BaseFormatError(f"{path} names no end-of-text token, so no answer would ever end", hint='set "eos_token" in tokenizer_config.json')
     return ids

@@ -206,7 +206,9 @@ def _composed(parents: Sequence[Adapter], weights: Sequence[float], combine: Com
 
 @torch.no_grad()
 def _combined(parents: Sequence[Adapter], weights: Sequence[float], combine: Combine) -> dict[Site, LoraModule]:
-    """combine(site, terms) -> (A, B) at every site that any parent changes, in file order."""
+    """combine(site, terms) -> (A, B) at every site that any parent changes, in file order. Raises UnsupportedAdapter for classifiers."""
+    if any(parent.head for parent in parents):
+        raise UnsupportedAdapter("adapters with classifier heads cannot be merged: their classes are not the same", hint="train one on all classes")
     modules: dict[Site, LoraModule] = {}
     for site in in_file_order({site for parent in parents for site in parent.modules}):
         a, b = combine(site, _terms(site, parents, weights))

@@ -25,6 +25,7 @@ from atoll.model.bank import LoraBank
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
 from atoll.model.kernels.training import TrainingOps, training_ops
 from atoll.model.kv_cache import KvCache
+from atoll.model.loss import label_losses
 from atoll.model.reft import ATTENTION_INPUT, ATTENTION_OUTPUT, BLOCK_INPUT, BLOCK_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from atoll.model.rope import RotaryTable, rotate
 from atoll.model.sites import DOWN, FAMILIES, GATE_UP, GROUPS, OUT, QKV, Site, module_path
@@ -121,10 +122,13 @@ class _Layer:
 class Decoder:
     """A frozen base ready to run. Make it with `from_state_dict`; it owns its tensors and shares them with nobody who writes.
 
-    can_enter: whether a forward may start above the first block. softcap: the head's logits z become softcap * tanh(z / softcap), where it is given.
+    can_enter: whether a forward may start above the first block. whole_prompts: a prompt's states depend on all of it, so it is computed at once and
+    shares nothing with others. classifies: a row's states are log-odds of its adapter's classes, and nothing is written. softcap: the head's logits z become softcap * tanh(z / softcap), where it is given.
     """
 
     can_enter = True
+    whole_prompts = False
+    classifies = False
     softcap: float | None = None
 
     def __init__(
@@ -227,6 +231,18 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] hidden states to [N, V] float32 logits."""
         return F.linear(hidden, self.head).float()
+
+    def label_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """-log softmax(logits)[label], in nats, [N] float32 for hidden states [N, D] and labels [N] int64; differentiable in hidden."""
+        return label_losses(hidden, self.head, labels, self.softcap)
+
+    def head_shapes(self, num_classes: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of a classifier head by their names in the model; none where the base writes text."""
+        return {}
+
+    def new_head(self, num_classes: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """A fresh classifier head in float32: weights normal with the deviation that the base began with, biases zero."""
+        return {}
 
     def best(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The largest logit [N] float32 and its token [N] int64 for each of [N, D] hidden states: all that greedy decoding asks for."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 _LLAMA = (*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -19,14 +20,18 @@ _LLAMA = (*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.gate_proj", "mlp.
 class Family:
     """blocks: the path of the list of blocks; linears: paths in a block, in the order of a forward; attention, mlp: those two modules in a block.
 
-    transposed: the linears' weights are stored as [d_in, d_out].
+    mlp_output: the module that the MLP's output leaves, where it is another. transposed: the linears' weights are stored as [d_in, d_out].
+    names: what target_modules call each linear, where the last part of its path would name others too. kind: what the model reads and writes.
     """
 
     blocks: str = "model.layers"
     linears: tuple[str, ...] = _LLAMA
     attention: str = "self_attn"
     mlp: str = "mlp"
+    mlp_output: str | None = None
     transposed: bool = False
+    names: tuple[str, ...] = ()
+    kind: Literal["decoder", "encoder"] = "decoder"
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -35,6 +40,21 @@ class Family:
 
 
 _FEED_FORWARD = ("mlp.c_fc", "mlp.c_proj")
+
+
+def _bert_like(name: str) -> Family:
+    dense = ("attention.output.dense", "intermediate.dense", "output.dense")
+    return Family(
+        f"{name}.encoder.layer",
+        (*(f"attention.self.{linear}" for linear in ("query", "key", "value")), *dense),
+        attention="attention",
+        mlp="intermediate",
+        mlp_output="output",
+        names=("query", "key", "value", *dense),  # "dense" alone would name the pooler's and the classifier's too
+        kind="encoder",
+    )
+
+
 GENERIC: dict[str, Family] = {  # by transformers' model type
     "gpt2": Family("transformer.h", ("attn.c_attn", "attn.c_proj", *_FEED_FORWARD), "attn", transposed=True),
     "gpt_neox": Family(
@@ -49,7 +69,10 @@ GENERIC: dict[str, Family] = {  # by transformers' model type
     "phi3": Family(linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")),
     "starcoder2": Family(linears=(*_LLAMA[:4], *_FEED_FORWARD)),
     "smollm3": Family(),
+    "bert": _bert_like("bert"),
+    "roberta": _bert_like("roberta"),
 }
+ENCODERS = tuple(name for name, family in GENERIC.items() if family.kind == "encoder")
 FIRST_LINEARS = tuple(dict.fromkeys((f"model.layers.*.{_LLAMA[0]}", *(family.paths[0] for family in GENERIC.values()))))  # they read [.., D]
 
 

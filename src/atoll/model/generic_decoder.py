@@ -28,7 +28,7 @@ from atoll.model.apply_edits import apply_edits
 from atoll.model.attention import Attention
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
 from atoll.model.decoder import Decoder, DecoderShape
-from atoll.model.families import GENERIC, Family
+from atoll.model.families import ENCODERS, GENERIC, Family
 from atoll.model.kv_cache import KvCache
 from atoll.model.reft import ATTENTION_INPUT, ATTENTION_OUTPUT, BLOCK_INPUT, BLOCK_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from atoll.model.sites import Site, family_targets, module_path
@@ -80,12 +80,13 @@ class GenericDecoder(Decoder):
     """
 
     can_enter = False
+    kind = "decoder"
 
     def __init__(self, model: Any) -> None:
         """Raises BaseFormatError for a family or an option that is not computed."""
         config = model.config
         family = GENERIC.get(config.model_type)
-        if family is None:
+        if family is None or family.kind != self.kind:
             raise BaseFormatError(
                 f"the base is a {config.model_type!r} model, but only {', '.join(GENERIC)} run by transformers' blocks",
                 hint="choose a base of one of these families, or of Llama's",
@@ -94,9 +95,7 @@ class GenericDecoder(Decoder):
         self.model = model.eval().requires_grad_(False)
         self._inner = getattr(model, model.base_model_prefix)
         blocks = model.get_submodule(family.blocks)
-        head = model.get_output_embeddings()
-        if getattr(head, "bias", None) is not None:
-            raise BaseFormatError("the base's head has a bias, which is not computed", hint="choose another base")
+        head = self._head_of(model)
         self._now = _Now()
         self._replace_linears(config.model_type, len(blocks))
         self._place_edits(blocks, family)
@@ -104,7 +103,7 @@ class GenericDecoder(Decoder):
         shapes = {target: _shape(model.get_submodule(module_path(Site(0, target)))) for target in targets}
         # What the base class holds of its own blocks is transformers' here: no layers, no final norm.
         shape = _shape_of(config, family, shapes, len(blocks))
-        super().__init__(shape, model.get_input_embeddings().weight, (), torch.empty(0), head.weight, _Rotary())  # type: ignore[arg-type]
+        super().__init__(shape, model.get_input_embeddings().weight, (), torch.empty(0), head, _Rotary())  # type: ignore[arg-type]
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self._attention_softcap = getattr(config, "attn_logit_softcapping", None)
         _register_attention()
@@ -131,6 +130,14 @@ class GenericDecoder(Decoder):
     def logits(self, hidden: Tensor) -> Tensor:
         logits = F.linear(hidden, self.head).float()
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def _head_of(self, model: Any) -> Tensor:
+        """[V, D], the weight of the output embeddings."""
+        head = model.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            raise BaseFormatError("the base's head has a bias, which is not computed", hint="choose another base")
+        weight: Tensor = head.weight
+        return weight
 
     @contextmanager
     def _running(self, attention: Attention, adapters: AdapterBatch) -> Iterator[None]:
@@ -165,7 +172,8 @@ class GenericDecoder(Decoder):
             ):
                 name = _parameters(module)[0]
                 module.register_forward_pre_hook(self._before(layer, before, name), with_kwargs=True)
-                module.register_forward_hook(self._after(layer, after))
+                behind = block.get_submodule(family.mlp_output) if after == MLP_OUTPUT and family.mlp_output else module
+                behind.register_forward_hook(self._after(layer, after))
 
     def _edited(self, hidden: Tensor, layer: int, component: int) -> Tensor:
         """hidden [1, T, D] with the edits of this place, in a tensor of its own where there are any."""
@@ -197,24 +205,31 @@ class GenericDecoder(Decoder):
 
 def load_generic_decoder(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> GenericDecoder:
     """The decoder of a base folder, by transformers, from safetensors, without running code from the folder. Raises BaseFormatError."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from atoll.model.encoder import EncoderClassifier
+
+    is_encoder = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True).model_type in ENCODERS
+    kind = AutoModelForSequenceClassification if is_encoder else AutoModelForCausalLM
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # transformers and its Rust readers raise what they like for a damaged file
         raise BaseFormatError(f"{path} cannot be loaded: {error}", hint="restore the files from where the base came from") from error
     for what in ("missing_keys", "mismatched_keys"):
-        if report.get(what):
-            first = sorted(map(str, report[what]))[0]
+        lacking = sorted(str(name) for name in report.get(what) or () if not (is_encoder and str(name).startswith(("classifier.", "('classifier."))))
+        if lacking:
+            first = lacking[0]
             raise BaseFormatError(f"{path}: the tensor {first} is missing or of another shape than the config says", hint="fetch the base again")
-    return GenericDecoder(model.to(device))
+    return (EncoderClassifier if is_encoder else GenericDecoder)(model.to(device))
 
 
 def context_of(config: Any) -> int:
     """The longest row in tokens: where angles depend on a row's length, only as long as the base was first trained for."""
     context = int(config.max_position_embeddings)
+    if config.model_type == "roberta":
+        return context - int(config.pad_token_id) - 1  # its positions begin behind that of padding
     parameters = getattr(config, "rope_parameters", None) or {}
     if parameters.get("rope_type") not in _BY_LENGTH:
         return context

@@ -20,12 +20,13 @@ from atoll.model.sites import MODULE_NAMES
 
 _MAX_RANK = 1024
 _MAX_PATTERNS = 10_000  # entries of one; the deepest bases have about a thousand linears
+_CLASSIFIES = "SEQ_CLS"
+_HEADS = ("classifier", "score")  # what PEFT saves of its own accord for that task type
 _LITERAL = re.compile(r"[A-Za-z0-9_.]+")
 
 # What PEFT's config may hold beside the fields of AdapterSpec, and the values that change nothing. Any other value is refused by name.
 _INERT: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "modules_to_save": (None, []),
     "use_dora": (False, None),
     "lora_bias": (False, None),
     "exclude_modules": (None, []),
@@ -60,6 +61,7 @@ _SILENT = frozenset(
         "target_modules",
         "use_rslora",
         "fan_in_fan_out",
+        "modules_to_save",
         "rank_pattern",
         "alpha_pattern",
         "layers_to_transform",
@@ -86,12 +88,12 @@ def peft_config(spec: AdapterSpec) -> dict[str, Any]:
         "layers_to_transform": None if spec.layers_to_transform is None else list(spec.layers_to_transform),
         "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
         "lora_dropout": spec.dropout,
-        "modules_to_save": None,
+        "modules_to_save": list(_HEADS) if spec.classifies else None,
         "peft_type": "LORA",
         "r": spec.rank,
         "rank_pattern": dict(spec.rank_pattern),
         "target_modules": list(spec.target_modules),
-        "task_type": "CAUSAL_LM",
+        "task_type": _CLASSIFIES if spec.classifies else "CAUSAL_LM",
         "use_rslora": spec.use_rslora,
     }
 
@@ -123,6 +125,7 @@ def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | No
         alpha=finite_number(config.get("lora_alpha", 8.0), "lora_alpha", path),
         target_modules=_targets(config.get("target_modules"), path, known),
         dropout=dropout,
+        classifies=_classifies(config, path),
         fan_in_fan_out=flag(config.get("fan_in_fan_out") or False, "fan_in_fan_out", path),
         use_rslora=flag(config.get("use_rslora") or False, "use_rslora", path),
         rank_pattern={
@@ -131,6 +134,16 @@ def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | No
         alpha_pattern={_literal(k, "alpha_pattern", path): finite_number(v, k, path) for k, v in _mapping(config, "alpha_pattern", path).items()},
         layers_to_transform=_layers(config.get("layers_to_transform"), path),
     )
+
+
+def _classifies(config: Mapping[str, Any], path: Path) -> bool:
+    """Whether a classifier head belongs to the adapter. Raises UnsupportedAdapter for other modules that were saved whole."""
+    saved = config.get("modules_to_save") or []
+    if saved and not (config.get("task_type") == _CLASSIFIES and isinstance(saved, list) and all(name in _HEADS for name in saved)):
+        raise UnsupportedAdapter(
+            f"{path}: modules_to_save is {saved!r}, which Atoll does not apply", hint="merge or retrain the adapter without that option"
+        )
+    return bool(saved)
 
 
 def _mapping(config: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:

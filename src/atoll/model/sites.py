@@ -24,6 +24,7 @@ _LLAMA_PATHS = {f"model.layers.*.{_PARENTS[target]}.{target}": target for target
 # A linear's path with a star -> what it is called as a target, of every family.
 _BY_PATH = _LLAMA_PATHS | {path: _LLAMA_PATHS.get(path, path) for family in GENERIC.values() for path in family.paths}
 _ORDER = {target: place for place, target in enumerate(dict.fromkeys(_BY_PATH.values()))}
+_NAMES = {_BY_PATH[path]: name for family in GENERIC.values() for path, name in zip(family.paths, family.names, strict=False)}
 MODULE_NAMES = tuple(dict.fromkeys(path.rsplit(".", 1)[-1] for path in _BY_PATH))  # what target_modules may name: q_proj, …, c_attn, …
 _KEY = re.compile(r"base_model\.model\.([a-z0-9_.]{1,60}?)\.(0|[1-9][0-9]{0,3})\.([a-z0-9_.]{1,60})\.lora_([AB])\.weight")
 
@@ -48,8 +49,8 @@ def family_targets(family: str) -> tuple[str, ...]:
 
 
 def module_name(target: str) -> str:
-    """What PEFT's target_modules call a target: the last part of its path."""
-    return target.rsplit(".", 1)[-1]
+    """What target_modules call a target: the last part of its path, or as many as say which it is."""
+    return _NAMES.get(target) or target.rsplit(".", 1)[-1]
 
 
 def in_file_order(sites: Iterable[Site]) -> list[Site]:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from atoll.errors import AtollError, Interrupted, TrainingError
 from atoll.model.decoder import Decoder
-from atoll.model.loss import label_losses
 from atoll.model.memory import keep_freed_memory, release_memory
 from atoll.train.interrupt import interruptible
 from atoll.train.job import Report, TrainingJob, TrainResult
@@ -264,7 +263,7 @@ def _losses(items: Sequence[_Item], *, training: bool) -> list[Tensor]:
     packed = pack_groups([item.group for item in items], decoder.device)
     adapters = adapter_batch(packed, [item.job.weights for item in items])
     hidden = decoder.forward(packed.batch, adapters, entering=entering[0] if len(items) == 1 else None)
-    each = label_losses(hidden, decoder.head, packed.labels, decoder.softcap)
+    each = decoder.label_losses(hidden, packed.labels)
     return [each[start:stop].sum() for start, stop in packed.label_spans]
 
 

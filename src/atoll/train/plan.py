@@ -8,6 +8,7 @@ Used by workflows and the command line.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -23,9 +24,13 @@ from atoll.data.prompt import PromptFormat
 from atoll.data.task import TaskData
 from atoll.model.adapter import AdapterSpec
 from atoll.model.reft import tensor_shapes
+from atoll.train.classes import class_labels
 from atoll.train.spec import adapter_spec, edited_places, first_layer
 
 if TYPE_CHECKING:
+    import torch
+
+    from atoll.model.adapter import Adapter
     from atoll.model.base import Base
     from atoll.train.job import Report, TrainResult
 
@@ -39,7 +44,10 @@ _FORMAT = 2  # raise when the same config would train other weights than before,
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A job ready to run. digest identifies everything that decides its weights: config, rows, prompts, base."""
+    """A job ready to run. digest identifies everything that decides its weights: config, rows, prompts, base.
+
+    labels: the classes in the order of the classifier's outputs, where the base is an encoder.
+    """
 
     config: TrainConfig
     base: Base
@@ -49,6 +57,7 @@ class TrainingPlan:
     prompt: PromptFormat
     spec: AdapterSpec
     digest: str
+    labels: tuple[str, ...] = ()
 
     @property
     def total_steps(self) -> int:
@@ -85,7 +94,8 @@ class TrainingPlan:
         shape = self.base.decoder.shape
         lora = sum(self.spec.rank_at(site) * sum(shape.linears[site.target]) for site in self.spec.sites(shape.num_layers, shape.linears))
         shapes = [tensor_shapes(self.spec.reft[site.part], site.layer, shape.hidden) for site in self.spec.edit_sites(shape.num_layers)]
-        return int(lora + sum(math.prod(size) for tensors in shapes for size in tensors.values()))
+        head = self.base.decoder.head_shapes(len(self.labels)).values() if self.labels else ()
+        return int(lora + sum(map(math.prod, head)) + sum(math.prod(size) for tensors in shapes for size in tensors.values()))
 
     @property
     def first_layer(self) -> int:
@@ -109,6 +119,7 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
     Raises DataError and ConfigError as encode_examples does, and BaseMismatch when layers_to_transform names a layer that the base lacks.
     """
     trainer = config.trainer
+    classes = class_labels(data, config) if base.decoder.classifies else ()
     encoded = [
         encode_examples(
             examples,
@@ -118,12 +129,14 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
             chat=data.task.chat,
             context=base.context_length,
             eos_ids=base.eos_ids,
+            classes=classes,
         )
         for examples, max_length in ((data.train, trainer.max_length), (data.validation, None if trainer.max_length == "p95" else trainer.max_length))
     ]
     prompt = data.task.prompt_format(stop)
     shape = base.decoder.shape
     spec = adapter_spec(base.name, config.adapter, shape.num_layers, shape.hidden, tuple(shape.linears), fan_in_fan_out=shape.fan_in_fan_out)
+    spec = dataclasses.replace(spec, classifies=True) if classes else spec
     identity: dict[str, Any] = {
         "format": _FORMAT,
         "base": base.fingerprint.digest,
@@ -135,8 +148,10 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
     lowest = first_layer(spec, shape.num_layers, shape.linears)
     if lowest and base.decoder.can_enter:  # then rows enter there one by one (train.entering), which decides last bits
         identity["first_layer"] = lowest
+    if classes:
+        identity["labels"] = classes
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    return TrainingPlan(config, base, data, encoded[0], encoded[1], prompt, spec, digest)
+    return TrainingPlan(config, base, data, encoded[0], encoded[1], prompt, spec, digest, classes)
 
 
 def _without_none(values: dict[str, Any], key: str) -> dict[str, Any]:
@@ -144,18 +159,24 @@ def _without_none(values: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != key or value is not None}
 
 
+def new_start(plan: TrainingPlan, generator: torch.Generator) -> Adapter:
+    """The adapter that a job begins with, drawn by the generator; with a fresh classifier head where the base is an encoder."""
+    from atoll.model.adapter import new_adapter
+
+    decoder = plan.base.decoder
+    start = new_adapter(plan.spec, decoder.shape.linears, decoder.shape.num_layers, generator)
+    return dataclasses.replace(start, head=decoder.new_head(len(plan.labels), generator)) if plan.labels else start
+
+
 def run_plan(plan: TrainingPlan, folder: Path, report: Report | None = None) -> TrainResult:
     """Train (or go on training) in `folder`; the result's adapter carries its manifest. Raises as TrainingJob.run does."""
-    import dataclasses
-
     import torch
 
-    from atoll.model.adapter import new_adapter
     from atoll.train.job import TrainingJob
 
     decoder = plan.base.decoder
     generator = torch.Generator().manual_seed(plan.config.trainer.seed)
-    start = new_adapter(plan.spec, decoder.shape.linears, decoder.shape.num_layers, generator)
+    start = new_start(plan, generator)
     job = TrainingJob(decoder, start, plan.train.rows, plan.validation.rows, plan.config.trainer, folder, plan.digest)
     result = job.run(report)
     return dataclasses.replace(result, adapter=dataclasses.replace(result.adapter, manifest=_manifest(plan, result)))
@@ -174,6 +195,7 @@ def _manifest(plan: TrainingPlan, result: TrainResult) -> dict[str, Any]:
         "prompt": plan.prompt.to_json(),
         "quantization": None,
         "parents": [],
+        **({"labels": list(plan.labels)} if plan.labels else {}),
         "training": {
             "config": plan.config.model_dump(mode="json", exclude={"base", "name"}),
             "job": plan.digest,
@@ -199,15 +221,13 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
     """
     import torch
 
-    from atoll.model.adapter import new_adapter
-    from atoll.model.loss import label_loss
     from atoll.train.job import entering_states
     from atoll.train.rows import adapter_batch, label_batch
     from atoll.train.weights import TrainableAdapter
 
     decoder, trainer = plan.base.decoder, plan.config.trainer
     shape = decoder.shape
-    start = new_adapter(plan.spec, shape.linears, shape.num_layers, torch.Generator().manual_seed(0))
+    start = new_start(plan, torch.Generator().manual_seed(0))
     weights = TrainableAdapter(start, shape.linears, decoder.device, shape.groups)
     kept = entering_states(decoder, plan.first_layer, len(plan.train.rows), trainer)
     lengths = [len(row.token_ids) for row in plan.train.rows]
@@ -220,7 +240,7 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
         entering = kept.of(rows) if kept is not None else None
         entered = time.perf_counter()
         hidden = decoder.forward(packed.batch, adapter_batch(packed, [weights]), entering=entering)
-        loss = label_loss(hidden, decoder.head, packed.labels, decoder.softcap)
+        loss = decoder.label_losses(hidden, packed.labels).sum()
         if loss.requires_grad:
             loss.backward()
         if warm:

@@ -114,7 +114,7 @@ def adapter_batch(packed: LabelledBatch, weights: Sequence[TrainableAdapter]) ->
     for (start, stop), job in zip(pairwise(batch.row_starts), jobs, strict=True):
         if segments and segments[-1].weights is job and segments[-1].stop == start:
             segments[-1] = segments[-1]._replace(stop=stop)
-        elif job.has_lora:
+        elif job.has_lora or job.head:
             segments.append(Segment(start, stop, job))
     places = zip(batch.row_starts, batch.context, batch.lengths, packed.num_prompts, jobs, strict=False)
     rows = [(start, context, count, num_prompt, parts[id(job)]) for start, context, count, num_prompt, job in places]

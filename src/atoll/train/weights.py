@@ -24,7 +24,7 @@ from atoll.train.reft_masters import ReftMasters
 class TrainableAdapter:
     """One adapter's masters. Implements model.apply.AdapterWeights.
 
-    values and grads are flat float32 vectors [P]: LoRA's factors, then ReFT's W's, then its other tensors. `values.grad` is `grads`, so an optimizer
+    values and grads are flat float32 vectors [P]: LoRA's factors, then ReFT's W's, then its other tensors, then a classifier's. `values.grad` is `grads`, so an optimizer
     over `[values]` trains the adapter; after its step, `retract` is due.
     """
 
@@ -37,6 +37,12 @@ class TrainableAdapter:
         self._lora = LoraMasters(adapter, linears, self._flat, groups) if adapter.modules else None
         self._num_lora = self._flat.taken
         self._reft = ReftMasters(adapter, self._flat) if adapter.edits else None
+        self._num_adapter = self._flat.taken
+        self.head: dict[str, Tensor] = {}
+        for name, tensor in adapter.head.items():
+            leaf = self.head[name] = self._flat.leaf(*tensor.shape)
+            with torch.no_grad():
+                leaf.copy_(tensor)
 
     @property
     def has_lora(self) -> bool:
@@ -62,11 +68,12 @@ class TrainableAdapter:
 
         Each has its "lr" and its "share" of config.learning_rate, by which schedules scale. Beside a LoRA, ReFT has a rate of its own.
         """
-        size, share = self.values.numel(), 1.0
+        size, share = self._num_adapter, 1.0
         wanted = [(0, self._num_lora, share, config.weight_decay)]
         if self._reft is not None:
             share = config.reft_learning_rate / config.learning_rate if self.has_lora else 1.0
             wanted += [(self._num_lora, self._reft.first_kept, share, config.reft_weight_decay), (self._reft.first_kept, size, share, 0.0)]
+        wanted.append((size, self.values.numel(), 1.0, config.weight_decay))  # a classifier head learns as LoRA does
         merged: list[tuple[int, int, float, float]] = []
         for start, stop, *settings in wanted:
             if merged and merged[-1][2:] == tuple(settings):
@@ -82,4 +89,5 @@ class TrainableAdapter:
         """A copy of the tensors as they are now, or as they were in `values` [P] (the best step's)."""
         modules = {} if self._lora is None else self._lora.modules(values)
         edits = {} if self._reft is None else self._reft.edits(values)
-        return Adapter(self.spec, modules, self._manifest, edits)
+        head = {name: self._flat.copy_of(leaf, values) for name, leaf in self.head.items()}
+        return Adapter(self.spec, modules, self._manifest, edits, head)
