@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from atoll.model.families import ENCODERS, GENERIC
+from atoll.model.families import ENCODERS, GENERIC, SEQ2SEQ
 from tests.conftest import TINY, tiny_tokenizer
 
 _ALIKE = {key: value for key, value in TINY.items() if key != "num_key_value_heads"}
@@ -54,7 +54,7 @@ def write_family_base(folder: Path, family: str, seed: int = 0, **changes: Any) 
     return folder
 
 
-FAMILIES = tuple(name for name in GENERIC if name not in ENCODERS)
+FAMILIES = tuple(name for name in GENERIC if name not in (*ENCODERS, *SEQ2SEQ))
 
 
 def encoder_model(family: str, seed: int = 0, num_labels: int = 3, **changes: Any) -> Any:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+CLASSIFIES = "SEQ_CLS"
+
 
 @dataclass(frozen=True)
 class AdapterSpec:
@@ -28,7 +30,8 @@ class AdapterSpec:
     rank and alpha hold for every target module unless rank_pattern or alpha_pattern names the module. layers_to_transform of None means all layers.
     target_modules holds names of linears ("q_proj") or dotted ends of their paths ("layers.3.self_attn.q_proj"); none of them: no LoRA, and rank is
     the largest of the ReFT parts (`reft_only`). fan_in_fan_out: what PEFT notes of linears that store their weight transposed (GPT-2's); factors are
-    the same either way. classifies: it has a classifier head of its own (PEFT's task type SEQ_CLS) for a base that is an encoder.
+    the same either way. task_type: what the base does, in PEFT's words; SEQ_CLS means that the adapter has a classifier
+    head of its own.
     """
 
     base: str
@@ -42,7 +45,7 @@ class AdapterSpec:
     layers_to_transform: tuple[int, ...] | None = None
     reft: tuple[ReftSpec, ...] = ()
     fan_in_fan_out: bool = False
-    classifies: bool = False
+    task_type: str = "CAUSAL_LM"
 
     @classmethod
     def reft_only(cls, base: str, parts: Iterable[ReftSpec]) -> AdapterSpec:
@@ -50,6 +53,11 @@ class AdapterSpec:
         reft = tuple(parts)
         rank = max(part.max_rank for part in reft)
         return cls(base, rank, float(rank), (), reft=reft)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a classifier head belongs to it."""
+        return self.task_type == CLASSIFIES
 
     @property
     def kind(self) -> str:

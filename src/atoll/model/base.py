@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.errors import BaseFormatError, ConfigError
-from atoll.model.families import ENCODERS, GENERIC
+from atoll.model.families import ENCODERS, GENERIC, SEQ2SEQ
 from atoll.model.fingerprint import BaseFingerprint, describe_base, load_config, read_json, stored_tensors, tensor_shapes
 from atoll.model.pull import EMBEDDED, Progress, pull
 
@@ -60,7 +60,7 @@ def load_base(name: str, *, dtype: str = "bfloat16", device: str = "cpu", home: 
         progress(f"loading {name}", 0, 1)
     config = load_config(path)
     tokenizer = load_tokenizer(path)
-    if config.model_type in ENCODERS:
+    if config.model_type in (*ENCODERS, *SEQ2SEQ):
         tokenizer.reads_whole_texts = True
     if len(tokenizer) > config.vocab_size:
         raise BaseFormatError(

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atoll.model.adapter import CLASSIFIES
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
 from atoll.model.fresh_attention import blocks_of
 from atoll.model.generic_decoder import GenericDecoder
@@ -30,6 +31,7 @@ class EncoderClassifier(GenericDecoder):
     kind = "encoder"
     classifies = True
     whole_prompts = True
+    task_type = CLASSIFIES
 
     def __init__(self, model: Any) -> None:
         """Raises BaseFormatError for a family or an option that is not computed."""

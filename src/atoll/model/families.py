@@ -21,6 +21,7 @@ class Family:
     """blocks: the path of the list of blocks; linears: paths in a block, in the order of a forward; attention, mlp: those two modules in a block.
 
     mlp_output: the module that the MLP's output leaves, where it is another. transposed: the linears' weights are stored as [d_in, d_out].
+    decoder_blocks, decoder_linears: the same of a second stack, which writes what the first has read.
     names: what target_modules call each linear, where the last part of its path would name others too. kind: what the model reads and writes.
     """
 
@@ -31,12 +32,15 @@ class Family:
     mlp_output: str | None = None
     transposed: bool = False
     names: tuple[str, ...] = ()
-    kind: Literal["decoder", "encoder"] = "decoder"
+    kind: Literal["decoder", "encoder", "seq2seq"] = "decoder"
+    decoder_blocks: str = ""
+    decoder_linears: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
         """The paths of a block's linears in the model, with a star for the block's number."""
-        return tuple(f"{self.blocks}.*.{linear}" for linear in self.linears)
+        own = tuple(f"{self.blocks}.*.{linear}" for linear in self.linears)
+        return own + tuple(f"{self.decoder_blocks}.*.{linear}" for linear in self.decoder_linears)
 
 
 _FEED_FORWARD = ("mlp.c_fc", "mlp.c_proj")
@@ -55,6 +59,14 @@ def _bert_like(name: str) -> Family:
     )
 
 
+def _t5_attention(layer: int, name: str) -> tuple[str, ...]:
+    return tuple(f"layer.{layer}.{name}.{linear}" for linear in "qkvo")
+
+
+def _t5_mlp(layer: int) -> tuple[str, ...]:
+    return tuple(f"layer.{layer}.DenseReluDense.{linear}" for linear in ("wi", "wi_0", "wi_1", "wo"))  # a model has wi, or wi_0 and wi_1
+
+
 GENERIC: dict[str, Family] = {  # by transformers' model type
     "gpt2": Family("transformer.h", ("attn.c_attn", "attn.c_proj", *_FEED_FORWARD), "attn", transposed=True),
     "gpt_neox": Family(
@@ -71,8 +83,16 @@ GENERIC: dict[str, Family] = {  # by transformers' model type
     "smollm3": Family(),
     "bert": _bert_like("bert"),
     "roberta": _bert_like("roberta"),
+    "t5": Family(
+        "encoder.block",
+        (*_t5_attention(0, "SelfAttention"), *_t5_mlp(1)),
+        kind="seq2seq",
+        decoder_blocks="decoder.block",
+        decoder_linears=(*_t5_attention(0, "SelfAttention"), *_t5_attention(1, "EncDecAttention"), *_t5_mlp(2)),
+    ),
 }
 ENCODERS = tuple(name for name, family in GENERIC.items() if family.kind == "encoder")
+SEQ2SEQ = tuple(name for name, family in GENERIC.items() if family.kind == "seq2seq")
 FIRST_LINEARS = tuple(dict.fromkeys((f"model.layers.*.{_LLAMA[0]}", *(family.paths[0] for family in GENERIC.values()))))  # they read [.., D]
 
 

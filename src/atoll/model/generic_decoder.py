@@ -28,7 +28,7 @@ from atoll.model.apply_edits import apply_edits
 from atoll.model.attention import Attention
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
 from atoll.model.decoder import Decoder, DecoderShape
-from atoll.model.families import ENCODERS, GENERIC, Family
+from atoll.model.families import ENCODERS, GENERIC, SEQ2SEQ, Family
 from atoll.model.kv_cache import KvCache
 from atoll.model.reft import ATTENTION_INPUT, ATTENTION_OUTPUT, BLOCK_INPUT, BLOCK_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from atoll.model.sites import Site, family_targets, module_path
@@ -93,21 +93,21 @@ class GenericDecoder(Decoder):
             )
         _refuse_options(config)
         self.model = model.eval().requires_grad_(False)
-        self._inner = getattr(model, model.base_model_prefix)
+        self._inner = getattr(model, model.base_model_prefix, model)
         blocks = model.get_submodule(family.blocks)
         head = self._head_of(model)
         self._now = _Now()
         self._replace_linears(config.model_type, len(blocks))
         self._place_edits(blocks, family)
-        targets = family_targets(config.model_type)
-        shapes = {target: _shape(model.get_submodule(module_path(Site(0, target)))) for target in targets}
+        shapes = {target: _shape(model.get_submodule(module_path(Site(0, target)))) for target in self._targets(config.model_type)}
         # What the base class holds of its own blocks is transformers' here: no layers, no final norm.
         shape = _shape_of(config, family, shapes, len(blocks))
         super().__init__(shape, model.get_input_embeddings().weight, (), torch.empty(0), head, _Rotary())  # type: ignore[arg-type]
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self._attention_softcap = getattr(config, "attn_logit_softcapping", None)
-        _register_attention()
-        model.set_attn_implementation(_ATTENTION)
+        if self.kind != "seq2seq":
+            _register_attention()
+            model.set_attn_implementation(_ATTENTION)
 
     def forward(
         self, batch: PackedBatch, adapters: AdapterBatch = BASE_ONLY, cache: KvCache | None = None, *, entering: tuple[int, Tensor] | None = None
@@ -140,16 +140,20 @@ class GenericDecoder(Decoder):
         return weight
 
     @contextmanager
-    def _running(self, attention: Attention, adapters: AdapterBatch) -> Iterator[None]:
+    def _running(self, attention: Any, adapters: AdapterBatch) -> Iterator[None]:
         self._now.attention, self._now.adapters = attention, adapters
         try:
             yield
         finally:
             self._now.attention, self._now.adapters = None, BASE_ONLY
 
+    def _targets(self, model_type: str) -> list[str]:
+        """The targets of its family that this model has."""
+        return [target for target in family_targets(model_type) if _has(self.model, module_path(Site(0, target)))]
+
     def _replace_linears(self, model_type: str, num_layers: int) -> None:
         for layer in range(num_layers):
-            for group, target in enumerate(family_targets(model_type)):
+            for group, target in enumerate(self._targets(model_type)):
                 module = self.model.get_submodule(module_path(Site(layer, target)))
                 module.forward = self._linear(module, layer, group)
 
@@ -159,7 +163,7 @@ class GenericDecoder(Decoder):
         def forward(x: Tensor) -> Tensor:
             weight: Any = module.weight.T if transposed else module.weight
             bias: Any = module.bias
-            return linear(x.flatten(0, -2), weight, bias, layer, group, self._now.adapters).view(*x.shape[:-1], -1)
+            return linear(x.flatten(0, -2), weight, bias, layer, group, self._now.adapters).view(*x.shape[:-1], weight.shape[0])
 
         return forward
 
@@ -205,14 +209,22 @@ class GenericDecoder(Decoder):
 
 def load_generic_decoder(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> GenericDecoder:
     """The decoder of a base folder, by transformers, from safetensors, without running code from the folder. Raises BaseFormatError."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
     from atoll.model.encoder import EncoderClassifier
+    from atoll.model.seq2seq import Seq2SeqDecoder
 
-    is_encoder = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True).model_type in ENCODERS
-    kind = AutoModelForSequenceClassification if is_encoder else AutoModelForCausalLM
+    model_type = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True).model_type
+    is_encoder = model_type in ENCODERS
+    ours, theirs = (
+        (EncoderClassifier, AutoModelForSequenceClassification)
+        if is_encoder
+        else (Seq2SeqDecoder, AutoModelForSeq2SeqLM)
+        if model_type in SEQ2SEQ
+        else (GenericDecoder, AutoModelForCausalLM)
+    )
     try:
-        model, report = kind.from_pretrained(
+        model, report = theirs.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # transformers and its Rust readers raise what they like for a damaged file
@@ -222,11 +234,13 @@ def load_generic_decoder(path: Path, dtype: torch.dtype, device: torch.device | 
         if lacking:
             first = lacking[0]
             raise BaseFormatError(f"{path}: the tensor {first} is missing or of another shape than the config says", hint="fetch the base again")
-    return (EncoderClassifier if is_encoder else GenericDecoder)(model.to(device))
+    return ours(model.to(device))
 
 
 def context_of(config: Any) -> int:
     """The longest row in tokens: where angles depend on a row's length, only as long as the base was first trained for."""
+    if config.model_type in SEQ2SEQ:
+        return 2 * int(getattr(config, "n_positions", 512))  # as much to read as to write; angles there are none
     context = int(config.max_position_embeddings)
     if config.model_type == "roberta":
         return context - int(config.pad_token_id) - 1  # its positions begin behind that of padding
@@ -274,7 +288,7 @@ def _shape_of(config: Any, family: Family, shapes: Mapping[str, tuple[int, int]]
         num_layers=num_layers,
         num_heads=heads,
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        head_size=int(getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // heads),
         norm_eps=0.0,
         context=context_of(config),
         windows=(None,) * num_layers,
@@ -288,6 +302,14 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     weight: Any = module.weight
     d_out, d_in = weight.shape if isinstance(module, nn.Linear) else weight.T.shape
     return int(d_out), int(d_in)
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _parameters(module: nn.Module) -> list[str]:

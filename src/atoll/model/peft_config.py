@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from atoll.errors import AdapterFormatError, UnsupportedAdapter
-from atoll.model.adapter import AdapterSpec
+from atoll.model.adapter import CLASSIFIES, AdapterSpec
 from atoll.model.sites import MODULE_NAMES
 
 _MAX_RANK = 1024
 _MAX_PATTERNS = 10_000  # entries of one; the deepest bases have about a thousand linears
-_CLASSIFIES = "SEQ_CLS"
 _HEADS = ("classifier", "score")  # what PEFT saves of its own accord for that task type
 _LITERAL = re.compile(r"[A-Za-z0-9_.]+")
 
@@ -93,7 +92,7 @@ def peft_config(spec: AdapterSpec) -> dict[str, Any]:
         "r": spec.rank,
         "rank_pattern": dict(spec.rank_pattern),
         "target_modules": list(spec.target_modules),
-        "task_type": _CLASSIFIES if spec.classifies else "CAUSAL_LM",
+        "task_type": spec.task_type,
         "use_rslora": spec.use_rslora,
     }
 
@@ -125,7 +124,7 @@ def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | No
         alpha=finite_number(config.get("lora_alpha", 8.0), "lora_alpha", path),
         target_modules=_targets(config.get("target_modules"), path, known),
         dropout=dropout,
-        classifies=_classifies(config, path),
+        task_type=_task_type(config, path),
         fan_in_fan_out=flag(config.get("fan_in_fan_out") or False, "fan_in_fan_out", path),
         use_rslora=flag(config.get("use_rslora") or False, "use_rslora", path),
         rank_pattern={
@@ -136,14 +135,14 @@ def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | No
     )
 
 
-def _classifies(config: Mapping[str, Any], path: Path) -> bool:
-    """Whether a classifier head belongs to the adapter. Raises UnsupportedAdapter for other modules that were saved whole."""
+def _task_type(config: Mapping[str, Any], path: Path) -> str:
+    """CAUSAL_LM, SEQ_2_SEQ_LM, or SEQ_CLS with a classifier head. Raises UnsupportedAdapter for other modules that were saved whole."""
     saved = config.get("modules_to_save") or []
-    if saved and not (config.get("task_type") == _CLASSIFIES and isinstance(saved, list) and all(name in _HEADS for name in saved)):
+    if saved and not (config.get("task_type") == CLASSIFIES and isinstance(saved, list) and all(name in _HEADS for name in saved)):
         raise UnsupportedAdapter(
             f"{path}: modules_to_save is {saved!r}, which Atoll does not apply", hint="merge or retrain the adapter without that option"
         )
-    return bool(saved)
+    return CLASSIFIES if saved else "SEQ_2_SEQ_LM" if config.get("task_type") == "SEQ_2_SEQ_LM" else "CAUSAL_LM"
 
 
 def _mapping(config: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:

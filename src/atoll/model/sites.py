@@ -26,7 +26,7 @@ _BY_PATH = _LLAMA_PATHS | {path: _LLAMA_PATHS.get(path, path) for family in GENE
 _ORDER = {target: place for place, target in enumerate(dict.fromkeys(_BY_PATH.values()))}
 _NAMES = {_BY_PATH[path]: name for family in GENERIC.values() for path, name in zip(family.paths, family.names, strict=False)}
 MODULE_NAMES = tuple(dict.fromkeys(path.rsplit(".", 1)[-1] for path in _BY_PATH))  # what target_modules may name: q_proj, …, c_attn, …
-_KEY = re.compile(r"base_model\.model\.([a-z0-9_.]{1,60}?)\.(0|[1-9][0-9]{0,3})\.([a-z0-9_.]{1,60})\.lora_([AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.([a-z0-9_.]{1,60}?)\.(0|[1-9][0-9]{0,3})\.([A-Za-z0-9_.]{1,60})\.lora_([AB])\.weight")
 
 
 class Site(NamedTuple):

@@ -136,7 +136,7 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
     prompt = data.task.prompt_format(stop)
     shape = base.decoder.shape
     spec = adapter_spec(base.name, config.adapter, shape.num_layers, shape.hidden, tuple(shape.linears), fan_in_fan_out=shape.fan_in_fan_out)
-    spec = dataclasses.replace(spec, classifies=True) if classes else spec
+    spec = dataclasses.replace(spec, task_type=base.decoder.task_type)
     identity: dict[str, Any] = {
         "format": _FORMAT,
         "base": base.fingerprint.digest,
