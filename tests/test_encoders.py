@@ -44,7 +44,7 @@ def test_a_land_over_an_encoder_trains_measures_and_serves_classes(family: str, 
     labels = adapter.manifest["labels"]
     theirs = of_peft(family, hub.path(outcome.version), len(labels))
     with serving(base, hub) as live:
-        reply = live.post("/classify", {"inputs": "where is my parcel", "parameters": {"adapter_id": "plain", "adapter_source": "local"}})
+        reply = live.post("/classify", {"inputs": "where is my parcel", "parameters": {"adapter_id": "plain", "adapter_source": "hub"}})
         assert reply.status_code == 200, reply.text
         refused = live.post("/generate", {"inputs": "hello"})
         assert 400 <= refused.status_code < 500 and "encoder" in refused.text

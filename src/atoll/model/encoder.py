@@ -59,7 +59,9 @@ class EncoderClassifier(GenericDecoder):
         rows = batch.row_of_token[wanted]
         firsts = torch.tensor(batch.row_starts[:-1], device=self.device)[rows]
         odds = [(start, stop, head) for start, stop, weights in adapters.segments if (head := getattr(weights, "head", None))]
-        width = max([_num_classes(head) for _, _, head in odds], default=1)
+        width = max([_num_classes(head) for _, _, head in odds], default=0)
+        if not all(any(start <= token < stop for start, stop, _ in odds) for token in wanted.tolist()):
+            width = max(width, min(MAX_CLASSES, self.shape.vocabulary))  # the base alone: no class is likelier, however many are asked for
         out = states.new_zeros(len(wanted), width, dtype=torch.float32)
         for start, stop, head in odds:
             here = ((wanted >= start) & (wanted < stop)).nonzero().flatten()
