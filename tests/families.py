@@ -6,17 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.conftest import TINY, tiny_tokenizer
 
 from atoll.model.families import ENCODERS, GENERIC, SEQ2SEQ
-from tests.conftest import TINY, tiny_tokenizer
 
 _ALIKE = {key: value for key, value in TINY.items() if key != "num_key_value_heads"}
 _CHANGES: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 320, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "bos_token_id": 1, "eos_token_id": 2},
     "gpt_neox": _ALIKE,
     "gemma": {**TINY, "head_dim": 24},
-    "gemma2": {**TINY, "head_dim": 24, "query_pre_attn_scalar": 30, "sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
-    "gemma3_text": {**TINY, "head_dim": 24, "query_pre_attn_scalar": 30, "sliding_window": 6, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    "gemma2": {
+        **TINY,
+        "head_dim": 24,
+        "query_pre_attn_scalar": 30,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {
+        **TINY,
+        "head_dim": 24,
+        "query_pre_attn_scalar": 30,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+    },
     "phi3": {**TINY, "sliding_window": 6},
     "olmo": {**TINY, "clip_qkv": 0.5},
     "starcoder2": {**TINY, "sliding_window": 6},
@@ -76,9 +89,7 @@ def encoder_tokenizer() -> Any:
 
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     return tokenizer
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.families import write_encoder_base
+from tests.model.test_encoder import of_peft
 from tests.server.live_server import serving
 
 from atoll.config import LandConfig, TrainConfig
@@ -14,8 +16,6 @@ from atoll.hub.store import Hub
 from atoll.model.adapter_files import read_adapter
 from atoll.model.base import load_base
 from atoll.workflows import land, prompt_ids, train_and_publish
-from tests.families import write_encoder_base
-from tests.model.test_encoder import of_peft
 
 ROWS = {"max_train_rows": 40, "max_validation_rows": 8, "max_test_rows": 6}
 QUICK = {"epochs": 1, "batch_size": 8, "dtype": "float32", "learning_rate": 0.01}
@@ -51,7 +51,7 @@ def test_a_land_over_an_encoder_trains_measures_and_serves_classes(family: str, 
     with torch.no_grad():
         form = next(iter(adapter.manifest["prompt"]["template"].split("{")[1:])).split("}")[0]
         wanted = theirs(torch.tensor([prompt_ids(base, adapter, **{form: "where is my parcel"})])).logits[0].softmax(-1)
-    found = {entity["entity"]: entity["score"] for entity in reply.json()}
+    found = {entity["entity_group"]: entity["score"] for entity in reply.json()}
     for label, score in zip(labels, wanted.tolist(), strict=True):
         assert found[label] == pytest.approx(score, abs=1e-4)
 

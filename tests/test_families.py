@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import write_tiny_base
+from tests.families import family_model, write_family_base
 
 from atoll.config import LandConfig, TrainConfig
 from atoll.engine.engine import Engine
@@ -17,8 +19,6 @@ from atoll.hub.store import Hub
 from atoll.model.adapter_files import read_adapter
 from atoll.model.base import load_base
 from atoll.workflows import land, train_and_publish
-from tests.conftest import write_tiny_base
-from tests.families import family_model, write_family_base
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")  # PEFT says so of every Conv1D
 

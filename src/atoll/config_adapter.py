@@ -21,9 +21,11 @@ from atoll.model.positions import Positions
 from atoll.yaml_file import kind_of, nearest
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-OTHER_MODULES = ("c_attn", "c_proj", "c_fc", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "qkv_proj", "gate_up_proj")
-OTHER_MODULES += ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
-OTHER_MODULES += ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
+OTHER_MODULES = (  # of GPT-2, GPT-NeoX, Phi-3; BERT; T5
+    *("c_attn", "c_proj", "c_fc", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "qkv_proj", "gate_up_proj"),
+    *("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
+    *("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"),
+)
 MAX_RANK = 1024
 
 ReftType: TypeAlias = Literal["loreft", "noreft", "direft", "orthogonal_direft", "consreft", "lobireft"]

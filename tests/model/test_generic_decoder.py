@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.adapters import CLOSE, ROWS, new_peft_model, packed_logits, peft_model, random_adapter, random_reft, reference
+from tests.families import FAMILIES, family_model, write_family_base
 
 from atoll.model.adapter_files import read_adapter, write_adapter
 from atoll.model.base import load_base
@@ -20,8 +22,6 @@ from atoll.model.positions import Positions
 from atoll.model.sites import peft_key
 from atoll.reft.convert import from_adapter, locations
 from atoll.train.weights import TrainableAdapter
-from tests.adapters import CLOSE, ROWS, new_peft_model, packed_logits, peft_model, random_adapter, random_reft, reference
-from tests.families import FAMILIES, family_model, write_family_base
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")  # PEFT says so of every Conv1D
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.server.live_server import serving
+from tests.tiny_t5 import tiny_t5, write_tiny_t5
 
 from atoll.config import LandConfig
 from atoll.data.encode import EncodedRow
@@ -23,8 +25,6 @@ from atoll.model.sites import peft_key
 from atoll.train.rows import RowGroup, adapter_batch, pack_groups
 from atoll.train.weights import TrainableAdapter
 from atoll.workflows import land
-from tests.server.live_server import serving
-from tests.tiny_t5 import tiny_t5, write_tiny_t5
 
 PAIRS = [([10, 11, 12, 13, 1], [20, 21, 1]), ([30, 1], [40, 41, 42, 43, 1]), ([50, 51, 52, 1], [1])]
 KINDS = [{}, {"feed_forward_proj": "relu", "tie_word_embeddings": True}]

@@ -52,9 +52,13 @@ class Intake:
     def check(self, request: Request) -> None:
         """Raise RequestRefused where a request does not fit, names an unknown adapter, or has a grammar that cannot be followed."""
         if self._classifies:
-            raise RequestRefused("the base is an encoder: it tells classes apart and writes no text", hint="ask for classes: POST /classify, or Engine.score")
+            raise RequestRefused(
+                "the base is an encoder: it tells classes apart and writes no text", hint="ask for classes: POST /classify, or Engine.score"
+            )
         if self._whole_prompts and request.sampling.prompt_logprobs is not None:
-            raise RequestRefused("the base reads its prompt and does not predict it, so prompt tokens have no log-probabilities", hint="leave them out")
+            raise RequestRefused(
+                "the base reads its prompt and does not predict it, so prompt tokens have no log-probabilities", hint="leave them out"
+            )
         self._check_adapter(request.adapter)
         self.limits.check(request)
         deadline = request.deadline_s
@@ -100,7 +104,9 @@ class Intake:
     def embed_job(self, items: Sequence[EmbedRequest]) -> EmbedJob:
         """A job of texts to embed. Raises RequestRefused for one that does not fit."""
         if self._whole_prompts:
-            raise RequestRefused("no vector of a text is made of the states of an encoder or encoder-decoder base", hint="serve a decoder for vectors")
+            raise RequestRefused(
+                "no vector of a text is made of the states of an encoder or encoder-decoder base", hint="serve a decoder for vectors"
+            )
         for item in items:
             self._check_adapter(item.adapter)
             self.limits.check_embed(item)

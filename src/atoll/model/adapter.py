@@ -221,5 +221,8 @@ def new_adapter(spec: AdapterSpec, shapes: Mapping[str, tuple[int, int]], num_la
     hidden = hidden_size(shapes)
     edits = {site: new_intervention(spec.reft[site.part], site.layer, hidden, generator) for site in spec.edit_sites(num_layers)}
     if not modules and not edits:
-        raise AdapterFormatError("the adapter changes no module", hint=f"name at least one target module of {', '.join(dict.fromkeys(map(module_name, shapes)))} and one layer")
+        raise AdapterFormatError(
+            "the adapter changes no module",
+            hint=f"name at least one target module of {', '.join(dict.fromkeys(map(module_name, shapes)))} and one layer",
+        )
     return Adapter(spec, modules, edits=edits)

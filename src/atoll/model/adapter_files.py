@@ -31,7 +31,11 @@ CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE = "adapter_config.json", "adapter_model
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # The tensors of an encoder's classifier: BERT's, and RoBERTa's two layers.
-HEAD_TENSORS = ("classifier.weight", "classifier.bias", *(f"classifier.{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")))
+HEAD_TENSORS = (
+    "classifier.weight",
+    "classifier.bias",
+    *(f"classifier.{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")),
+)
 
 _PREFIX = "base_model.model."
 _CONFIG_LIMIT = 1 << 20

@@ -59,7 +59,9 @@ class Slot:
 
 @dataclass
 class _Stack:
-    """One bucket's tensors. targets[group] are a group's members; a[layer][group] is [capacity, members * rank, d_in]; b[layer][target] is [capacity, rank, d_out]."""
+    """One bucket's tensors. targets[group] are a group's members;
+
+    a[layer][group] is [capacity, members * rank, d_in]; b[layer][target] is [capacity, rank, d_out]."""
 
     rank: int
     capacity: int

@@ -31,8 +31,8 @@ class PackedBatch:
     output_index [N] int64, the tokens whose hidden states are wanted (None: all). Rows may share pages of their contexts, never one that a row
     writes into. final_lengths: each row's length once all of its prompt is in, where the prompt comes in chunks; rope types that depend on the
     length need it. follows, without a cache: for each row, the row whose tokens stand before its own and are `context` many (a beginning that several
-    rows share, computed once), or -1; a row that is followed follows none itself. num_prompts: how many tokens of each row's sequence are its prompt, for
-    bases that read prompts apart.
+    rows share, computed once), or -1; a row that is followed follows none itself. num_prompts: how many tokens of each row's sequence are its
+    prompt, for bases that read prompts apart.
     """
 
     token_ids: Tensor

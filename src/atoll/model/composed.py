@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atoll.errors import BaseMismatch, RequestRefused
+from atoll.errors import BaseMismatch, RequestRefused, UnsupportedAdapter
 from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
 from atoll.model.composed_edits import cat_edits
 from atoll.model.reft import ReftSpec

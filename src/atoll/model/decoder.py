@@ -123,7 +123,8 @@ class Decoder:
     """A frozen base ready to run. Make it with `from_state_dict`; it owns its tensors and shares them with nobody who writes.
 
     can_enter: whether a forward may start above the first block. whole_prompts: a prompt's states depend on all of it, so it is computed at once and
-    shares nothing with others. classifies: a row's states are log-odds of its adapter's classes, and nothing is written. task_type: PEFT's word for what the base does. softcap: the head's logits z become softcap * tanh(z / softcap), where it is given.
+    shares nothing with others. classifies: a row's states are log-odds of its adapter's classes, and nothing is written. task_type: PEFT's word for
+    what the base does. softcap: the head's logits z become softcap * tanh(z / softcap), where it is given.
     """
 
     can_enter = True

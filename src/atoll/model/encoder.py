@@ -50,7 +50,7 @@ class EncoderClassifier(GenericDecoder):
         """
         assert entering is None and not any(batch.context), "an encoder reads whole rows"
         with self._running(_BothWays(batch), adapters):
-            states = self._inner(
+            states: Tensor = self._inner(
                 input_ids=batch.token_ids.unsqueeze(0),
                 position_ids=batch.positions.unsqueeze(0) + self._first_position,
                 packed_attention=self._now.attention,
@@ -106,7 +106,7 @@ class EncoderClassifier(GenericDecoder):
 
 
 class _BothWays:
-    """Attention of whole rows, each token seeing all of its row. Prepared once for a batch, then called for every layer, as attention.Attention is."""
+    """Attention of whole rows, each token seeing all of its row. Made once for a batch, then called for every layer, as attention.Attention is."""
 
     def __init__(self, batch: PackedBatch) -> None:
         self._blocks = blocks_of(batch)

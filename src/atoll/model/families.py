@@ -69,9 +69,7 @@ def _t5_mlp(layer: int) -> tuple[str, ...]:
 
 GENERIC: dict[str, Family] = {  # by transformers' model type
     "gpt2": Family("transformer.h", ("attn.c_attn", "attn.c_proj", *_FEED_FORWARD), "attn", transposed=True),
-    "gpt_neox": Family(
-        "gpt_neox.layers", ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), "attention"
-    ),
+    "gpt_neox": Family("gpt_neox.layers", ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), "attention"),
     "gemma": Family(),
     "gemma2": Family(),
     "gemma3_text": Family(),

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from atoll.errors import AtollError, BaseFormatError, BaseNotFound, StorageError
+from atoll.model.families import GENERIC
 from atoll.model.fingerprint import cached_by_files, read_json, stored_tensors, weight_files
 from atoll.model.gguf_file import convert_gguf
-from atoll.model.families import GENERIC
 from atoll.model.sites import FAMILIES
 
 Progress = Callable[[str, int, int], None]

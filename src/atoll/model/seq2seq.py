@@ -1,7 +1,7 @@
 """Encoder-decoder bases, T5 and Flan-T5: a row's prompt is what the encoder reads, its answer what the decoder writes.
 
-The one idea: in a row of prompt and answer the last prompt token stands for the decoder's start. So the state there predicts the answer's first token,
-as everywhere, and training, generating, scoring options and serving need not know that two stacks ran. Layers are transformers' modules, called with
+The one idea: in a row of prompt and answer the last prompt token stands for the decoder's start. So the state there predicts the answer's first
+token, as everywhere, and training, generating, scoring options and serving need not know that two stacks ran. Layers are transformers' modules, called with
 packed tokens; attention is computed here, row by row: simple, and slower for batches of many short rows than padded blocks would be.
 
 In the cache a token's page place holds, for a prompt's token, the keys and values that the decoder's cross-attention reads, and for a written token
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from atoll.errors import BaseFormatError
 from atoll.model.apply_edits import apply_edits
+from atoll.model.bank import LoraBank
 from atoll.model.batch import BASE_ONLY, AdapterBatch, EditRows, PackedBatch, Segment
 from atoll.model.families import Family
 from atoll.model.generic_decoder import GenericDecoder
-from atoll.model.bank import LoraBank
 from atoll.model.kv_cache import PAGE_TOKENS, KvCache
 from atoll.model.reft import ATTENTION_INPUT, ATTENTION_OUTPUT, BLOCK_INPUT, BLOCK_OUTPUT, MLP_INPUT, MLP_OUTPUT
 
@@ -148,7 +148,9 @@ class Seq2SeqDecoder(GenericDecoder):
             hidden = _edited(hidden, layer, BLOCK_INPUT, edits)
             normed = _edited(attention.layer_norm(hidden), layer, ATTENTION_INPUT, edits)
             with self._running(None, adapters):
-                q, k, v = (self._heads(linear(normed)) for linear in (attention.SelfAttention.q, attention.SelfAttention.k, attention.SelfAttention.v))
+                q, k, v = (
+                    self._heads(linear(normed)) for linear in (attention.SelfAttention.q, attention.SelfAttention.k, attention.SelfAttention.v)
+                )
                 found = [_attend(q[row.read], k[row.read], v[row.read], self._bias(own, row.num_prompt, 0, biases)) for row in rows if _any(row.read)]
                 out = attention.SelfAttention.o(torch.cat(found))
                 hidden = hidden + _edited(out, layer, ATTENTION_OUTPUT, edits)
@@ -168,7 +170,9 @@ class Seq2SeqDecoder(GenericDecoder):
             attention, cross, mlp = block.layer[0], block.layer[1], block.layer[2]
             normed = attention.layer_norm(hidden)
             with self._running(None, writing):
-                q, k, v = (self._heads(linear(normed)) for linear in (attention.SelfAttention.q, attention.SelfAttention.k, attention.SelfAttention.v))
+                q, k, v = (
+                    self._heads(linear(normed)) for linear in (attention.SelfAttention.q, attention.SelfAttention.k, attention.SelfAttention.v)
+                )
                 found = []
                 for row in rows:
                     keys, values = k[row.written], v[row.written]
@@ -215,7 +219,8 @@ class Seq2SeqDecoder(GenericDecoder):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(Q Kᵀ + bias) V of one row, without a scale, as T5 has it. q [L, H, K], k and v [P, H, K]; returns [L, H * K]."""
-    out = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=bias, scale=1.0)
+    queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=1.0)
     return out[0].transpose(0, 1).flatten(1)
 
 

@@ -20,7 +20,9 @@ def class_labels(data: TaskData, config: TrainConfig) -> tuple[str, ...]:
             hint="name them in data.label_set, or choose a base that writes text",
         )
     if not isinstance(config.adapter, LoraAdapterConfig):
-        raise ConfigError("an encoder's classifier is trained beside a LoRA, but the adapter is ReFT alone", hint="put the ReFT part under adapter.reft")
+        raise ConfigError(
+            "an encoder's classifier is trained beside a LoRA, but the adapter is ReFT alone", hint="put the ReFT part under adapter.reft"
+        )
     if config.trainer.train_on_prompt:
         raise ConfigError("trainer.train_on_prompt is on, but an encoder is not trained to write its prompt", hint="leave it out")
     if data.task.chat:

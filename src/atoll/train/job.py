@@ -88,7 +88,9 @@ class TrainingJob:
         self._entering = entering_states(decoder, self.weights.first_layer, len(self._train), config)
         self._eval_every = config.eval_every or self._steps_an_epoch
         self._positions = tuple(spec.positions for spec in adapter.spec.reft)
-        self._shares = not (adapter.spec.dropout or any(spec.dropout for spec in adapter.spec.reft) or decoder.rotary.by_length or decoder.whole_prompts)
+        self._shares = not (
+            adapter.spec.dropout or any(spec.dropout for spec in adapter.spec.reft) or decoder.rotary.by_length or decoder.whole_prompts
+        )
         self._best: Tensor | None = None
         self.progress = Progress()
         self._epoch: tuple[int, list[list[int]]] = (-1, [])

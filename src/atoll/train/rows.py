@@ -101,7 +101,9 @@ def pack_groups(groups: Sequence[RowGroup], device: torch.device | str) -> Label
             add(row.token_ids[shared:-1], shared, beginning, row.num_prompt, owner)
             start += count
         spans.append((first_label, len(labels)))
-    batch = PackedBatch.of(packed, context=context, outputs=outputs, follows=follows if max(follows) >= 0 else None, num_prompts=num_prompts, device=device)
+    batch = PackedBatch.of(
+        packed, context=context, outputs=outputs, follows=follows if max(follows) >= 0 else None, num_prompts=num_prompts, device=device
+    )
     return LabelledBatch(batch, torch.tensor(labels, dtype=torch.int64, device=device), tuple(num_prompts), tuple(owners), tuple(spans))
 
 

@@ -24,7 +24,8 @@ from atoll.train.reft_masters import ReftMasters
 class TrainableAdapter:
     """One adapter's masters. Implements model.apply.AdapterWeights.
 
-    values and grads are flat float32 vectors [P]: LoRA's factors, then ReFT's W's, then its other tensors, then a classifier's. `values.grad` is `grads`, so an optimizer
+    values and grads are flat float32 vectors [P]: LoRA's factors, then ReFT's W's, then its other tensors, then a classifier's. `values.grad` is
+    `grads`, so an optimizer
     over `[values]` trains the adapter; after its step, `retract` is due.
     """
 
