@@ -77,6 +77,7 @@ def encoder_model(family: str, seed: int = 0, num_labels: int = 3, **changes: An
     config = AutoConfig.for_model(family, **{**_ALIKE, "num_labels": num_labels, **changes})
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").float().eval()
+    torch.manual_seed(seed)  # however many draws the classifier took
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             tensor.add_(0.1 * torch.randn_like(tensor)) if "LayerNorm" in name else tensor.normal_(0.0, 0.15)

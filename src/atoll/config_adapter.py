@@ -184,7 +184,7 @@ class LoraAdapterConfig(Section):
     def _check_patterns(self) -> LoraAdapterConfig:
         for field, pattern, most in (("rank_pattern", self.rank_pattern, MAX_RANK), ("alpha_pattern", self.alpha_pattern, None)):
             for name, value in pattern.items():
-                if not name.endswith(self.targets):
+                if not name.endswith(TARGET_MODULES + OTHER_MODULES if self.target_modules == "all-linear" else self.targets):
                     hint = "; a layer number is ReFT's: give its type too, such as loreft" if name.isdigit() else ""
                     raise ValueError(f"{field} names {name!r}, which is none of the target modules {', '.join(self.targets)}{hint}")
                 if value <= 0 or (most is not None and value > most):
@@ -198,9 +198,9 @@ class LoraAdapterConfig(Section):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The target modules by name, in the order of a block; `all-linear`: all that a base may have."""
+        """The target modules by name, in the order of a block; `all-linear` written out for a Llama-like base."""
         known = TARGET_MODULES + OTHER_MODULES
-        return known if self.target_modules == "all-linear" else tuple(t for t in known if t in self.target_modules)
+        return TARGET_MODULES if self.target_modules == "all-linear" else tuple(t for t in known if t in self.target_modules)
 
 
 AdapterConfig: TypeAlias = LoraAdapterConfig | ReftAdapterConfig

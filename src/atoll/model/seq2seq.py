@@ -1,8 +1,8 @@
 """Encoder-decoder bases, T5 and Flan-T5: a row's prompt is what the encoder reads, its answer what the decoder writes.
 
 The one idea: in a row of prompt and answer the last prompt token stands for the decoder's start. So the state there predicts the answer's first
-token, as everywhere, and training, generating, scoring options and serving need not know that two stacks ran. Layers are transformers' modules, called with
-packed tokens; attention is computed here, row by row: simple, and slower for batches of many short rows than padded blocks would be.
+token, as everywhere, and training, generating, scoring options and serving need not know that two stacks ran. Layers are transformers' modules,
+called with packed tokens; attention is computed here, row by row: simple, and slower for batches of many short rows than padded blocks would be.
 
 In the cache a token's page place holds, for a prompt's token, the keys and values that the decoder's cross-attention reads, and for a written token
 (the start included) those of the decoder itself; the two are apart, so that the last prompt token may have both. A prompt is computed at once.
