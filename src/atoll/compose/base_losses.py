@@ -18,7 +18,6 @@ from atoll.data.encode import EncodedRow
 from atoll.model.batch import PackedBatch
 from atoll.model.decoder import Decoder
 from atoll.model.kv_cache import PAGE_TOKENS, KvCache
-from atoll.model.loss import label_losses
 
 _WORTH_SHARING = 2 * PAGE_TOKENS  # tokens that rows must begin with in common
 _PREFILL_TOKENS = 2048  # of a common beginning, at a time
@@ -83,7 +82,7 @@ def _losses(decoder: Decoder, rows: Sequence[EncodedRow], shared: int) -> Tensor
             device=decoder.device,
         )
         labels = torch.tensor([token for row in members for token in row.token_ids[row.first_label :]], device=decoder.device)
-        each = label_losses(decoder.forward(batch, cache=cache), decoder.head, labels)
+        each = decoder.label_losses(decoder.forward(batch, cache=cache), labels)
         found[portion] = torch.stack([part.mean() for part in each.split([row.num_labels for row in members])]).cpu()
     return found
 

@@ -53,7 +53,10 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Pool:
-    """Adapters of one base, checked against it. stacks holds what stands at (layer, group); linears is the base's {target: (d_out, d_in)}."""
+    """Adapters of one base, checked against it. stacks holds what stands at (layer, group); linears is the base's {target: (d_out, d_in)},
+
+    groups its linears that share an input.
+    """
 
     adapters: tuple[Adapter, ...]
     names: tuple[str, ...]
@@ -61,6 +64,7 @@ class Pool:
     linears: Mapping[str, tuple[int, int]]
     num_layers: int
     stacks: Mapping[tuple[int, int], Stack]
+    groups: Sequence[Sequence[str]] = GROUPS
 
     @classmethod
     def of(
@@ -92,10 +96,11 @@ class Pool:
         stacks = {
             (layer, group): stack
             for layer in range(shape.num_layers)
-            for group in range(len(GROUPS))
+            for group in range(len(shape.groups))
             if (stack := _stack(adapters, shape.linears, layer, group, decoder)) is not None
         }
-        return cls(tuple(adapters), known, tuple(digests or (None,) * len(adapters)), dict(shape.linears), shape.num_layers, stacks)
+        digests = tuple(digests or (None,) * len(adapters))
+        return cls(tuple(adapters), known, digests, dict(shape.linears), shape.num_layers, stacks, shape.groups)
 
     @property
     def num(self) -> int:
@@ -125,7 +130,7 @@ class Pool:
     def _factors(self, layer: int, group: int) -> tuple[Factors, ...]:
         like = self.stacks[layer, group].a
         found, column = [], 0
-        for target in GROUPS[group]:
+        for target in self.groups[group]:
             start, column = column, column + self.linears[target][0]
             here = [(index, module) for index, module in enumerate(_modules(self.adapters, Site(layer, target))) if module is not None]
             if not here:
@@ -154,7 +159,7 @@ def _stack(adapters: Sequence[Adapter], linears: Mapping[str, tuple[int, int]], 
     """What stands at one fused linear; None where no adapter changes it."""
     rows, owners, parts, runs = [], [], [], []
     rank = column = 0
-    for target in GROUPS[group]:
+    for target in decoder.shape.groups[group]:
         start, column = column, column + linears[target][0]
         here = [(index, module) for index, module in enumerate(_modules(adapters, Site(layer, target))) if module is not None]
         if not here:
