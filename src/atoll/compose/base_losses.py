@@ -29,8 +29,9 @@ def base_losses(decoder: Decoder, rows: Sequence[EncodedRow]) -> Tensor:
     check_rows(rows, decoder.shape.context)
     found = torch.empty(len(rows))
     for group, common in _alike(rows):
-        # A rope that turns by a row's whole length gives the same beginning other keys in rows of other lengths.
-        shared = 0 if len(group) == 1 or decoder.rotary.by_length else common // PAGE_TOKENS * PAGE_TOKENS
+        # A rope that turns by a row's whole length gives the same beginning other keys in rows of other lengths; so does an encoder.
+        apart = decoder.rotary.by_length or decoder.whole_prompts
+        shared = 0 if len(group) == 1 or apart else common // PAGE_TOKENS * PAGE_TOKENS
         found[group] = _losses(decoder, [rows[index] for index in group], shared)
     return found
 
@@ -79,6 +80,7 @@ def _losses(decoder: Decoder, rows: Sequence[EncodedRow], shared: int) -> Tensor
             context=[shared] * len(members),
             pages=tables if cache is not None else None,
             outputs=outputs,
+            num_prompts=[row.num_prompt for row in members],
             device=decoder.device,
         )
         labels = torch.tensor([token for row in members for token in row.token_ids[row.first_label :]], device=decoder.device)

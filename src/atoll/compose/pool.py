@@ -55,7 +55,7 @@ class Factors(NamedTuple):
 class Pool:
     """Adapters of one base, checked against it. stacks holds what stands at (layer, group); linears is the base's {target: (d_out, d_in)},
 
-    groups its linears that share an input.
+    groups its linears that share an input. can_merge: whether the base computes blocks of merged weights.
     """
 
     adapters: tuple[Adapter, ...]
@@ -65,6 +65,7 @@ class Pool:
     num_layers: int
     stacks: Mapping[tuple[int, int], Stack]
     groups: Sequence[Sequence[str]] = GROUPS
+    can_merge: bool = True
 
     @classmethod
     def of(
@@ -72,10 +73,16 @@ class Pool:
     ) -> Pool:
         """Stack adapters that fit the decoder's base. names are for messages and the result's manifest; digests say which versions they are.
 
-        Raises ConfigError for no adapters, UnsupportedAdapter for one that edits hidden states, BaseMismatch for one that does not fit.
+        Raises ConfigError for no adapters, UnsupportedAdapter for one that edits hidden states and for an encoder's, BaseMismatch for one that does
+        not fit.
         """
         if not adapters:
             raise ConfigError("there are no adapters to compose", hint="name at least one adapter of the hub")
+        if decoder.classifies:
+            raise UnsupportedAdapter(
+                "the base is an encoder: each of its adapters has a classifier of its own, and classifiers cannot be weighted",
+                hint="train one adapter on all classes, or compose over a base that writes text",
+            )
         shape = decoder.shape
         known = tuple(names) if names is not None else tuple(f"adapter {index}" for index in range(1, len(adapters) + 1))
         for name, adapter in zip(known, adapters, strict=True):
@@ -100,7 +107,8 @@ class Pool:
             if (stack := _stack(adapters, shape.linears, layer, group, decoder)) is not None
         }
         digests = tuple(digests or (None,) * len(adapters))
-        return cls(tuple(adapters), known, digests, dict(shape.linears), shape.num_layers, stacks, shape.groups)
+        can_merge = not decoder.whole_prompts  # a prompt that is read apart has no blocks of equal length
+        return cls(tuple(adapters), known, digests, dict(shape.linears), shape.num_layers, stacks, shape.groups, can_merge)
 
     @property
     def num(self) -> int:

@@ -277,6 +277,8 @@ def _spec_of(modules: Mapping[Site, LoraModule], parents: Sequence[AdapterSpec],
         alpha_pattern={name: float(found) for name, found in pattern.items()},
         layers_to_transform=chosen,
         reft=parts,
+        fan_in_fan_out=parents[0].fan_in_fan_out,
+        task_type=parents[0].task_type,
     )
 
 

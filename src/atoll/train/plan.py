@@ -28,7 +28,7 @@ from atoll.data.task import TaskData
 from atoll.model.adapter import AdapterSpec
 from atoll.model.reft import tensor_shapes
 from atoll.train.classes import class_labels
-from atoll.train.spec import adapter_spec, edited_places, first_layer
+from atoll.train.spec import edited_places, first_layer, spec_over
 
 if TYPE_CHECKING:
     from atoll.model.base import Base
@@ -139,8 +139,7 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
     ]
     prompt = data.task.prompt_format(stop)
     shape = base.decoder.shape
-    spec = adapter_spec(base.name, config.adapter, shape.num_layers, shape.hidden, tuple(shape.linears), fan_in_fan_out=shape.fan_in_fan_out)
-    spec = dataclasses.replace(spec, task_type=base.decoder.task_type)
+    spec = spec_over(base.name, config.adapter, base.decoder)
     identity: dict[str, Any] = {
         "format": _FORMAT,
         "base": base.fingerprint.digest,

@@ -6,6 +6,7 @@ Used by plan.py, and by loop.py and the dry run to know which tokens a spec edit
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from atoll.config_adapter import AdapterConfig, LoraAdapterConfig, ReftAdapterConfig
@@ -17,6 +18,7 @@ from atoll.model.sites import TARGETS, Site, module_name
 
 if TYPE_CHECKING:
     from atoll.data.encode import EncodedRow
+    from atoll.model.decoder import Decoder
 
 _BEHIND_KEYS = ("attention_output", "mlp_input", "mlp_output", "block_output")  # components behind what other tokens of the block see
 
@@ -35,6 +37,13 @@ def adapter_spec(
         if part.max_rank > hidden:  # no more rows of that length can be orthonormal, and no method's edit would be low in rank
             raise ConfigError(f"the ReFT rank is {part.max_rank}, but the base's hidden states have {hidden} dimensions", hint="4 is a good start")
     return spec
+
+
+def spec_over(base_name: str, config: AdapterConfig, decoder: Decoder) -> AdapterSpec:
+    """adapter_spec over a base that is loaded, with what PEFT notes of it."""
+    shape = decoder.shape
+    spec = adapter_spec(base_name, config, shape.num_layers, shape.hidden, tuple(shape.linears), fan_in_fan_out=shape.fan_in_fan_out)
+    return replace(spec, task_type=decoder.task_type)
 
 
 def _spec(base_name: str, config: AdapterConfig, num_layers: int, targets: Sequence[str], fan_in_fan_out: bool) -> AdapterSpec:
