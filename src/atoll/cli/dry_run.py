@@ -188,9 +188,10 @@ def _base_text(plan: TrainingPlan) -> str:
 
 def _adapter_text(plan: TrainingPlan) -> str:
     """What is trained, and where."""
-    spec, num_layers = plan.spec, plan.base.decoder.shape.num_layers
+    spec, shape = plan.spec, plan.base.decoder.shape
+    num_layers = shape.num_layers
     kind = "DoRA" if spec.use_dora else "LoRA"
-    texts = [f"{kind} of rank {spec.rank} on {len(spec.sites(num_layers))} linears"] if spec.target_modules else []
+    texts = [f"{kind} of rank {spec.rank} on {len(spec.sites(num_layers, shape.linears))} linears"] if spec.target_modules else []
     for part in spec.reft:
         blocks = len({site.layer for site in part.sites(0, num_layers)})
         sides = ", each side with its own tensors" if part.sides == 2 else ""

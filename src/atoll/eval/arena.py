@@ -151,6 +151,8 @@ class Arena:
 
         Raises EngineError when the engine could not answer a request: a failure of the machine is not a wrong answer, and must not be kept as one.
         """
+        if self._base.decoder.classifies:
+            return self._classify(name, missing, adapters, progress)
         options = {path: option_requests(run, self._base.tokenizer) for run, path, _ in missing}
         requests = [request for run, _, _ in missing for request in requests_for(run)]
         used = {key: adapters[key] for key in dict.fromkeys(run.contestant.adapter for run, _, _ in missing) if key is not None}
@@ -166,6 +168,35 @@ class Arena:
             items = options[path]
             log_probs = engine.score(items, progress=lambda stage, done, total: progress(f"options {name}", done, total)) if items else []
             score, outputs = with_options(*score_completions(run, completions), run, log_probs)
+            write_outputs(path.with_suffix(".outputs.jsonl"), outputs)
+            write_score(path, score)
+            if recorded and self._record_all:
+                self._record(score, path)
+            scores[path] = score
+        return scores
+
+    def _classify(self, name: str, missing: Sequence[_Asked], adapters: Mapping[str, Adapter], progress: Progress) -> dict[Path, Score]:
+        """The same where the base is an encoder: each row's answer is the likeliest class of the contestant's own, and no option is scored apart."""
+        from atoll.engine.request import Completion, ScoreRequest
+
+        scores = {}
+        for run, path, recorded in missing:
+            key = run.contestant.adapter
+            labels = tuple(adapters[key].manifest.get("labels") or ()) if key is not None else run.data.task.label_set or ()
+            if not labels:
+                raise DataError(f"{run.contestant.model} names no classes, so its answers have no names", hint="add labels to its manifest")
+            classes = tuple((number,) for number in range(len(labels)))
+            items = [ScoreRequest(prompt_ids=list(prompt), continuations=classes, adapter=key) for prompt in run.prompts]
+            engine = self._engine_for([], items, [adapters[key]] if key is not None else [])
+            if key is not None:
+                engine.register(key, adapters[key])
+            found = engine.score(items, progress=lambda stage, done, total: progress(f"evaluate {name}", done, total))
+            best = [max(range(len(labels)), key=odds.__getitem__) for odds in found]
+            completions = [
+                Completion(f"{run.run_id}|{row}", key, len(prompt), (number,), labels[number], "stop")
+                for row, (prompt, number) in enumerate(zip(run.prompts, best, strict=True))
+            ]
+            score, outputs = score_completions(run, completions)
             write_outputs(path.with_suffix(".outputs.jsonl"), outputs)
             write_score(path, score)
             if recorded and self._record_all:

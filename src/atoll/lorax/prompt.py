@@ -54,6 +54,8 @@ def label_tokens(form: PromptFormat, prompts: Sequence[str], labels: Sequence[st
 
     Where one label's tokens begin another's, the shorter could never lose, so then all are followed by the end-of-text token.
     """
+    if base.decoder.classifies:  # a class is one number
+        return [[(number,) for number in range(len(labels))]] * len(prompts)
     found: dict[str, list[tuple[int, ...]]] = {}
     for prompt in prompts:
         prefix = prefix_after(form, prompt)

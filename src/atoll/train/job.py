@@ -54,7 +54,7 @@ def total_steps(num_rows: int, config: TrainerConfig) -> int:
 
 def entering_states(decoder: Decoder, first_layer: int, num_rows: int, config: TrainerConfig) -> EnteringStates | None:
     """Where a job that changes nothing below block first_layer keeps what enters there; None where rows are seen once and keeping pays nothing."""
-    if not first_layer or total_steps(num_rows, config) <= math.ceil(num_rows / config.batch_size):
+    if not first_layer or not decoder.can_enter or total_steps(num_rows, config) <= math.ceil(num_rows / config.batch_size):
         return None
     return EnteringStates(decoder, first_layer, config.reuse_mib * MIB)
 
@@ -87,7 +87,9 @@ class TrainingJob:
         self.decoder, self.config, self.folder, self._digest = decoder, config, folder, job_digest
         self._train, self._validation = list(train_rows), list(validation_rows)
         self._lengths = [len(row.token_ids) for row in self._train]
-        self.weights = TrainableAdapter(adapter, decoder.shape.linears, decoder.device, b_ratio=b_ratio, weight=decoder.weight, removed=removed)
+        self.weights = TrainableAdapter(
+            adapter, decoder.shape.linears, decoder.device, decoder.shape.groups, b_ratio=b_ratio, weight=decoder.weight, removed=removed
+        )
         self._optimizer = torch.optim.AdamW(
             self.weights.parameter_groups(config), lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
         )
@@ -97,7 +99,8 @@ class TrainingJob:
         self._entering = None if has_noise else entering_states(decoder, self.weights.first_layer, len(self._train), config)
         self._eval_every = config.eval_every or self._steps_an_epoch
         self._positions = tuple(spec.positions for spec in adapter.spec.reft)
-        self._shares = not (has_noise or adapter.spec.dropout or any(spec.dropout for spec in adapter.spec.reft) or decoder.rotary.by_length)
+        dropout = adapter.spec.dropout or any(spec.dropout for spec in adapter.spec.reft)
+        self._shares = not (has_noise or dropout or decoder.rotary.by_length or decoder.whole_prompts)
         self._best: Tensor | None = None
         self.progress = Progress()
         self._epoch: tuple[int, list[list[int]]] = (-1, [])

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from atoll.errors import AtollError, Interrupted, TrainingError
 from atoll.model.decoder import Decoder
-from atoll.model.loss import label_losses
 from atoll.model.memory import keep_freed_memory, release_memory
 from atoll.train.interrupt import interruptible
 from atoll.train.job import Report, TrainingJob, TrainResult
@@ -289,7 +288,7 @@ def _losses(items: Sequence[_Item], *, training: bool) -> list[Tensor]:
     adapters = adapter_batch(packed, [item.job.weights for item in items])
     noise = _noise(packed, items) if training else None
     hidden = decoder.forward(packed.batch, adapters, entering=entering[0] if len(items) == 1 else None, noise=noise)
-    each = label_losses(hidden, decoder.head, packed.labels)
+    each = decoder.label_losses(hidden, packed.labels)
     return [each[start:stop].sum() for start, stop in packed.label_spans]
 
 

@@ -8,6 +8,7 @@ Used by workflows and the command line.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -26,7 +27,8 @@ from atoll.data.prompt import PromptFormat
 from atoll.data.task import TaskData
 from atoll.model.adapter import AdapterSpec
 from atoll.model.reft import tensor_shapes
-from atoll.train.spec import adapter_spec, edited_places, first_layer
+from atoll.train.classes import class_labels
+from atoll.train.spec import edited_places, first_layer, spec_over
 
 if TYPE_CHECKING:
     from atoll.model.base import Base
@@ -44,7 +46,10 @@ _FORMAT = 2  # raise when the same config would train other weights than before,
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A job ready to run. digest identifies everything that decides its weights: config, rows, prompts, base."""
+    """A job ready to run. digest identifies everything that decides its weights: config, rows, prompts, base.
+
+    labels: the classes in the order of the classifier's outputs, where the base is an encoder.
+    """
 
     config: TrainConfig
     base: Base
@@ -54,6 +59,7 @@ class TrainingPlan:
     prompt: PromptFormat
     spec: AdapterSpec
     digest: str
+    labels: tuple[str, ...] = ()
 
     @property
     def total_steps(self) -> int:
@@ -88,16 +94,17 @@ class TrainingPlan:
     def num_parameters(self) -> int:
         """Trainable parameters: r (d_in + d_out) a site of LoRA, d_out more under DoRA, and each ReFT site's tensors."""
         shape = self.base.decoder.shape
-        sites = self.spec.sites(shape.num_layers)
+        sites = self.spec.sites(shape.num_layers, shape.linears)
         lora = sum(self.spec.rank_at(site) * sum(shape.linears[site.target]) for site in sites)
         lora += sum(shape.linears[site.target][0] for site in sites) if self.spec.use_dora else 0
         shapes = [tensor_shapes(self.spec.reft[site.part], site.layer, shape.hidden) for site in self.spec.edit_sites(shape.num_layers)]
-        return int(lora + sum(math.prod(size) for tensors in shapes for size in tensors.values()))
+        head = self.base.decoder.head_shapes(len(self.labels)).values() if self.labels else ()
+        return int(lora + sum(map(math.prod, head)) + sum(math.prod(size) for tensors in shapes for size in tensors.values()))
 
     @property
     def first_layer(self) -> int:
         """The first block that the adapter changes."""
-        return first_layer(self.spec, self.base.decoder.shape.num_layers)
+        return first_layer(self.spec, self.base.decoder.shape.num_layers, self.base.decoder.shape.linears)
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,7 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
     Raises DataError and ConfigError as encode_examples does, and BaseMismatch when layers_to_transform names a layer that the base lacks.
     """
     trainer = config.trainer
+    classes = class_labels(data, config) if base.decoder.classifies else ()
     encoded = [
         encode_examples(
             examples,
@@ -125,11 +133,13 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
             chat=data.task.chat,
             context=base.context_length,
             eos_ids=base.eos_ids,
+            classes=classes,
         )
         for examples, max_length in ((data.train, trainer.max_length), (data.validation, None if trainer.max_length == "p95" else trainer.max_length))
     ]
     prompt = data.task.prompt_format(stop)
-    spec = adapter_spec(base.name, config.adapter, base.decoder.shape.num_layers, base.decoder.shape.hidden)
+    shape = base.decoder.shape
+    spec = spec_over(base.name, config.adapter, base.decoder)
     identity: dict[str, Any] = {
         "format": _FORMAT,
         "base": base.fingerprint.digest,
@@ -138,11 +148,13 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
         "prompt": prompt.to_json(),
         "rows": [[row.token_ids, row.first_label, *([row.num_prompt] if spec.reft else [])] for part in encoded for row in part.rows],
     }
-    lowest = first_layer(spec, base.decoder.shape.num_layers)
-    if lowest:  # then rows enter there one by one (train.entering), which decides last bits
+    lowest = first_layer(spec, shape.num_layers, shape.linears)
+    if lowest and base.decoder.can_enter:  # then rows enter there one by one (train.entering), which decides last bits
         identity["first_layer"] = lowest
+    if classes:
+        identity["labels"] = classes
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    return TrainingPlan(config, base, data, encoded[0], encoded[1], prompt, spec, digest)
+    return TrainingPlan(config, base, data, encoded[0], encoded[1], prompt, spec, digest, classes)
 
 
 def _without_defaults(section: Section, later: Collection[str], excluded: set[str] | None = None) -> dict[str, Any]:
@@ -159,7 +171,7 @@ def training_job(plan: TrainingPlan, folder: Path) -> TrainingJob:
 
     decoder, trainer, adapter = plan.base.decoder, plan.config.trainer, plan.config.adapter
     of_lora = (adapter.init_lora_weights, adapter.loraplus_lr_ratio) if isinstance(adapter, LoraAdapterConfig) else ("default", None)
-    start = start_adapter(plan.spec, decoder, trainer.seed, of_lora[0])
+    start = start_adapter(plan.spec, decoder, trainer.seed, of_lora[0], num_classes=len(plan.labels))
     rows = plan.train.rows, plan.validation.rows
     return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, removed=start.removed, b_ratio=of_lora[1])
 
@@ -171,8 +183,6 @@ def run_plan(plan: TrainingPlan, folder: Path, report: Report | None = None) -> 
 
 def with_manifest(plan: TrainingPlan, result: TrainResult) -> TrainResult:
     """The result of the plan's job, its adapter with the manifest."""
-    import dataclasses
-
     return dataclasses.replace(result, adapter=dataclasses.replace(result.adapter, manifest=_manifest(plan, result)))
 
 
@@ -189,6 +199,7 @@ def _manifest(plan: TrainingPlan, result: TrainResult) -> dict[str, Any]:
         "prompt": plan.prompt.to_json(),
         "quantization": QuantizationConfig.named(rounded).record() if (rounded := plan.base.fingerprint.quantization) else None,
         "parents": [],
+        **({"labels": list(plan.labels)} if plan.labels else {}),
         "training": {
             "config": plan.config.model_dump(mode="json", exclude={"base", "name"}),
             "job": plan.digest,
@@ -212,7 +223,6 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
     memory_bytes = process + base + 5 float32 vectors of the adapter (values, gradient, two moments, best) + activations of the largest micro-batch
     + what is kept.
     """
-    from atoll.model.loss import label_loss
     from atoll.train.job import entering_states
     from atoll.train.rows import adapter_batch, label_batch
     from atoll.train.start import start_adapter
@@ -220,9 +230,10 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
 
     decoder, trainer = plan.base.decoder, plan.config.trainer
     shape = decoder.shape
-    start = start_adapter(plan.spec, decoder, 0).adapter
+    start = start_adapter(plan.spec, decoder, 0, num_classes=len(plan.labels)).adapter
     in_base = isinstance(plan.config.adapter, LoraAdapterConfig) and plan.config.adapter.starts_in_base
-    weights = TrainableAdapter(start, shape.linears, decoder.device, weight=decoder.weight, removed=start.modules if in_base else None)
+    removed = start.modules if in_base else None
+    weights = TrainableAdapter(start, shape.linears, decoder.device, shape.groups, weight=decoder.weight, removed=removed)
     kept = entering_states(decoder, plan.first_layer, len(plan.train.rows), trainer)
     lengths = [len(row.token_ids) for row in plan.train.rows]
     steps = epoch_batches(lengths, trainer.batch_size, trainer.seed, 0)
@@ -234,7 +245,7 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
         entering = kept.of(rows) if kept is not None else None
         entered = time.perf_counter()
         hidden = decoder.forward(packed.batch, adapter_batch(packed, [weights]), entering=entering)
-        loss = label_loss(hidden, decoder.head, packed.labels)
+        loss = decoder.label_losses(hidden, packed.labels).sum()
         if loss.requires_grad:
             loss.backward()
         if warm:

@@ -101,7 +101,9 @@ def pack_groups(groups: Sequence[RowGroup], device: torch.device | str) -> Label
             add(row.token_ids[shared:-1], shared, beginning, row.num_prompt, owner)
             start += count
         spans.append((first_label, len(labels)))
-    batch = PackedBatch.of(packed, context=context, outputs=outputs, follows=follows if max(follows) >= 0 else None, device=device)
+    batch = PackedBatch.of(
+        packed, context=context, outputs=outputs, follows=follows if max(follows) >= 0 else None, num_prompts=num_prompts, device=device
+    )
     return LabelledBatch(batch, torch.tensor(labels, dtype=torch.int64, device=device), tuple(num_prompts), tuple(owners), tuple(spans))
 
 
@@ -114,7 +116,7 @@ def adapter_batch(packed: LabelledBatch, weights: Sequence[TrainableAdapter]) ->
     for (start, stop), job in zip(pairwise(batch.row_starts), jobs, strict=True):
         if segments and segments[-1].weights is job and segments[-1].stop == start:
             segments[-1] = segments[-1]._replace(stop=stop)
-        elif job.has_lora:
+        elif job.has_lora or job.head:
             segments.append(Segment(start, stop, job))
     places = zip(batch.row_starts, batch.context, batch.lengths, packed.num_prompts, jobs, strict=False)
     rows = [(start, context, count, num_prompt, parts[id(job)]) for start, context, count, num_prompt, job in places]
