@@ -190,7 +190,7 @@ def _manifest(plan: TrainingPlan, result: TrainResult) -> dict[str, Any]:
         "quantization": QuantizationConfig.named(rounded).record() if (rounded := plan.base.fingerprint.quantization) else None,
         "parents": [],
         "training": {
-            "config": plan.config.model_dump(mode="json", exclude={"base", "name"}),
+            "config": plan.config.model_dump(mode="json", exclude={"base", "name", "cost"}),
             "job": plan.digest,
             "data": {"task": task.name, "version": plan.data.version, **plan.train.report()},
             "steps": progress.step,
