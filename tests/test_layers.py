@@ -44,6 +44,7 @@ CONFIG_FILES = (
     "config",
     "config_adapter",
     "config_compose",
+    "config_cost",
     "config_file",
     "config_quantization",
     "config_section",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atoll.cli.job_table import job_table
+from atoll.cli.leaderboard import cost_text
 from atoll.cli.options import AtOnceOption, BaseOption, JsonOption, OutOption, SetOption, overrides, stopped
 from atoll.cli.output import duration, say, warn, write, write_json
 from atoll.cli.progress import progress_bar
@@ -105,7 +106,14 @@ def _train_many(every: Sequence[LoadedConfig[TrainConfig]], out: Path | None, pu
 def to_json(outcome: TrainOutcome) -> dict[str, object]:
     """The outcome as one JSON object."""
     version = outcome.version.to_json() if outcome.version is not None else None
-    return {"adapter_folder": str(outcome.adapter_folder), "version": version, "reused": outcome.reused, "training": dict(outcome.training)}
+    cost = outcome.cost.to_json() if outcome.cost is not None else None
+    return {
+        "adapter_folder": str(outcome.adapter_folder),
+        "version": version,
+        "reused": outcome.reused,
+        "training": dict(outcome.training),
+        "cost": cost,
+    }
 
 
 def _show(outcome: TrainOutcome) -> None:
@@ -117,7 +125,8 @@ def _show(outcome: TrainOutcome) -> None:
         say("this job had been trained already; its adapter was found and kept")
     else:
         ended = ", stopped early: the validation loss no longer fell" if training["stopped_early"] else ""
-        say(f"trained {training['steps']} steps in {duration(training['seconds'])}, loss {training['train_loss']:.3f}{ended}")
+        took = f" ({cost})" if (cost := cost_text(outcome.cost)) else ""
+        say(f"trained {training['steps']} steps in {duration(training['seconds'])}{took}, loss {training['train_loss']:.3f}{ended}")
     write(version.ref if version is not None else str(outcome.adapter_folder))
     if version is not None:
         say(f'sha256:{version.digest}\ntry it: atoll generate --adapter {version.name} "..."')

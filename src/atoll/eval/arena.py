@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -37,6 +37,7 @@ from atoll.eval.evaluate import (
 from atoll.eval.leaderboard import RowNote, Size
 from atoll.eval.score import Kind, Score, better_base, read_score, write_outputs, write_score
 from atoll.model.adapter_files import read_adapter
+from atoll.train.cost import Cost
 
 if TYPE_CHECKING:
     from atoll.engine.engine import Engine
@@ -267,13 +268,23 @@ def limits(generation: GenerationConfig, data: TaskData, tokenizer: Any) -> tupl
     return generation.max_new_tokens or max_new_tokens, generation.stop or stop
 
 
-def note_of(data: TaskData, scores: Sequence[Score], settings: EvalConfig, versions: Sequence[Version]) -> RowNote:
-    """What the leaderboard's page says beside a row: the majority answer's score, the base's better prompt style, and how large the adapters are."""
+def note_of(data: TaskData, scores: Sequence[Score], settings: EvalConfig, versions: Sequence[Version], hub: Hub) -> RowNote:
+    """What the leaderboard's page says beside a row: the majority answer's score, the base's better style, the adapters' sizes and costs."""
     base = better_base([score for score in scores if score.kind == "base"])
     majority = majority_baseline(data, choose_examples(data, settings.test_rows))
-    return RowNote(majority, base.prompt_style, sizes_of(versions))
+    return RowNote(majority, base.prompt_style, sizes_of(versions), costs_of(hub, [version.digest for version in versions]))
 
 
 def sizes_of(versions: Sequence[Version]) -> dict[str, Size]:
     """By digest, what the hub knows of versions' sizes."""
     return {version.digest: Size(version.num_parameters, version.size_bytes) for version in versions}
+
+
+def costs_of(hub: Hub, digests: Iterable[str]) -> dict[str, Cost]:
+    """By digest, what the newest finished run cost that made it; digests of which the hub knows none are left out."""
+    found = {}
+    for digest in dict.fromkeys(digests):
+        costs = [run.cost for run in hub.runs(digest=digest, status="finished") if run.cost is not None]
+        if costs:
+            found[digest] = Cost.from_json(costs[0])
+    return found

@@ -23,7 +23,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class Progress:
-    """How far a job is. step counts finished optimizer steps; stale counts evaluations since the best; seconds adds up over resumed runs."""
+    """How far a job is. step counts finished optimizer steps, stale evaluations since the best; what was used (cost.py) adds up over resumed runs."""
 
     step: int = 0
     tokens: int = 0
@@ -35,6 +35,9 @@ class Progress:
     stopped_early: bool = False
     train_loss: float | None = None
     evaluations: list[tuple[int, float]] = field(default_factory=list)
+    cpu_seconds: float = 0.0
+    energy_joules: float | None = 0.0
+    peak_memory_bytes: int = 0
 
 
 def save_checkpoint(folder: Path, job_digest: str, progress: Progress, values: Tensor, optimizer: torch.optim.AdamW, best: Tensor | None) -> None:

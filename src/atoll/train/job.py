@@ -10,10 +10,9 @@ The loss is the mean over the label tokens of the whole effective batch, however
 from __future__ import annotations
 
 import math
-import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from atoll.model.adapter import Adapter, LoraModule
 from atoll.model.decoder import Decoder
 from atoll.model.sites import Site
 from atoll.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from atoll.train.cost import Spent, charge
 from atoll.train.entering import EnteringStates
 from atoll.train.log import RunLog
 from atoll.train.rows import RowGroup, shared_beginning
@@ -184,15 +184,15 @@ class TrainingJob:
         """A group's part in the loss of the whole step, of which the gradient is taken; `loss` is summed over its labels."""
         return loss / self._step.labels
 
-    def add(self, loss: float, num_tokens: int, seconds: float) -> None:
-        """Book a group: its summed loss in nats, its rows' tokens, the time it took."""
+    def add(self, loss: float, num_tokens: int, spent: Spent) -> None:
+        """Book a group: its summed loss in nats, its rows' tokens, its share of the time it took."""
         self._step.loss += loss
         self._step.tokens += num_tokens
-        self._step.seconds += seconds
+        self._step.spent += spent
 
     def finish_step(self) -> None:
         """Clip, AdamW, and what is due after it: log, validation, checkpoint. Raises TrainingError when the loss is not finite, StorageError."""
-        progress, config, started, step = self.progress, self.config, time.perf_counter(), self._step
+        progress, config, started, step = self.progress, self.config, Spent.now(), self._step
         self.weights.dropout_seed = None
         loss = step.loss / step.labels
         norm = float(torch.linalg.vector_norm(self.weights.grads))
@@ -205,12 +205,13 @@ class TrainingJob:
             group["lr"] = rate * group["share"]
         self._optimizer.step()
         self.weights.retract()
-        seconds = step.seconds + time.perf_counter() - started
+        spent = step.spent + (Spent.now() - started)
         progress.step += 1
         progress.tokens, progress.label_tokens = progress.tokens + step.tokens, progress.label_tokens + step.labels
-        progress.seconds, progress.train_loss = progress.seconds + seconds, loss
+        progress.train_loss = loss
+        charge(progress, spent)
         if progress.step % config.logging_every == 0:
-            self._write(loss=loss, learning_rate=rate, grad_norm=norm, tokens_per_s=step.tokens / seconds)
+            self._write(loss=loss, learning_rate=rate, grad_norm=norm, tokens_per_s=step.tokens / spent.seconds)
 
     @property
     def validation_is_due(self) -> bool:
@@ -229,7 +230,7 @@ class TrainingJob:
         micros = micro_batches(range(len(lengths)), lengths, self.config.micro_batch_tokens)
         return [self._group([self._validation[index] for index in micro]) for micro in micros]
 
-    def validated(self, loss: float, seconds: float) -> None:
+    def validated(self, loss: float, spent: Spent) -> None:
         """Take in the validation loss a label token: keep the values of the best, stop after `early_stop_patience` measurements without one.
 
         Raises TrainingError when it is not finite.
@@ -244,7 +245,7 @@ class TrainingJob:
         else:
             progress.stale += 1
             progress.stopped_early = config.early_stop_patience is not None and progress.stale >= config.early_stop_patience
-        progress.seconds += seconds
+        charge(progress, spent)
         self._write(validation_loss=loss)
 
     def _group(self, rows: list[EncodedRow]) -> RowGroup:
@@ -273,4 +274,4 @@ class _Step:
     labels: int = 1
     loss: float = 0.0
     tokens: int = 0
-    seconds: float = 0.0
+    spent: Spent = field(default_factory=Spent)

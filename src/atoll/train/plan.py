@@ -201,7 +201,7 @@ def _manifest(plan: TrainingPlan, result: TrainResult) -> dict[str, Any]:
         "parents": [],
         **({"labels": list(plan.labels)} if plan.labels else {}),
         "training": {
-            "config": plan.config.model_dump(mode="json", exclude={"base", "name"}),
+            "config": plan.config.model_dump(mode="json", exclude={"base", "name", "cost"}),
             "job": plan.digest,
             "data": {"task": task.name, "version": plan.data.version, **plan.train.report()},
             "steps": progress.step,

@@ -72,7 +72,7 @@ def land(
                 continue
             try:
                 measured = arenas[id(plan.base)].measure(plan.data, [versions[name]], plan.config.generation, stage)
-                notes[plan.data.task.name] = note_of(plan.data, measured, config.eval, [versions[name]])
+                notes[plan.data.task.name] = note_of(plan.data, measured, config.eval, [versions[name]], hub)
                 scores += measured
             except KeyboardInterrupt:
                 raise Interrupted(f"stopped while task {name!r} was measured", hint="run the same command again to go on from there") from None

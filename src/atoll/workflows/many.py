@@ -19,7 +19,7 @@ from atoll.hub.names import check_name
 from atoll.workflows.bases import Bases
 from atoll.workflows.runs import recorded_run
 from atoll.workflows.start import Progress, locked, open_hub, silent
-from atoll.workflows.training import TrainOutcome, finished, keep, make_plan, plan_name
+from atoll.workflows.training import TrainOutcome, finished, keep, make_plan, plan_name, reached
 
 if TYPE_CHECKING:
     from atoll.hub.store import Hub
@@ -115,6 +115,7 @@ class _Jobs:
         self._work, self._hub, self._progress, self._table = work, hub, progress, table
         self._found: dict[int, TrainOutcome | AtollError] = {}
         self._records: dict[int, tuple[ExitStack, dict[str, Any]]] = {}
+        self._running: dict[int, TrainingJob] = {}
         self._lines = [JobLine(plan_name(plan), "waiting", total_steps=plan.total_steps) for _, plan in work]
         for index, (folder, plan) in enumerate(work):
             try:
@@ -143,8 +144,10 @@ class _Jobs:
 
         def make() -> TrainingJob:
             stack = ExitStack()
-            self._records[index] = stack, stack.enter_context(recorded_run(self._hub, "train", plan_name(plan), plan.config.model_dump(mode="json")))
-            return training_job(plan, folder)
+            run = recorded_run(self._hub, "train", plan_name(plan), plan.config.model_dump(mode="json"), folder)
+            self._records[index] = stack, stack.enter_context(run)
+            self._running[index] = training_job(plan, folder)
+            return self._running[index]
 
         return make
 
@@ -154,7 +157,7 @@ class _Jobs:
 
         index = group[place]
         folder, plan = self._work[index]
-        stack, record = self._records.pop(index, (ExitStack(), {}))  # none where the hub could not even write that it runs
+        stack, record = self._close(index)
         try:
             with stack:
                 if isinstance(outcome, Exception):
@@ -175,9 +178,17 @@ class _Jobs:
 
     def abandon(self, error: BaseException) -> None:
         """Close the hub's records of the jobs that were running when everything ended: they were interrupted, whatever became of another."""
-        for stack, _ in self._records.values():
+        for stack, _ in [self._close(index) for index in list(self._records)]:
             with contextlib.suppress(AtollError), stack:
                 raise Interrupted(str(error) if isinstance(error, Interrupted) else f"stopped because everything did: {error}")
+
+    def _close(self, index: int) -> tuple[ExitStack, dict[str, Any]]:
+        """A job's open record, with how far it got; an empty one where the hub could not even write that it runs."""
+        stack, record = self._records.pop(index, (ExitStack(), {}))
+        job = self._running.pop(index, None)
+        if job is not None:
+            record.update(reached(self._work[index][1], job))
+        return stack, record
 
     def outcomes(self) -> list[TrainOutcome | AtollError]:
         return [self._found[index] for index in range(len(self._work))]

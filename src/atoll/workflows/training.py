@@ -18,6 +18,7 @@ from atoll.errors import TrainingError
 from atoll.eval.arena import limits
 from atoll.files import write_file
 from atoll.model.adapter_files import read_adapter, write_adapter
+from atoll.train.cost import Cost
 from atoll.workflows.runs import recorded_run
 from atoll.workflows.start import Progress, locked, open_hub, silent
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from atoll.hub.store import Hub
     from atoll.model.adapter import Adapter
     from atoll.model.base import Base
-    from atoll.train.job import TrainResult
+    from atoll.train.job import TrainingJob, TrainResult
     from atoll.train.plan import TrainingPlan
 
 RESULT_FILE = "result.json"
@@ -36,7 +37,7 @@ RESULT_FILE = "result.json"
 class TrainOutcome:
     """A trained adapter: its folder, its version in the hub (None if not published), its training record.
 
-    reused: found finished, not trained now. warnings: sentences that the user should see.
+    reused: found finished, not trained now. warnings: sentences that the user should see. cost: None for one from before costs were recorded.
     """
 
     adapter_folder: Path
@@ -44,6 +45,7 @@ class TrainOutcome:
     training: Mapping[str, Any]
     reused: bool = False
     warnings: tuple[str, ...] = ()
+    cost: Cost | None = None
 
 
 def make_plan(
@@ -53,6 +55,7 @@ def make_plan(
     from atoll.model.base import load_base
     from atoll.train.plan import plan_training
 
+    config.cost.rates()  # one that cannot be read is found now, not when there is something to record
     data = data or load_task(config.require_data(), name=config.name, root=root)
     trainer = config.trainer
     base = base or load_base(config.base, dtype=trainer.dtype, device=trainer.device, quantization=config.quantization, progress=progress)
@@ -81,15 +84,19 @@ def train_and_publish(
 
 def run_plan_in(folder: Path, plan: TrainingPlan, hub: Hub | None, *, progress: Progress = silent) -> TrainOutcome:
     """Carry out a plan in `folder` and publish to `hub` (None: write the adapter folder only). A finished run of the same job is found and kept."""
-    from atoll.train.plan import run_plan
+    from atoll.train.plan import training_job, with_manifest
 
     done = finished(folder, plan, hub)
     if done is not None:
         return done
     name = plan_name(plan)
-    with recorded_run(hub, "train", name, plan.config.model_dump(mode="json")) as record:
-        result = run_plan(plan, folder, lambda headline, step, total: progress(f"train {name}: {headline}", step, total))
-        return keep(folder, plan, result, hub, record)
+    with recorded_run(hub, "train", name, plan.config.model_dump(mode="json"), folder) as record:
+        job = training_job(plan, folder)
+        try:
+            result = job.run(lambda headline, step, total: progress(f"train {name}: {headline}", step, total))
+        finally:
+            record.update(reached(plan, job))
+        return keep(folder, plan, with_manifest(plan, result), hub, record)
 
 
 def keep(folder: Path, plan: TrainingPlan, result: TrainResult, hub: Hub | None, record: dict[str, Any]) -> TrainOutcome:
@@ -100,11 +107,23 @@ def keep(folder: Path, plan: TrainingPlan, result: TrainResult, hub: Hub | None,
     write_adapter(target, result.adapter)
     version = hub.publish(target, name, message=f"trained {result.progress.step} steps on {plan.data.task.name}") if hub else None
     digest = version.digest if version else None
-    record.update(seconds=result.progress.seconds, digest=digest)
-    write_file(folder / RESULT_FILE, (json.dumps({"job": plan.digest, "digest": digest}, indent=2) + "\n").encode())
+    record.update(digest=digest)
+    cost = Cost.of(result.progress.tokens, result.progress, plan.config.cost.rates())
+    write_file(folder / RESULT_FILE, (json.dumps({"job": plan.digest, "digest": digest, "cost": cost.to_json()}, indent=2) + "\n").encode())
     (folder / CHECKPOINT).unlink(missing_ok=True)  # the adapter is safe, and a checkpoint is four times its size
     training = {**result.adapter.manifest["training"], "seconds": round(result.progress.seconds, 1)}
-    return TrainOutcome(target, version, training, warnings=plan.warnings)
+    return TrainOutcome(target, version, training, warnings=plan.warnings, cost=cost)
+
+
+def reached(plan: TrainingPlan, job: TrainingJob) -> dict[str, Any]:
+    """How far a job is and what it has cost, for the hub's record of its run; a job that went on from a checkpoint counts from its start."""
+    progress = job.progress
+    keys = ("step", "train_loss", "best_loss", "best_step", "stopped_early")
+    return {
+        "seconds": progress.seconds,
+        "cost": Cost.of(progress.tokens, progress, plan.config.cost.rates()).to_json(),
+        "progress": {**{key: getattr(progress, key) for key in keys}, "total_steps": job.total_steps},
+    }
 
 
 def finished(folder: Path, plan: TrainingPlan, hub: Hub | None) -> TrainOutcome | None:
@@ -119,10 +138,11 @@ def finished(folder: Path, plan: TrainingPlan, hub: Hub | None) -> TrainOutcome 
             hint="choose another --out folder, or delete this one to train again",
         )
     adapter = read_adapter(folder / "adapter")
+    cost = Cost.from_json(written["cost"]) if written.get("cost") else None
     version = None
     if hub is not None:
         version = hub.publish(folder / "adapter", plan_name(plan))  # the same content is the same version; new only if it is no longer there
-    return TrainOutcome(folder / "adapter", version, adapter.manifest["training"], reused=True, warnings=plan.warnings)
+    return TrainOutcome(folder / "adapter", version, adapter.manifest["training"], reused=True, warnings=plan.warnings, cost=cost)
 
 
 def prompt_ids(base: Base, adapter: Adapter, **fields: Any) -> list[int]:
