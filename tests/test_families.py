@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import write_tiny_base
-from tests.families import family_model, write_family_base
+from tests.families import family_model, write_encoder_base, write_family_base
+from tests.tiny_t5 import write_tiny_t5
 
 from atoll.config import LandConfig, TrainConfig
+from atoll.config_file import load_config
 from atoll.engine.engine import Engine
 from atoll.engine.request import Request, SamplingParams, ScoreRequest
 from atoll.errors import BaseMismatch, ConfigError
@@ -101,3 +103,15 @@ def test_an_adapter_of_one_family_does_not_fit_another(tmp_path: Path) -> None:
     adapter.check_fits(gpt2.decoder.shape.linears, 3)
     with pytest.raises(BaseMismatch, match="c_attn"):
         adapter.check_fits(llama.decoder.shape.linears, 3)
+
+
+@pytest.mark.parametrize(("example", "task_type"), [("gpt2", "CAUSAL_LM"), ("bert", "SEQ_CLS"), ("t5", "SEQ_2_SEQ_LM")])
+def test_the_example_of_each_kind_of_family_trains(example: str, task_type: str, tmp_path: Path) -> None:
+    """The files of the README, over a toy base of the family that they name."""
+    write = {"gpt2": lambda path: write_family_base(path, "gpt2"), "bert": lambda path: write_encoder_base(path, "bert"), "t5": write_tiny_t5}
+    loaded = load_config(Path(__file__).parents[1] / "examples" / f"train_{example}.yaml", "train")
+    assert isinstance(loaded.config, TrainConfig)
+    trainer = loaded.config.trainer.model_copy(update={"max_steps": 2, "dtype": "float32"})
+    config = loaded.config.model_copy(update={"base": str(write[example](tmp_path / "base")), "trainer": trainer})
+    outcome = train_and_publish(config, root=loaded.root, out=tmp_path / "out")
+    assert outcome.version is not None and read_adapter(outcome.adapter_folder).spec.task_type == task_type

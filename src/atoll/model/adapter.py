@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from atoll.errors import AdapterFormatError, BaseMismatch
-from atoll.model.families import ENCODERS
+from atoll.model.families import HEADS
 from atoll.model.reft import EditSite, Intervention, ReftSpec, new_intervention, tensor_shapes
 from atoll.model.sites import TARGETS, Site, module_name, module_path
 
@@ -156,6 +156,11 @@ class Adapter:
         return max((module.rank for module in self.modules.values()), default=0)
 
     @property
+    def num_classes(self) -> int:
+        """How many classes its classifier tells apart; 0 without one."""
+        return next((int(tensor.shape[0]) for name, tensor in self.head.items() if name in ("classifier.weight", "classifier.out_proj.weight")), 0)
+
+    @property
     def num_parameters(self) -> int:
         lora = sum(tensor.numel() for module in self.modules.values() for tensor in module.tensors)
         edits = sum(tensor.numel() for found in self.edits.values() for tensor in found.tensors.values())
@@ -194,12 +199,19 @@ class Adapter:
         self._check_edits_fit(hidden_size(shapes), num_layers, hint)
 
     def _check_head_fits(self, shapes: Mapping[str, tuple[int, int]], hint: str) -> None:
-        if self.head and not any(target.startswith(ENCODERS) for target in shapes):
+        if not self.head:
+            return
+        expected = next((names for family, names in HEADS.items() if next(iter(shapes)).startswith(f"{family}.")), None)
+        if expected is None:
             raise BaseMismatch("the adapter has a classifier head, but the base writes text", hint=hint)
-        hidden = hidden_size(shapes)
+        if set(expected) != set(self.head):
+            raise BaseMismatch(f"the adapter's classifier has {', '.join(sorted(self.head))}; the base's family has {', '.join(expected)}", hint=hint)
+        hidden, classes = hidden_size(shapes), self.num_classes
         for name, tensor in self.head.items():
-            if tensor.dim() == 2 and tensor.shape[1] != hidden:
-                raise BaseMismatch(f"{name} reads states of width {tensor.shape[1]}, but the base's have {hidden}", hint=hint)
+            rows = hidden if ".dense." in name else classes
+            wanted = (rows, hidden) if name.endswith("weight") else (rows,)
+            if tuple(tensor.shape) != wanted:
+                raise BaseMismatch(f"{name} has shape {list(tensor.shape)}, but the base needs {list(wanted)}", hint=hint)
 
     def _check_edits_fit(self, hidden: int, num_layers: int, hint: str) -> None:
         expected = self.spec.edit_sites(num_layers)

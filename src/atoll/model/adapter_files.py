@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from atoll.errors import AdapterFormatError
 from atoll.files import write_file
 from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
+from atoll.model.families import HEADS
 from atoll.model.peft_config import peft_config, read_config
 from atoll.model.reft import EditSite, Intervention
 from atoll.model.reft_files import LORA_REFT, REFT, check_edit_shapes, edit_tensors, edits_of, is_edit_key, last_layer, read_reft_config, reft_config
@@ -30,12 +31,7 @@ if TYPE_CHECKING:
 CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
-# The tensors of an encoder's classifier: BERT's, and RoBERTa's two layers.
-HEAD_TENSORS = (
-    "classifier.weight",
-    "classifier.bias",
-    *(f"classifier.{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")),
-)
+HEAD_TENSORS = tuple(name for names in HEADS.values() for name in names)
 
 _PREFIX = "base_model.model."
 _CONFIG_LIMIT = 1 << 20

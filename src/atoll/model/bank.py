@@ -119,8 +119,9 @@ class LoraBank:
         return self._stacks[bucket]
 
     def slot_bytes(self, adapter: Adapter) -> int:
-        """Bytes that an adapter takes in the bank: its bucket's padded factors at every site of the base, and its fused edits."""
+        """Bytes that an adapter takes in the bank: its bucket's padded factors at every site of the base, its fused edits and its classifier."""
         edits = sum(fused_bytes(adapter.spec.reft[site.part], found) for site, found in adapter.edits.items())
+        edits += sum(tensor.numel() for tensor in adapter.head.values()) * self.dtype.itemsize
         if not adapter.modules:
             return edits
         per_layer = sum(d_out for d_out, _ in self.shapes.values()) + sum(len(g) * self.shapes[g[0]][1] for g in self.groups)

@@ -19,6 +19,7 @@ from torch import Tensor
 from atoll.config_quantization import QuantizationConfig
 from atoll.model.adapter import CLASSIFIES
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
+from atoll.model.families import HEADS
 from atoll.model.fresh_attention import blocks_of
 from atoll.model.generic_decoder import GenericDecoder
 from atoll.model.kv_cache import KvCache
@@ -87,10 +88,11 @@ class EncoderClassifier(GenericDecoder):
 
     def head_shapes(self, num_classes: int) -> dict[str, tuple[int, ...]]:
         size = self.shape.hidden
-        if self._pooler is not None:
-            return {"classifier.weight": (num_classes, size), "classifier.bias": (num_classes,)}
-        inner: dict[str, tuple[int, ...]] = {"classifier.dense.weight": (size, size), "classifier.dense.bias": (size,)}
-        return {**inner, "classifier.out_proj.weight": (num_classes, size), "classifier.out_proj.bias": (num_classes,)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in HEADS[self.model.config.model_type]:
+            rows = size if ".dense." in name else num_classes
+            shapes[name] = (rows, size) if name.endswith("weight") else (rows,)
+        return shapes
 
     def new_head(self, num_classes: int, generator: torch.Generator) -> dict[str, Tensor]:
         head = {name: torch.zeros(shape) for name, shape in self.head_shapes(num_classes).items()}

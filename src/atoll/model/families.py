@@ -89,6 +89,8 @@ GENERIC: dict[str, Family] = {  # by transformers' model type
         decoder_linears=(*_t5_attention(0, "SelfAttention"), *_t5_attention(1, "EncDecAttention"), *_t5_mlp(2)),
     ),
 }
+_TWO_LAYERS = tuple(f"classifier.{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias"))
+HEADS = {"bert": ("classifier.weight", "classifier.bias"), "roberta": _TWO_LAYERS}  # an encoder's classifier: its tensors by their names in the model
 ENCODERS = tuple(name for name, family in GENERIC.items() if family.kind == "encoder")
 SEQ2SEQ = tuple(name for name, family in GENERIC.items() if family.kind == "seq2seq")
 FIRST_LINEARS = tuple(dict.fromkeys((f"model.layers.*.{_LLAMA[0]}", *(family.paths[0] for family in GENERIC.values()))))  # they read [.., D]
