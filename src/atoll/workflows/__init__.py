@@ -6,6 +6,7 @@
     many.py       train and publish many at once, over bases.py
     measuring.py  evaluate
     landing.py    land
+    comparing.py  runs: found, followed, set side by side
     compose.py    compose: compose_plan, compose_search, compose_controls, compose_lines and compose_advice are its parts, compose_report its result
 
 Everything is kept as it is done: an adapter is in the hub the moment its training ends, a score is a file before the next task is asked, and each is
