@@ -56,9 +56,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return list(follow_log(folder, lambda: True))
 
 
-def follow_log(
-    folder: Path, ended: Callable[[], bool], every_s: float = 0.5, sleep: Callable[[float], None] = time.sleep
-) -> Iterator[dict[str, Any]]:
+def follow_log(folder: Path, ended: Callable[[], bool], *, sleep: Callable[[float], None] = time.sleep) -> Iterator[dict[str, Any]]:
     """The lines of a run's log as they are written, until ended(); what is there by then is still read.
 
     A log that begins again, or was cut by a resumption, is read on from the step that was read last.
