@@ -48,6 +48,7 @@ CONFIG_FILES = (
     "config_file",
     "config_quantization",
     "config_section",
+    "config_sweep",
     "ludwig",
     "ludwig_keys",
     "model_errors",

@@ -26,8 +26,15 @@ LONGEST_SHOWN = 1500  # characters of a prompt; of a longer one the beginning an
 NUM_CUT_SHOWN = 5
 
 
-def show_plan(loaded: LoadedConfig[TrainConfig], as_json: bool) -> None:
-    """Plan the job, measure its cost, print both. Raises what loading raises."""
+def show_plans(every: Sequence[LoadedConfig[TrainConfig]], as_json: bool) -> None:
+    """Plan each job, measure its cost, print both; as JSON one object, or a list where there are several files. Raises what loading raises."""
+    plans = [found for loaded in every if (found := show_plan(loaded, as_json)) is not None]
+    if as_json:
+        write_json(plans[0] if len(every) == 1 else plans)
+
+
+def show_plan(loaded: LoadedConfig[TrainConfig], as_json: bool) -> dict[str, Any] | None:
+    """Plan one job and print it as text, or return it as JSON."""
     from atoll.train.plan import estimate_cost
     from atoll.workflows import make_plan
 
@@ -37,14 +44,14 @@ def show_plan(loaded: LoadedConfig[TrainConfig], as_json: bool) -> None:
         cost = estimate_cost(plan)
     warnings = [*loaded.warnings, *plan_warnings(plan)]
     if as_json:
-        write_json(_as_json(plan, cost, warnings))
-        return
+        return _as_json(plan, cost, warnings)
     _show_config(loaded)
     _show_prompts(plan)
     _show_counts(plan)
     _show_cost(plan, cost)
     for warning in warnings:
         warn(warning)
+    return None
 
 
 def plan_warnings(plan: TrainingPlan) -> list[str]:

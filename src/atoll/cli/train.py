@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,7 +37,8 @@ def train(
 
     The run's folder (--out, default runs/NAME) keeps checkpoints, the log and the adapter; the same command goes on where a stopped one ended. With
     several files every adapter has a folder of its name in --out (default runs); they share one base in memory and train together, each as it would
-    alone, and one that fails does not stop the others.
+    alone, and one that fails does not stop the others. A file with a `sweep:` section is many trainings: every combination of the values there, or
+    random draws; the best is published under the file's name.
     `atoll schema train` describes every key of the file. Files in Ludwig's form are read as they are.
 
     \b
@@ -45,20 +46,25 @@ def train(
       atoll train examples/train.yaml
       atoll train examples/train.yaml --dry-run
       atoll train examples/train.yaml examples/train_reft.yaml --out runs/both
+      atoll train examples/sweep.yaml --dry-run
       atoll train examples/train.yaml --set adapter.r=32 --set trainer.epochs=2 --name tickets-r32
       atoll train examples/train_reft.yaml --set adapter.rank=8 --set adapter.positions=f3+l3
       atoll train examples/lora_land_article.yaml --data news.csv --base smollm2-135m-instruct
     """
     from atoll.config_file import load_config
+    from atoll.config_sweep import is_sweep
 
     if len(files) > 1 and name is not None:
         raise ConfigError("--name is for one file", hint="give each file its own name")
-    every = [load_config(file, "train", overrides(settings, data__path=data, base=base, name=name)) for file in files]
+    given = overrides(settings, data__path=data, base=base, name=name)
+    if any(map(is_sweep, files)):
+        _sweep(files, given, out, dry_run, publish, at_once, as_json)
+        return
+    every = [load_config(file, "train", given) for file in files]
     if dry_run:
-        from atoll.cli.dry_run import show_plan
+        from atoll.cli.dry_run import show_plans
 
-        for loaded in every:
-            show_plan(loaded, as_json)
+        show_plans(every, as_json)
         return
     for loaded in every:
         for warning in loaded.warnings:
@@ -77,6 +83,17 @@ def train(
         write_json(to_json(outcome))
     else:
         _show(outcome)
+
+
+def _sweep(files: Sequence[Path], given: dict[str, Any], out: Path | None, dry_run: bool, publish: bool, at_once: int | None, as_json: bool) -> None:
+    """A file with a sweep stands alone: its table is of its own trainings."""
+    from atoll.cli.sweep import run_sweep, show_grid
+    from atoll.config_sweep import load_sweep
+
+    if len(files) > 1:
+        raise ConfigError("a file with a sweep is trained by itself", hint="start each in a command of its own")
+    loaded = load_sweep(files[0], given)
+    show_grid(loaded, at_once, as_json) if dry_run else run_sweep(loaded, out, publish, at_once, as_json)
 
 
 def _train_many(every: Sequence[LoadedConfig[TrainConfig]], out: Path | None, publish: bool, at_once: int | None, as_json: bool) -> None:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from atoll.files import write_file
 
 LOG_FILE = "log.jsonl"
+_POLL_S = 0.5
 _log = logging.getLogger(__name__)
 
 
@@ -45,6 +49,47 @@ class RunLog:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's log; [] where there is none."""
+    return list(follow_log(folder, lambda: True))
+
+
+def follow_log(folder: Path, ended: Callable[[], bool], *, sleep: Callable[[float], None] = time.sleep) -> Iterator[dict[str, Any]]:
+    """The lines of a run's log as they are written, until ended(); what is there by then is still read.
+
+    A log that begins again, or was cut by a resumption, is read on from the step that was read last.
+    """
+    path, place, identity, last, rest = folder / LOG_FILE, 0, -1, -1.0, b""
+    while True:
+        over = ended()  # asked first: what was written before it said so is read below
+        try:
+            with path.open("rb") as file:
+                about = os.fstat(file.fileno())
+                if about.st_ino != identity or about.st_size < place:  # another file in its place
+                    place, rest, identity = 0, b"", about.st_ino
+                    skip_to = last
+                else:
+                    skip_to = -1.0
+                file.seek(place)
+                read = file.read()
+        except FileNotFoundError:
+            read, skip_to = b"", -1.0
+        place += len(read)
+        *lines, rest = (rest + read).split(b"\n")
+        for line in lines:
+            try:
+                numbers = json.loads(line)
+                step = float(numbers["step"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            if step > skip_to:
+                yield numbers
+                last = step
+        if over:
+            return
+        sleep(_POLL_S)
 
 
 def _step_of(line: str) -> float:
