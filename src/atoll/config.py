@@ -234,6 +234,17 @@ class TrainerConfig(Section):
     train_on_prompt: bool = Field(default=False, description="Learn the prompt's tokens too, not only the completion's.")
     logging_every: int = Field(default=1, ge=1, description="Steps between entries of the log.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_sharding(cls, values: Any) -> Any:
+        """Keys of other trainers for which "not a key" would be half an answer."""
+        for key in ("fsdp", "fsdp_config", "deepspeed"):
+            if isinstance(values, dict) and values.get(key):
+                raise ValueError(
+                    f"{key} shards a base over processes, which is not offered: each holds all of it; quantization: {{bits: 4}} makes it smaller"
+                )
+        return values
+
     @field_validator("betas")
     @classmethod
     def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from atoll.cli.job_table import job_table
 from atoll.cli.leaderboard import show_outcome
 from atoll.cli.options import AtOnceOption, BaseOption, JsonOption, OutOption, SetOption, overrides, stopped
 from atoll.cli.output import messages, say, warn
+from atoll.cli.processes import refuse_processes
 from atoll.cli.progress import progress_bar
 
 
@@ -37,6 +38,8 @@ def land(
       atoll land examples/land.yaml --json > leaderboard.json
     """
     from atoll.config_file import load_config
+
+    refuse_processes("a land")
     from atoll.workflows import land as land_workflow
 
     loaded = load_config(file, "land", overrides(settings, base=base))

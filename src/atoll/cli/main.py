@@ -19,6 +19,7 @@ import typer
 from atoll.cli import chat, compose, evaluate, generate, hub, keys, land, leaderboard, pull, schema, serve, tasks, train
 from atoll.cli.environment import prepare
 from atoll.cli.output import print_error
+from atoll.cli.processes import is_spokesman
 from atoll.errors import AtollError, Interrupted
 
 app = typer.Typer(
@@ -96,7 +97,8 @@ def run(arguments: Sequence[str]) -> int:
         error = _as_atoll_error(problem)
         if error is None or os.environ.get("ATOLL_DEBUG"):
             raise
-        print_error(error)
+        if is_spokesman():
+            print_error(error)
         return 130 if isinstance(error, Interrupted) else 1
     return 0
 

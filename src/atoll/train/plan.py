@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from atoll.train.spec import adapter_spec, edited_places, first_layer
 if TYPE_CHECKING:
     from atoll.model.base import Base
     from atoll.train.job import Report, TrainingJob, TrainResult
+    from atoll.train.team import Team
 
 _MEASURED_TOKENS = 1000
 _FORWARD_SHARE = 0.4  # of a training step's time: what a validation pass costs a token
@@ -152,21 +153,31 @@ def _without_defaults(section: Section, later: Collection[str], excluded: set[st
     return {name: value for name, value in values.items() if name not in later or value != fields[name].default}
 
 
-def training_job(plan: TrainingPlan, folder: Path) -> TrainingJob:
-    """The job of a plan, from its start. Raises ConfigError for a start that the base's linears cannot give."""
+def training_job(plan: TrainingPlan, folder: Path, team: Team | None = None) -> TrainingJob:
+    """The job of a plan, from its start; team: the processes that share it. Raises ConfigError for a start that the base's linears cannot give."""
     from atoll.train.job import TrainingJob
     from atoll.train.start import start_adapter
+    from atoll.train.team import ALONE
 
     decoder, trainer, adapter = plan.base.decoder, plan.config.trainer, plan.config.adapter
     of_lora = (adapter.init_lora_weights, adapter.loraplus_lr_ratio) if isinstance(adapter, LoraAdapterConfig) else ("default", None)
     start = start_adapter(plan.spec, decoder, trainer.seed, of_lora[0])
     rows = plan.train.rows, plan.validation.rows
-    return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, removed=start.removed, b_ratio=of_lora[1])
+    return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, removed=start.removed, b_ratio=of_lora[1], team=team or ALONE)
 
 
-def run_plan(plan: TrainingPlan, folder: Path, report: Report | None = None) -> TrainResult:
+def run_plan(
+    plan: TrainingPlan,
+    folder: Path,
+    report: Report | None = None,
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+    team: Team | None = None,
+) -> TrainResult:
     """Train (or go on training) in `folder`, alone; the result's adapter carries its manifest. Raises as loop.train does."""
-    return with_manifest(plan, training_job(plan, folder).run(report))
+    from atoll.train.loop import train
+
+    return with_manifest(plan, train(training_job(plan, folder, team), report, cancelled))
 
 
 def with_manifest(plan: TrainingPlan, result: TrainResult) -> TrainResult:
