@@ -32,11 +32,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
 
 
 def assert_near(folder: Path, truth: Path) -> None:
-    """Adapter and log are equal to the rounding of sums in another order, which AdamW passes on: float32, some dozens of steps."""
+    """Losses and gradient norms are equal to the rounding of float32 sums in another order, and weights to a twentieth of one step's size.
+
+    AdamW divides by the gradient's own size, so where that is near zero rounding counts.
+    """
     mine, theirs = (load_file(path / "adapter" / WEIGHTS_FILE) for path in (folder, truth))
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        torch.testing.assert_close(mine[name], tensor, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-4, atol=2.5e-4, msg=lambda text, name=name: f"{name}: {text}")
     lines, expected = log_lines(folder), log_lines(truth)
     assert [line.keys() for line in lines] == [line.keys() for line in expected]
     for line, other in zip(lines, expected, strict=True):

@@ -29,6 +29,7 @@ from atoll.model.sites import Site
 from atoll.train.checkpoint import Progress, read_checkpoint, save_checkpoint
 from atoll.train.entering import EnteringStates
 from atoll.train.log import RunLog
+from atoll.train.optimizer import make_optimizer
 from atoll.train.rows import RowGroup, shared_beginning
 from atoll.train.schedule import learning_rate
 from atoll.train.spec import nothing_taught
@@ -91,9 +92,7 @@ class TrainingJob:
         self._train, self._validation = list(train_rows), list(validation_rows)
         self._lengths = [len(row.token_ids) for row in self._train]
         self.weights = TrainableAdapter(adapter, decoder.shape.linears, decoder.device, b_ratio=b_ratio, weight=decoder.weight, removed=removed)
-        self._optimizer = torch.optim.AdamW(
-            self.weights.parameter_groups(config), lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
-        )
+        self._optimizer = make_optimizer(self.weights, config)
         self.total_steps = total_steps(len(self._train), config)
         self._steps_an_epoch = math.ceil(len(self._train) / config.batch_size)
         has_noise = config.neftune_noise_alpha is not None  # each row has its own in every step: nothing is kept or shared

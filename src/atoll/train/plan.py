@@ -39,7 +39,8 @@ _PROCESS_BYTES = 500 << 20  # python, torch and transformers as loaded
 _NO_MATTER = {"checkpoint_every", "logging_every", "device", "reuse_mib"}  # the trainer's keys that do not decide the weights,
 _OF_REFT = {"reft_learning_rate", "reft_weight_decay"}  # and those that do not where there is no ReFT
 _LATER_ADAPTER = ("reft", "use_dora", "init_lora_weights", "loraplus_lr_ratio")
-_LATER_TRAINER = ("neftune_noise_alpha",)
+_LATER_TRAINER = ("neftune_noise_alpha", "optimizer", "momentum", "warmup_steps", "final_fraction", "cycles", "decay_fraction")
+_MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1, "adafactor": 0}  # vectors of an optimizer's state; Adafactor's are small
 _FORMAT = 2  # raise when the same config would train other weights than before, so that old checkpoints are not resumed
 
 
@@ -220,7 +221,7 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
     """Time forward and backward on the job's first micro-batches, some thousand tokens (after one to warm up), and count what is held at once.
 
     What a job makes of each row once and keeps (train.entering) is timed apart and counted once a row.
-    memory_bytes = process + base + 5 float32 vectors of the adapter (values, gradient, two moments, best) + activations of the largest micro-batch
+    memory_bytes = process + base + float32 vectors of the adapter (values, gradient, best, the optimizer's) + activations of the largest micro-batch
     + what is kept.
     """
     from atoll.model.loss import label_loss
@@ -274,4 +275,5 @@ def _memory_bytes(plan: TrainingPlan, keeps: bool) -> int:
     with_gradients = tokens * (shape.num_layers - plan.first_layer) * a_token_a_layer
     every_token = sum(lengths) + sum(len(row.token_ids) for row in plan.validation.rows)
     kept = min(every_token * shape.hidden * 4, plan.config.trainer.reuse_mib << 20) if keeps else 0
-    return _PROCESS_BYTES + base + 5 * 4 * plan.num_parameters + with_gradients + kept + 256 * shape.vocabulary * 8
+    vectors = 3 + _MOMENTS[plan.config.trainer.optimizer]
+    return _PROCESS_BYTES + base + vectors * 4 * plan.num_parameters + with_gradients + kept + 256 * shape.vocabulary * 8
