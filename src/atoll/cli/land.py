@@ -13,6 +13,7 @@ from atoll.cli.options import AtOnceOption, BaseOption, JsonOption, OutOption, S
 from atoll.cli.output import messages, say, warn
 from atoll.cli.processes import refuse_processes
 from atoll.cli.progress import progress_bar
+from atoll.errors import Interrupted
 
 
 def land(
@@ -55,6 +56,7 @@ def land(
     show_outcome(outcome, as_json)
     say(f"written: {outcome.json_path} and {outcome.markdown_path}")
     for name, error in outcome.failures.items():
-        warn(f"task {name} failed: {error.message}" + (f" (hint: {error.hint})" if error.hint else ""))
+        what = "was cancelled" if isinstance(error, Interrupted) else "failed"
+        warn(f"task {name} {what}: {error.message}" + (f" (hint: {error.hint})" if error.hint else ""))
     if outcome.failures:
         raise typer.Exit(1)

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from atoll.cli import chat, compose, evaluate, generate, hub, keys, land, leaderboard, pull, schema, serve, tasks, train
+from atoll.cli import cancel, chat, compose, evaluate, generate, hub, keys, land, leaderboard, pull, schema, serve, tasks, train
 from atoll.cli.environment import prepare
 from atoll.cli.output import print_error
 from atoll.cli.processes import is_spokesman
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 app.command()(land.land)
 app.command()(train.train)
+app.command()(cancel.cancel)
 app.command("eval")(evaluate.evaluate)
 app.command()(compose.compose)
 app.command()(leaderboard.leaderboard)

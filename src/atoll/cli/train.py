@@ -14,7 +14,7 @@ from atoll.cli.options import AtOnceOption, BaseOption, JsonOption, OutOption, S
 from atoll.cli.output import duration, say, warn, write, write_json
 from atoll.cli.processes import is_first, is_spokesman, launched_processes, run_processes
 from atoll.cli.progress import progress_bar
-from atoll.errors import AtollError, ConfigError
+from atoll.errors import AtollError, ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from atoll.config import TrainConfig
@@ -123,7 +123,8 @@ def _train_many(every: Sequence[LoadedConfig[TrainConfig]], out: Path | None, pu
             if not isinstance(outcome, AtollError):
                 _show(outcome)
     for loaded, error in failures:
-        warn(f"{loaded.path.name} failed: {error.message}" + (f" (hint: {error.hint})" if error.hint else ""))
+        what = "was cancelled" if isinstance(error, Interrupted) else "failed"
+        warn(f"{loaded.path.name} {what}: {error.message}" + (f" (hint: {error.hint})" if error.hint else ""))
     if failures:
         raise typer.Exit(1)
 

@@ -183,7 +183,8 @@ def _outcome(entry: _Running, stopping: bool, cancelled: bool) -> TrainResult | 
         job.team.together(job.checkpoint)
     except AtollError as error:
         return error
-    return Interrupted(f"training stopped after step {job.progress.step} of {job.total_steps}", hint="run the same command again to go on from there")
+    what = "training stopped" if stopping else "cancelled"
+    return Interrupted(f"{what} after step {job.progress.step} of {job.total_steps}", hint="run the same command again to go on from there")
 
 
 def _interrupted(entries: Sequence[_Running], num_jobs: int) -> Interrupted:

@@ -19,6 +19,7 @@ from atoll.errors import TrainingError
 from atoll.eval.arena import limits
 from atoll.files import write_file
 from atoll.model.adapter_files import read_adapter, write_adapter
+from atoll.workflows.cancelling import announced, is_cancelled
 from atoll.workflows.runs import recorded_run
 from atoll.workflows.start import Progress, locked, open_hub, silent
 
@@ -118,8 +119,14 @@ def run_plan_in(folder: Path, plan: TrainingPlan, hub: Hub | None, *, progress: 
     if done is not None:
         return done
     name = plan_name(plan)
-    with recorded_run(hub, "train", name, plan.config.model_dump(mode="json")) as record:
-        result = run_plan(plan, folder, lambda headline, step, total: progress(f"train {name}: {headline}", step, total), team=team)
+
+    def report(headline: str, step: int, total: int) -> None:
+        progress(f"train {name}: {headline}", step, total)
+
+    with recorded_run(hub, "train", name, plan.config.model_dump(mode="json")) as record, ExitStack() as stack:
+        if team.is_first:
+            stack.enter_context(announced(folder, name))
+        result = run_plan(plan, folder, report, cancelled=lambda: team.is_first and is_cancelled(folder), team=team)
         return team.from_first(lambda: keep(folder, plan, result, hub, record))
 
 
