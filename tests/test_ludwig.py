@@ -197,8 +197,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_one(tmp_path: Path, ch
         ("trainer: {type: dpo}\n", "trainer.type 'dpo' is not supported"),
         ("trainer: {type: none}\n", "asks for no training"),
         ("trainer: {type: finetun}\n", "trainer.type is 'finetun', which is not known"),
-        ("trainer: {optimizer: {type: lion}}\n", "trainer.optimizer.type 'lion' is not supported"),
-        ("trainer: {optimizer: sgd}\n", "'sgd' is not supported"),
+        ("trainer: {optimizer: {type: lamb}}\n", "trainer.optimizer.type 'lamb' is not supported"),
+        ("trainer: {optimizer: muon}\n", "'muon' is not supported"),
+        ("trainer: {optimizer: {type: sgd, nesterov: true}}\n", "trainer.optimizer.nesterov is known but not supported: sgd has plain momentum"),
         ("trainer: {learning_rate_scheduler: {decay: one_cycle}}\n", "decay 'one_cycle' is not supported"),
         ("trainer: {gradient_clipping: {clipvalue: 1.0}}\n", "gradient_clipping.clipvalue is known but not supported"),
         ("trainer: {increase_batch_size_on_plateau: 2}\n", "known but not supported"),
@@ -299,6 +300,10 @@ def test_ludwigs_ways_to_switch_something_off_work(tmp_path: Path) -> None:
     """A null schedule is a constant rate in Ludwig, -1 switches early stopping off, null gradient clipping is none."""
     trainer = load(tmp_path, SHORT + "trainer: {early_stop: -1, gradient_clipping: null, learning_rate_scheduler: {decay: null}}\n").config.trainer
     assert (trainer.early_stop_patience, trainer.max_grad_norm, trainer.schedule) == (None, 0, "constant")
+    trainer = load(tmp_path, SHORT + "trainer: {optimizer: sgd, learning_rate_scheduler: {decay: inverse_sqrt}}\n").config.trainer
+    assert (trainer.optimizer, trainer.momentum, trainer.schedule) == ("sgd", 0.0, "inverse_sqrt")
+    trainer = load(tmp_path, SHORT + "trainer: {optimizer: {type: lion}}\n").config.trainer
+    assert (trainer.optimizer, trainer.betas, trainer.momentum) == ("lion", (0.9, 0.99), 0.9)
     trainer = load(tmp_path, SHORT + "trainer: {learning_rate: auto, skip_all_evaluation: true, optimizer: paged_adamw_8bit}\n").config.trainer
     assert (trainer.early_stop_patience, trainer.max_grad_norm, trainer.schedule, trainer.learning_rate) == (None, 1, "cosine", 2e-4)
 

@@ -26,8 +26,10 @@ from atoll.errors import ConfigError
 from atoll.model_errors import config_error
 from atoll.yaml_file import nearest
 
+LION_BETAS = (0.9, 0.99)
 REFT_LEARNING_RATE = 4e-3  # of a ReFT adapter where the user gives none
 REFT_RATE_BESIDE_LORA = 1e-3  # of a ReFT part beside a LoRA, which moves the same states: at 4e-3 the two overshoot together
+Schedule: TypeAlias = Literal["cosine", "linear", "constant", "cosine_with_restarts", "inverse_sqrt", "warmup_stable_decay"]
 METRICS = (
     "accuracy",
     "exact_match",
@@ -200,17 +202,33 @@ class TrainerConfig(Section):
         le=1,
         description="The same for a ReFT part trained together with a LoRA; learning_rate is the LoRA's then.",
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Learning rate after the warmup; the first two end at 0.")
-    warmup_fraction: float = Field(default=0.03, ge=0, lt=1, description="Share of all steps in which the learning rate rises from 0.")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay of LoRA's factors.")
-    reft_weight_decay: float = Field(
-        default=0.0, ge=0, description="AdamW's weight decay of ReFT's W; its projection R and its biases are never decayed."
+    optimizer: Literal["adamw", "sgd", "adafactor", "lion"] = Field(
+        default="adamw",
+        description="sgd wants a much higher learning rate, lion (which needs bitsandbytes) a lower one; adafactor's step is absolute, "
+        "of AdamW's size.",
     )
+    schedule: Schedule = Field(
+        default="cosine",
+        description="Learning rate after the warmup. cosine and linear fall over all steps, cosine_with_restarts so in each of `cycles`, "
+        "warmup_stable_decay in the last decay_fraction of the steps, inverse_sqrt with the root of the steps since the warmup began.",
+    )
+    warmup_fraction: float = Field(default=0.03, ge=0, lt=1, description="Share of all steps in which the learning rate rises from 0.")
+    warmup_steps: int | None = Field(default=None, ge=0, description="The same as a number of steps; decides instead of warmup_fraction.")
+    final_fraction: float = Field(default=0.0, ge=0, lt=1, description="Share of the highest learning rate at which schedules that fall end.")
+    cycles: int = Field(default=2, ge=1, description="Times that cosine_with_restarts falls.")
+    decay_fraction: float = Field(default=0.2, gt=0, le=1, description="Share of the steps after the warmup in which warmup_stable_decay falls.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of sgd.")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="Weight decay of LoRA's factors: decoupled (AdamW), but for sgd, where it joins the gradient."
+    )
+    reft_weight_decay: float = Field(default=0.0, ge=0, description="The same for ReFT's W; its projection R and its biases are never decayed.")
     neftune_noise_alpha: float | None = Field(
         default=None, gt=0, description="NEFTune: uniform noise on the embeddings while training, of size alpha / sqrt(tokens * width); 5 is usual."
     )
     max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are scaled down to this norm; 0 turns it off.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's averaging factors.")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.999), description="Averaging factors of AdamW and Lion. Where they are not given, Lion's are 0.9 and 0.99."
+    )
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
     eval_every: int | None = Field(default=None, ge=1, description="Steps between measurements of the validation loss; without it, once an epoch.")
     early_stop_patience: int | None = Field(default=3, ge=1, description="Stop after so many measurements without a better one; null turns it off.")
@@ -234,6 +252,17 @@ class TrainerConfig(Section):
     )
     train_on_prompt: bool = Field(default=False, description="Learn the prompt's tokens too, not only the completion's.")
     logging_every: int = Field(default=1, ge=1, description="Steps between entries of the log.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_sharding(cls, values: Any) -> Any:
+        """Keys of other trainers for which "not a key" would be half an answer."""
+        for key in ("fsdp", "fsdp_config", "deepspeed"):
+            if isinstance(values, dict) and values.get(key):
+                raise ValueError(
+                    f"{key} shards a base over processes, which is not offered: each holds all of it; quantization: {{bits: 4}} makes it smaller"
+                )
+        return values
 
     @field_validator("betas")
     @classmethod
@@ -316,8 +345,10 @@ class TrainConfig(Section):
 
     @field_validator("trainer")
     @classmethod
-    def _rate_of_reft(cls, trainer: TrainerConfig, info: ValidationInfo) -> TrainerConfig:
-        """Edits of a few thousand numbers want larger steps than LoRA's factors."""
+    def _defaults_that_depend(cls, trainer: TrainerConfig, info: ValidationInfo) -> TrainerConfig:
+        """Edits of a few thousand numbers want larger steps than LoRA's factors; Lion has averaging factors of its own."""
+        if trainer.optimizer == "lion" and "betas" not in trainer.model_fields_set:
+            trainer = trainer.model_copy(update={"betas": LION_BETAS})
         if isinstance(info.data.get("adapter"), ReftAdapterConfig) and "learning_rate" not in trainer.model_fields_set:
             return trainer.model_copy(update={"learning_rate": REFT_LEARNING_RATE})
         return trainer

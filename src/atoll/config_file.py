@@ -19,7 +19,7 @@ from typing import Any, Generic, Literal, TypeVar, overload
 
 from pydantic import ValidationError
 
-from atoll.config import BUILTIN, REFT_RATE_BESIDE_LORA, LandConfig, TaskEntry, TrainConfig
+from atoll.config import BUILTIN, REFT_RATE_BESIDE_LORA, LandConfig, TaskEntry, TrainConfig, TrainerConfig
 from atoll.config_adapter import ReftAdapterConfig
 from atoll.config_compose import ComposeConfig
 from atoll.errors import ConfigError
@@ -271,11 +271,30 @@ def _notes(configs: tuple[TrainConfig, ...]) -> tuple[str, ...]:
         if (rounding := config.quantization) is not None and rounding.holds_blocks:
             notes[f"quantization.resident {rounding.resident} saves memory and costs time: every step expands the base's weights twice"] = None
         owner = f"{config.name}: " if len(configs) > 1 else ""
-        for note in _reft_notes(config):
+        for note in (*_reft_notes(config), *_trainer_notes(config.trainer)):
             notes[f"{owner}{note}"] = None
         if config.data.template is not None and not config.data.columns:
             notes[f"{owner}data.template has no {{column}}, so every prompt is the same text: {config.data.template[:60]!r}"] = None
     return tuple(notes)
+
+
+def _trainer_notes(trainer: TrainerConfig) -> Iterator[str]:
+    """Settings of another optimizer or schedule than the chosen one."""
+    users: dict[str, tuple[str, tuple[str, ...]]] = {
+        "momentum": ("optimizer", ("sgd",)),
+        "eps": ("optimizer", ("adamw",)),
+        "betas": ("optimizer", ("adamw", "lion")),
+        "cycles": ("schedule", ("cosine_with_restarts",)),
+        "decay_fraction": ("schedule", ("warmup_stable_decay",)),
+        "final_fraction": ("schedule", ("cosine", "linear", "cosine_with_restarts", "warmup_stable_decay")),
+    }
+    for key, (chooser, values) in users.items():
+        chosen = getattr(trainer, chooser)
+        if getattr(trainer, key) != type(trainer).model_fields[key].default and chosen not in values:
+            yield f"trainer.{key} has no effect: it is for {chooser} {' and '.join(values)}, not {chosen}"
+    if trainer.optimizer in ("sgd", "lion") and "learning_rate" not in trainer.model_fields_set:
+        other = "much higher" if trainer.optimizer == "sgd" else "some times lower"
+        yield f"trainer.learning_rate is not given: {trainer.learning_rate:g} is meant for adamw, {trainer.optimizer} wants a {other} one"
 
 
 def _reft_notes(config: TrainConfig) -> Iterator[str]:

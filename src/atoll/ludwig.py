@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from atoll.errors import ConfigError
-from atoll.ludwig_keys import ADAM_LIKE, ADAPTER_TYPES, DECAYS, OPTIMIZERS, RULES, SPLIT_TYPES, STARTS, TRAINER_TYPES, Rule, base_name
+from atoll.ludwig_keys import ADAM_LIKE, ADAPTER_TYPES, DECAYS, OPTIMIZERS, OTHERS, RULES, SPLIT_TYPES, STARTS, TRAINER_TYPES, Rule, base_name
 from atoll.yaml_file import Key, YamlFile, key_hint, key_text, kind_of, nearest
 
 _MARKS = ("base_model", "model_type", "input_features", "output_features", "output_feature", "preprocessing", "prompt")
@@ -328,7 +328,12 @@ def _evaluation_rows(reader: _Reader) -> None:
 
 
 def _optimizer(reader: _Reader) -> None:
-    kind = reader.choice(("trainer", "optimizer", "type"), OPTIMIZERS, ADAM_LIKE, "adam")
+    kind = reader.choice(("trainer", "optimizer", "type"), OPTIMIZERS, (*ADAM_LIKE, *OTHERS), "adam")
+    if kind in OTHERS:
+        reader.set("trainer.optimizer", kind, ("trainer", "optimizer", "type"))
+        reader.put("trainer.momentum", ("trainer", "optimizer", "momentum"), 0.0 if kind == "sgd" else None)
+    elif reader.get("trainer", "optimizer", "momentum"):
+        reader.warn(("trainer", "optimizer", "momentum"), f"is known but has no effect here: {kind} has none")
     if "paged" in kind or "8bit" in kind:
         reader.warn(("trainer", "optimizer"), f"{kind} is AdamW here: its state is held in 32 bits, in memory")
     elif kind == "adam" and reader.get("trainer", "optimizer", "weight_decay"):
@@ -350,7 +355,7 @@ def _schedule(reader: _Reader) -> None:
     """The learning rate's curve and early stopping; a schedule written as null is Ludwig's way to keep the rate constant."""
     section: Key = ("trainer", "learning_rate_scheduler")
     off = any(reader.has(*key) and reader.get(*key) is None for key in (("trainer", "learning_rate_scheduler"), (*section, "decay")))  # type: ignore[arg-type]
-    supported = ("cosine", "cosine_with_restarts", "linear", "constant")
+    supported = ("cosine", "cosine_with_restarts", "linear", "constant", "inverse_sqrt")
     decay = "constant" if off else reader.choice((*section, "decay"), DECAYS, supported, str(_LORA_LAND["schedule"]))
     if decay == "cosine_with_restarts":
         reader.warn((*section, "decay"), "is a cosine without restarts here")

@@ -37,10 +37,12 @@ SPLIT_TYPES = ("fixed", "random", "stratify", "datetime", "hash")
 TRAINER_TYPES = ("finetune", "none", "dpo", "kto", "orpo", "grpo")
 DECAYS = ("cosine", "cosine_with_restarts", "linear", "constant", "exponential", "one_cycle", "inverse_sqrt", "polynomial", "wsd")
 ADAM_LIKE = ("adam", "adamw", "paged_adam", "paged_adamw", "adam_8bit", "adamw_8bit", "paged_adam_8bit", "paged_adamw_8bit")
+OTHERS = ("sgd", "lion", "adafactor")
 OPTIMIZERS = (
     *ADAM_LIKE,
-    "sgd", "lbfgs", "lion", "lamb", "lars", "adadelta", "adagrad", "adamax",
-    "nadam", "radam", "rmsprop", "ftrl", "schedule_free_adamw", "adafactor", "muon",
+    *OTHERS,
+    "lbfgs", "lamb", "lars", "adadelta", "adagrad", "adamax",
+    "nadam", "radam", "rmsprop", "ftrl", "schedule_free_adamw", "muon",
 )  # fmt: skip
 
 _GREEDY = "evaluation decodes greedily, and a request to the server brings its own sampling settings"
@@ -138,7 +140,9 @@ _TRAINER = {
     "type learning_rate epochs train_steps batch_size gradient_accumulation_steps effective_batch_size early_stop": USED,
     "eval_batch_size eval_steps steps_per_checkpoint skip_all_evaluation": USED,
     "optimizer": SECTION,
-    "optimizer.type optimizer.betas optimizer.eps optimizer.weight_decay": USED,
+    "optimizer.type optimizer.betas optimizer.eps optimizer.weight_decay optimizer.momentum": USED,
+    "optimizer.nesterov": _refused("sgd has plain momentum", False),
+    "optimizer.dampening": _refused("sgd has plain momentum", 0, 0.0),
     "optimizer.lr optimizer.learning_rate": _no_effect("trainer.learning_rate counts"),
     "optimizer.amsgrad": _refused("AdamW is the optimizer", False),
     "optimizer.is_paged optimizer.optim_bits optimizer.args optimizer.min_8bit_size optimizer.percentile_clipping optimizer.block_wise": _no_effect(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 EVERY_S = 10.0  # seconds between lines where there is no terminal
 MOST_ROWS = 30  # of a table: what waits or has ended gives way to what trains
-_ORDER = {"training": 0, "failed": 1, "waiting": 2, "done": 3, "found": 4}
+_ORDER = {"training": 0, "failed": 1, "cancelled": 2, "waiting": 3, "done": 4, "found": 5}
 
 Table = Callable[[Sequence["JobLine"]], None]
 

@@ -11,7 +11,9 @@ from atoll.cli.job_table import job_table
 from atoll.cli.leaderboard import show_outcome
 from atoll.cli.options import AtOnceOption, BaseOption, JsonOption, OutOption, SetOption, overrides, stopped
 from atoll.cli.output import messages, say, warn
+from atoll.cli.processes import refuse_processes
 from atoll.cli.progress import progress_bar
+from atoll.errors import Interrupted
 
 
 def land(
@@ -37,6 +39,8 @@ def land(
       atoll land examples/land.yaml --json > leaderboard.json
     """
     from atoll.config_file import load_config
+
+    refuse_processes("a land")
     from atoll.workflows import land as land_workflow
 
     loaded = load_config(file, "land", overrides(settings, base=base))
@@ -52,6 +56,7 @@ def land(
     show_outcome(outcome, as_json)
     say(f"written: {outcome.json_path} and {outcome.markdown_path}")
     for name, error in outcome.failures.items():
-        warn(f"task {name} failed: {error.message}" + (f" (hint: {error.hint})" if error.hint else ""))
+        what = "was cancelled" if isinstance(error, Interrupted) else "failed"
+        warn(f"task {name} {what}: {error.message}" + (f" (hint: {error.hint})" if error.hint else ""))
     if outcome.failures:
         raise typer.Exit(1)

@@ -16,9 +16,10 @@ from typing import Annotated
 
 import typer
 
-from atoll.cli import chat, compose, evaluate, generate, hub, keys, land, leaderboard, pull, runs, schema, serve, tasks, train
+from atoll.cli import cancel, chat, compose, evaluate, generate, hub, keys, land, leaderboard, pull, runs, schema, serve, tasks, train
 from atoll.cli.environment import prepare
 from atoll.cli.output import print_error
+from atoll.cli.processes import is_spokesman
 from atoll.errors import AtollError, Interrupted
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.command()(land.land)
 app.command()(train.train)
+app.command()(cancel.cancel)
 app.command("eval")(evaluate.evaluate)
 app.command()(compose.compose)
 app.command()(leaderboard.leaderboard)
@@ -97,7 +99,8 @@ def run(arguments: Sequence[str]) -> int:
         error = _as_atoll_error(problem)
         if error is None or os.environ.get("ATOLL_DEBUG"):
             raise
-        print_error(error)
+        if is_spokesman():
+            print_error(error)
         return 130 if isinstance(error, Interrupted) else 1
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +13,9 @@ from atoll.cli.job_table import job_table
 from atoll.cli.leaderboard import cost_text
 from atoll.cli.options import AtOnceOption, BaseOption, JsonOption, OutOption, SetOption, overrides, stopped
 from atoll.cli.output import duration, say, warn, write, write_json
+from atoll.cli.processes import is_first, is_spokesman, launched_processes, run_processes
 from atoll.cli.progress import progress_bar
-from atoll.errors import AtollError, ConfigError
+from atoll.errors import AtollError, ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from atoll.config import TrainConfig
@@ -31,6 +33,12 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what it would cost; train and write nothing.")] = False,
     publish: Annotated[bool, typer.Option("--publish/--no-publish", help="Put the adapter into the hub.")] = True,
     at_once: AtOnceOption = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes", min=1, metavar="N", help="Train one adapter in N processes, each with a share of every batch.", show_default=False
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train an adapter, or several at once, and publish to the hub.
@@ -39,6 +47,10 @@ def train(
     several files every adapter has a folder of its name in --out (default runs); they share one base in memory and train together, each as it would
     alone, and one that fails does not stop the others. A file with a `sweep:` section is many trainings: every combination of the values there, or
     random draws; the best is published under the file's name.
+
+    --processes N trains one adapter in N processes of this machine, `torchrun … -m atoll train FILE` on several machines: the same adapter, to
+    rounding. Each process holds the base.
+
     `atoll schema train` describes every key of the file. Files in Ludwig's form are read as they are.
 
     \b
@@ -47,6 +59,7 @@ def train(
       atoll train examples/train.yaml --dry-run
       atoll train examples/train.yaml examples/train_reft.yaml --out runs/both
       atoll train examples/sweep.yaml --dry-run
+      atoll train examples/train.yaml --processes 2
       atoll train examples/train.yaml --set adapter.r=32 --set trainer.epochs=2 --name tickets-r32
       atoll train examples/train_reft.yaml --set adapter.rank=8 --set adapter.positions=f3+l3
       atoll train examples/lora_land_article.yaml --data news.csv --base smollm2-135m-instruct
@@ -57,28 +70,49 @@ def train(
     if len(files) > 1 and name is not None:
         raise ConfigError("--name is for one file", hint="give each file its own name")
     given = overrides(settings, data__path=data, base=base, name=name)
+    started = launched_processes()
+    in_several = started > 1 or processes not in (None, 1)
+    if len(files) > 1 and in_several:
+        raise ConfigError(
+            f"several processes train one adapter together, but {len(files)} files are given",
+            hint="give one file, or leave the processes out: one process trains all of them over one base",
+        )
     if any(map(is_sweep, files)):
+        if in_several:
+            raise ConfigError(
+                "several processes train one adapter together, but a sweep is many trainings",
+                hint="leave the processes out: one process trains all of them over one base",
+            )
         _sweep(files, given, out, dry_run, publish, at_once, as_json)
         return
     every = [load_config(file, "train", given) for file in files]
     if dry_run:
+        if not is_spokesman():
+            return
         from atoll.cli.dry_run import show_plans
 
         show_plans(every, as_json)
         return
-    for loaded in every:
+    if processes not in (None, started):
+        if started > 1:
+            raise ConfigError(f"--processes is {processes}, but {started} processes have been started already", hint="leave --processes out")
+        raise typer.Exit(run_processes(processes))
+    for loaded in every if is_spokesman() else ():
         for warning in loaded.warnings:
             warn(warning)
     if len(every) > 1:
         _train_many(every, out, publish, at_once, as_json)
         return
     from atoll.workflows import train_and_publish
+    from atoll.workflows.start import silent
 
     try:
-        with progress_bar() as progress:
+        with progress_bar() if is_spokesman() else nullcontext(silent) as progress:
             outcome = train_and_publish(every[0].config, root=every[0].root, out=out, publish=publish, progress=progress)
     except KeyboardInterrupt:
         raise stopped() from None
+    if not is_first():
+        return
     if as_json:
         write_json(to_json(outcome))
     else:
@@ -115,7 +149,8 @@ def _train_many(every: Sequence[LoadedConfig[TrainConfig]], out: Path | None, pu
             if not isinstance(outcome, AtollError):
                 _show(outcome)
     for loaded, error in failures:
-        warn(f"{loaded.path.name} failed: {error.message}" + (f" (hint: {error.hint})" if error.hint else ""))
+        what = "was cancelled" if isinstance(error, Interrupted) else "failed"
+        warn(f"{loaded.path.name} {what}: {error.message}" + (f" (hint: {error.hint})" if error.hint else ""))
     if failures:
         raise typer.Exit(1)
 

@@ -1,15 +1,17 @@
 """A training job's whole state in one file, replaced in one rename.
 
-One file, because two files can be torn apart by a kill between them. It holds the masters, both AdamW moments, the best step's values and, as text in
-the safetensors header, the counters; the digest says which job it belongs to, so a changed config or data set never resumes from it. The optimizer's
-parameters are slices of the masters, end to end; its moments are stored end to end too.
+One file, because two files can be torn apart by a kill between them. It holds the masters, the optimizer's state, the best step's values and, as text
+in the safetensors header, the counters; the digest says which job it belongs to, so a changed config or data set never resumes from it. The
+optimizer's parameters are slices of the masters, and each kind of its state (AdamW has two moments) is stored end to end in their order.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,6 @@ from atoll.errors import TrainingError
 from atoll.files import write_file
 
 FILE = "checkpoint.safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -40,25 +41,55 @@ class Progress:
     peak_memory_bytes: int = 0
 
 
-def save_checkpoint(folder: Path, job_digest: str, progress: Progress, values: Tensor, optimizer: torch.optim.AdamW, best: Tensor | None) -> None:
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as it was read: its tensors on the CPU, and what the header says of the optimizer's."""
+
+    progress: Progress
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+    def restore(self, values: Tensor, optimizer: torch.optim.Optimizer) -> tuple[Progress, Tensor | None]:
+        """Put the state into `values` and `optimizer`; returns the progress and the best values."""
+        with torch.no_grad():
+            values.copy_(self.tensors["values"])
+        parameters, states = _parameters(optimizer), dict[int, dict[str, Any]]()
+        for name in self.tensors.keys() - {"values", "best"}:
+            places = self.optimizer.get("shapes", {}).get(name) or [[index, *parameter.shape] for index, parameter in enumerate(parameters)]
+            pieces = self.tensors[name].to(values.device).split([math.prod(shape) for _, *shape in places])
+            for (index, *shape), piece in zip(places, pieces, strict=True):
+                states.setdefault(index, {})[name] = piece.view(shape).clone()
+        if (step := self.optimizer.get("step", "tensor")) is not None:
+            for state in states.values():
+                state["step"] = torch.tensor(float(self.progress.step)) if step == "tensor" else self.progress.step
+        if states:  # torch's own way in, which puts a fused optimizer's step count where its parameters are
+            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        best = self.tensors.get("best")
+        return self.progress, None if best is None else best.to(values.device)
+
+
+def save_checkpoint(folder: Path, job_digest: str, progress: Progress, values: Tensor, optimizer: torch.optim.Optimizer, best: Tensor | None) -> None:
     """Write the state atomically. values [P] float32; best [P] or None. Raises StorageError."""
     from safetensors.torch import save
 
-    states = [optimizer.state[parameter] for parameter in _parameters(optimizer)]
-    tensors = {"values": values.detach()}
-    if all(states):
-        tensors |= {name: torch.cat([state[name] for state in states]) for name in _MOMENTS}
+    parameters = _parameters(optimizer)
+    states = [optimizer.state[parameter] for parameter in parameters]
+    tensors, shapes = {"values": values.detach()}, {}
+    for name in sorted({name for state in states for name, value in state.items() if isinstance(value, Tensor) and name != "step"}):
+        found = [(index, state[name]) for index, state in enumerate(states) if name in state]
+        tensors[name] = torch.cat([value.flatten() for _, value in found])
+        if [value.shape for _, value in found] != [parameter.shape for parameter in parameters]:
+            shapes[name] = [[index, *value.shape] for index, value in found]
     if best is not None:
         tensors["best"] = best
-    header = {"job": job_digest, "progress": json.dumps(asdict(progress))}
+    steps = [state["step"] for state in states if "step" in state]
+    kept = {"shapes": shapes, "step": None if not steps else "tensor" if isinstance(steps[0], Tensor) else "number"}
+    header = {"job": job_digest, "progress": json.dumps(asdict(progress)), "optimizer": json.dumps(kept)}
     write_file(folder / FILE, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=header))
 
 
-def load_checkpoint(folder: Path, job_digest: str, values: Tensor, optimizer: torch.optim.AdamW) -> tuple[Progress, Tensor | None] | None:
-    """Restore the state into `values` and `optimizer`; returns the progress and the best values, or None where there is no checkpoint.
-
-    Raises TrainingError if the checkpoint belongs to another job or does not fit.
-    """
+def read_checkpoint(folder: Path, job_digest: str, num_values: int) -> Saved | None:
+    """The state that a folder holds, or None where there is no checkpoint. Raises TrainingError if it belongs to another job or does not fit."""
     from safetensors import SafetensorError, safe_open
 
     path = folder / FILE
@@ -70,25 +101,23 @@ def load_checkpoint(folder: Path, job_digest: str, values: Tensor, optimizer: to
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).to(values.device) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise TrainingError(f"{path} is damaged: {error}", hint=hint) from error
     if header.get("job") != job_digest:
         raise TrainingError(f"{folder} holds a checkpoint of another job: its config, data or base differ from this one's", hint=hint)
-    if tensors["values"].shape != values.shape:
-        raise TrainingError(f"{path} holds {tensors['values'].numel()} parameters, but the job trains {values.numel()}", hint=hint)
+    if tensors["values"].numel() != num_values:
+        raise TrainingError(f"{path} holds {tensors['values'].numel()} parameters, but the job trains {num_values}", hint=hint)
     progress = Progress(**json.loads(header["progress"]))
     progress.evaluations = [(int(step), float(loss)) for step, loss in progress.evaluations]
-    with torch.no_grad():
-        values.copy_(tensors["values"])
-    if "exp_avg" in tensors:
-        parameters = _parameters(optimizer)
-        pieces = {name: tensors[name].split([parameter.numel() for parameter in parameters]) for name in _MOMENTS}
-        for index, parameter in enumerate(parameters):
-            step = torch.tensor(float(progress.step), dtype=torch.float32)
-            optimizer.state[parameter] = {"step": step, **{name: piece[index].clone() for name, piece in pieces.items()}}
-    return progress, tensors.get("best")
+    return Saved(progress, tensors, json.loads(header.get("optimizer", "{}")))
 
 
-def _parameters(optimizer: torch.optim.AdamW) -> list[Tensor]:
+def load_checkpoint(folder: Path, job_digest: str, values: Tensor, optimizer: torch.optim.Optimizer) -> tuple[Progress, Tensor | None] | None:
+    """Read and restore at once; None where there is no checkpoint. Raises as read_checkpoint."""
+    found = read_checkpoint(folder, job_digest, values.numel())
+    return None if found is None else found.restore(values, optimizer)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

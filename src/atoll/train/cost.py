@@ -47,6 +47,14 @@ class Spent:
     def share(self, part: float) -> Spent:
         return Spent(self.seconds * part, self.cpu_seconds * part)
 
+    def of_each(self, num_processes: int) -> Spent:
+        """What a team has spent, where every one of its processes did the same as this one."""
+        return Spent(self.seconds, self.cpu_seconds * num_processes)
+
+    def at_least_none(self) -> Spent:
+        """Without what would be given back."""
+        return Spent(max(0.0, self.seconds), max(0.0, self.cpu_seconds))
+
 
 class Account(Protocol):
     """What a job has used so far, see checkpoint.Progress."""
@@ -95,7 +103,7 @@ class Meter:
             total = Spent(sum(each.seconds for each in booked), sum(each.cpu_seconds for each in booked))
             for account, own in zip(accounts, booked, strict=True):
                 part = own.seconds / total.seconds if total.seconds else 1 / len(accounts)
-                charge(account, (whole - total).share(part))
+                charge(account, (whole - total).at_least_none().share(part))  # a team's processes are booked together, and may be more than whole
                 account.energy_joules = None if account.energy_joules is None or joules is None else account.energy_joules + joules * part
                 account.peak_memory_bytes = max(account.peak_memory_bytes, memory)
 
@@ -104,7 +112,8 @@ class Meter:
 class Cost:
     """The record of a run, over all its resumptions. tokens: those gone through in training steps. None stands for what is not known.
 
-    peak_memory_bytes is the whole process's: base, activations, and the jobs beside this one.
+    peak_memory_bytes is the whole process's: base, activations, and the jobs beside this one. Of a job that several processes train together the
+    CPU-seconds are those of all, memory and energy those of the first and its machine.
     """
 
     tokens: int | None

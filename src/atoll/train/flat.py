@@ -8,6 +8,8 @@ Used by weights.py and the two kinds of masters, lora_masters.py and reft_master
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,17 @@ class FlatVector:
         part = torch.nn.Parameter(self.values.detach()[start:stop])
         part.grad = self.grads[start:stop]
         return part
+
+    def parameters_of(self, views: Iterable[Tensor], start: int, stop: int) -> list[torch.nn.Parameter]:
+        """The views of leaves that lie in elements start to stop, in order and in their shapes, as an optimizer's parameters; together the slice."""
+        found = []
+        for view in sorted(views, key=lambda view: view.storage_offset()):
+            first = view.storage_offset() - self.values.storage_offset()
+            if start <= first < stop:
+                found.append(torch.nn.Parameter(view.detach()))
+                found[-1].grad = self.grads[first : first + view.numel()].view(view.shape)
+        assert sum(parameter.numel() for parameter in found) == stop - start, "the views are not all of the slice"
+        return found
 
     def copy_of(self, leaf: Tensor, values: Tensor | None = None) -> Tensor:
         """A copy of what a leaf, or a view of one, holds now, or held when `values` [P] (the best step's) was copied."""

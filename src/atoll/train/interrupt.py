@@ -12,20 +12,25 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a question that the loop asks between steps; a second one interrupts at once. Only the main thread gets signals."""
+def interruptible(*, in_team: bool = False) -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a question that the loop asks between steps; a second one interrupts at once. Only the main thread gets signals.
+
+    in_team: of several processes each gets the terminal's signal, and again from the launcher, which also hands on SIGTERM: all ask only.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
 
     def on_signal(number: int, frame: object) -> None:
-        if asked.is_set():
+        if asked.is_set() and not in_team:
             raise KeyboardInterrupt
         asked.set()
 
-    previous = signal.signal(signal.SIGINT, on_signal)
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_team else (signal.SIGINT,)
+    previous = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield asked.is_set
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -25,13 +25,15 @@ from atoll.errors import TrainingError
 from atoll.model.adapter import Adapter, LoraModule
 from atoll.model.decoder import Decoder
 from atoll.model.sites import Site
-from atoll.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from atoll.train.checkpoint import Progress, read_checkpoint, save_checkpoint
 from atoll.train.cost import Spent, charge
 from atoll.train.entering import EnteringStates
 from atoll.train.log import RunLog
+from atoll.train.optimizer import make_optimizer
 from atoll.train.rows import RowGroup, shared_beginning
 from atoll.train.schedule import learning_rate
 from atoll.train.spec import nothing_taught
+from atoll.train.team import ALONE, Team
 from atoll.train.weights import TrainableAdapter
 
 MIB = 1 << 20
@@ -62,7 +64,8 @@ def entering_states(decoder: Decoder, first_layer: int, num_rows: int, config: T
 class TrainingJob:
     """One adapter's training: make it, `open` it, and let loop.train_jobs step it. `folder` receives checkpoint.safetensors, log.jsonl, tensorboard/.
 
-    removed: a start that is taken out of the base (train.start); b_ratio: LoRA+'s, see TrainableAdapter.
+    removed: a start that is taken out of the base (train.start); b_ratio: LoRA+'s, see TrainableAdapter. team: the processes that train it together;
+    each has a share of every batch's rows, and the first alone uses the folder.
 
     A step is begin_step, an `add` for each of its groups, finish_step. Between two steps it may be left for as long as one likes.
     """
@@ -79,20 +82,19 @@ class TrainingJob:
         *,
         removed: Mapping[Site, LoraModule] | None = None,
         b_ratio: float | None = None,
+        team: Team = ALONE,
     ) -> None:
         if not train_rows:
             raise TrainingError("there are no training rows", hint="check the data file and its split column")
         if (refused := nothing_taught(train_rows, adapter.spec, decoder.shape.num_layers)) is not None:
             raise refused
-        self.decoder, self.config, self.folder, self._digest = decoder, config, folder, job_digest
+        self.decoder, self.config, self.folder, self._digest, self.team = decoder, config, folder, job_digest, team
         self._train, self._validation = list(train_rows), list(validation_rows)
         self._lengths = [len(row.token_ids) for row in self._train]
         self.weights = TrainableAdapter(
             adapter, decoder.shape.linears, decoder.device, decoder.shape.groups, b_ratio=b_ratio, weight=decoder.weight, removed=removed
         )
-        self._optimizer = torch.optim.AdamW(
-            self.weights.parameter_groups(config), lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
-        )
+        self._optimizer = make_optimizer(self.weights, config)
         self.total_steps = total_steps(len(self._train), config)
         self._steps_an_epoch = math.ceil(len(self._train) / config.batch_size)
         has_noise = config.neftune_noise_alpha is not None  # each row has its own in every step: nothing is kept or shared
@@ -109,12 +111,16 @@ class TrainingJob:
 
     def open(self) -> None:
         """Go on from the last checkpoint, or from the start. Raises TrainingError for one of another job, StorageError."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        restored = load_checkpoint(self.folder, self._digest, self.weights.values, self._optimizer)
-        if restored is not None:
-            self.progress, self._best = restored
+        found = self.team.from_first(lambda: read_checkpoint(self.folder, self._digest, self.weights.values.numel()))
+        if found is not None:
+            self.progress, self._best = found.restore(self.weights.values, self._optimizer)
             self.weights.changed()
-        self._log = RunLog(self.folder, self.progress.step)
+        if self.team.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._log = RunLog(self.folder, self.progress.step)
+        if self.team.count > 1:  # a start computed on another machine may differ in its last bits
+            self.team.copy_first(self.weights.values.detach())
+            self.weights.changed()
 
     def close(self) -> None:
         """Close the log. The job's tensors stay as they are."""
@@ -141,8 +147,9 @@ class TrainingJob:
         return TrainResult(self.weights.adapter(self._best), self.progress, self.total_steps)
 
     def checkpoint(self) -> None:
-        """Write the state of now. Raises StorageError."""
-        save_checkpoint(self.folder, self._digest, self.progress, self.weights.values, self._optimizer, self._best)
+        """Write the state of now, in the first process. Raises StorageError."""
+        if self.team.is_first:
+            save_checkpoint(self.folder, self._digest, self.progress, self.weights.values, self._optimizer, self._best)
 
     def run(self, report: Report | None = None) -> TrainResult:
         """Train this job alone, see loop.train."""
@@ -153,11 +160,14 @@ class TrainingJob:
     # ---- a step
 
     def begin_step(self) -> list[RowGroup]:
-        """The groups of the next step, each small enough for one forward; gradients are zero. Called again, it begins the same step again."""
+        """The groups of this process's share of the next step, each small enough for one forward; gradients are zero.
+
+        Called again, it begins the same step again.
+        """
         indices = self._rows_of_step(self.progress.step)
         self.weights.grads.zero_()
         self._step = _Step(labels=sum(self._train[index].num_labels for index in indices))
-        micros = micro_batches(indices, self._lengths, self.config.micro_batch_tokens)
+        micros = micro_batches(self.team.share(indices, self._lengths), self._lengths, self.config.micro_batch_tokens)
         return [self._group([self._train[index] for index in micro]) for micro in micros]
 
     def enter(self, group: RowGroup, place: int | None) -> tuple[int, Tensor] | None:
@@ -165,6 +175,8 @@ class TrainingJob:
 
         (layer, residual stream) where the forward may start above the base's first block, else None.
         """
+        if place is not None:
+            place = place * self.team.count + self.team.index
         self.weights.dropout_seed = None if place is None else (self.config.seed * 1_000_003 + self.progress.step) * 1024 + place
         return self._entering.of(group.rows, group.shared) if self._entering is not None else None
 
@@ -191,10 +203,12 @@ class TrainingJob:
         self._step.spent += spent
 
     def finish_step(self) -> None:
-        """Clip, AdamW, and what is due after it: log, validation, checkpoint. Raises TrainingError when the loss is not finite, StorageError."""
+        """Sum over the team, clip, move, log. Raises TrainingError when the loss is not finite."""
         progress, config, started, step = self.progress, self.config, Spent.now(), self._step
         self.weights.dropout_seed = None
-        loss = step.loss / step.labels
+        self.team.add_up(self.weights.grads)
+        summed, tokens, of_all = self.team.sums(step.loss, step.tokens, step.spent.cpu_seconds)
+        loss = summed / step.labels
         norm = float(torch.linalg.vector_norm(self.weights.grads))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._diverged(f"the loss at step {progress.step + 1} is {loss} with a gradient norm of {norm}")
@@ -205,13 +219,13 @@ class TrainingJob:
             group["lr"] = rate * group["share"]
         self._optimizer.step()
         self.weights.retract()
-        spent = step.spent + (Spent.now() - started)
+        spent = Spent(step.spent.seconds, of_all) + (Spent.now() - started).of_each(self.team.count)
         progress.step += 1
-        progress.tokens, progress.label_tokens = progress.tokens + step.tokens, progress.label_tokens + step.labels
+        progress.tokens, progress.label_tokens = progress.tokens + int(tokens), progress.label_tokens + step.labels
         progress.train_loss = loss
         charge(progress, spent)
         if progress.step % config.logging_every == 0:
-            self._write(loss=loss, learning_rate=rate, grad_norm=norm, tokens_per_s=step.tokens / spent.seconds)
+            self._write(loss=loss, learning_rate=rate, grad_norm=norm, tokens_per_s=tokens / spent.seconds)
 
     @property
     def validation_is_due(self) -> bool:
@@ -225,9 +239,9 @@ class TrainingJob:
         return self.finished or bool(every and self.progress.step % every == 0)
 
     def validation_groups(self) -> list[RowGroup]:
-        """The validation rows, in groups each small enough for one forward."""
+        """This process's share of the validation rows, in groups each small enough for one forward."""
         lengths = [len(row.token_ids) for row in self._validation]
-        micros = micro_batches(range(len(lengths)), lengths, self.config.micro_batch_tokens)
+        micros = micro_batches(self.team.share(range(len(lengths)), lengths), lengths, self.config.micro_batch_tokens)
         return [self._group([self._validation[index] for index in micro]) for micro in micros]
 
     def validated(self, loss: float, spent: Spent) -> None:

@@ -29,6 +29,7 @@ from atoll.train.cost import Meter, Spent, charge
 from atoll.train.interrupt import interruptible
 from atoll.train.job import Report, TrainingJob, TrainResult
 from atoll.train.rows import LabelledBatch, RowGroup, adapter_batch, pack_groups
+from atoll.train.team import ALONE, Team
 
 JOBS_AT_ONCE = 8
 _JOINED_TOKENS = 1024  # padded tokens of a forward that several jobs share,
@@ -61,11 +62,11 @@ class _Item(NamedTuple):
         return self.group.shared + len(self.group.rows) * max(len(row.token_ids) - self.group.shared for row in self.group.rows)
 
 
-def train(job: TrainingJob, report: Report | None = None) -> TrainResult:
+def train(job: TrainingJob, report: Report | None = None, cancelled: Callable[[], bool] = lambda: False) -> TrainResult:
     """Train one job from its last checkpoint, or from the start.
 
-    Ctrl-C ends the step at hand, writes a checkpoint and raises Interrupted. Raises TrainingError when a loss is not finite, StorageError when a
-    checkpoint cannot be written.
+    Ctrl-C, or a `cancelled` that says so, ends the step at hand, writes a checkpoint and raises Interrupted. Raises TrainingError when a loss is not
+    finite, StorageError when a checkpoint cannot be written.
     """
     found: list[TrainResult | Exception] = []
 
@@ -74,7 +75,7 @@ def train(job: TrainingJob, report: Report | None = None) -> TrainResult:
             for status in statuses:
                 report(status.headline, status.step, status.total_steps)
 
-    train_jobs([lambda: job], lambda index, outcome: found.append(outcome), report=told)
+    train_jobs([lambda: job], lambda index, outcome: found.append(outcome), report=told, cancelled=lambda index: cancelled(), team=job.team)
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
@@ -87,19 +88,20 @@ def train_jobs(
     at_once: int = JOBS_AT_ONCE,
     report: Callable[[Sequence[JobStatus]], None] | None = None,
     cancelled: Callable[[int], bool] = lambda index: False,
+    team: Team = ALONE,
 ) -> None:
     """Train jobs of one base, at most `at_once` together; each is made when its turn comes, and the next joins as soon as one has ended.
 
     on_result gets each job's result, or the error that ended it, the moment it ends; an error that on_result raises ends all. Ctrl-C ends the round
     at hand, writes every running job's checkpoint and raises Interrupted. cancelled(index) is asked between rounds: such a job keeps its checkpoint
-    and ends with Interrupted.
+    and ends with Interrupted. team: the jobs'; all of its processes end each round alike.
     """
     keep_freed_memory()
     meter = Meter()
     running: dict[int, _Running] = {}
     waiting = iter(enumerate(makers))
     try:
-        with interruptible() as stop_asked:
+        with interruptible(in_team=team.count > 1) as stop_asked:
             while True:
                 try:
                     _admit(running, waiting, at_once, on_result)
@@ -114,9 +116,9 @@ def train_jobs(
                     statuses = [entry.status() for entry in running.values()]
                     if report is not None:
                         report(statuses)
-                    stopping = stop_asked()
+                    stopping = team.any(stop_asked())
                     for index, entry in list(running.items()):
-                        outcome = _outcome(entry, stopping, cancelled(index))
+                        outcome = _outcome(entry, stopping, team.any(cancelled(index)))
                         if outcome is not None and not (stopping and isinstance(outcome, Interrupted)):
                             del running[index]
                             entry.job.close()
@@ -183,10 +185,11 @@ def _outcome(entry: _Running, stopping: bool, cancelled: bool) -> TrainResult | 
     if not (stopping or cancelled):
         return None
     try:
-        job.checkpoint()
+        job.team.together(job.checkpoint)
     except AtollError as error:
         return error
-    return Interrupted(f"training stopped after step {job.progress.step} of {job.total_steps}", hint="run the same command again to go on from there")
+    what = "training stopped" if stopping else "cancelled"
+    return Interrupted(f"{what} after step {job.progress.step} of {job.total_steps}", hint="run the same command again to go on from there")
 
 
 def _interrupted(entries: Sequence[_Running], num_jobs: int) -> Interrupted:
@@ -212,8 +215,11 @@ def _round(jobs: Sequence[TrainingJob], entries: dict[int, _Running]) -> None:
             alone.add(id(job))
             entries[id(job)].error = error if len(batch) == 1 else _attempt(functools.partial(_step_alone, job))
     for job in jobs:
-        if entries[id(job)].error is None:
-            entries[id(job)].error = _attempt(functools.partial(_after_gradients, job))
+        entry = entries[id(job)]
+        if job.team.count > 1:
+            entry.error = _attempt(functools.partial(job.team.together, functools.partial(_raise, entry.error)))
+        if entry.error is None:
+            entry.error = _attempt(functools.partial(_after_gradients, job))
 
 
 def _attempt(work: Callable[[], None]) -> Exception | None:
@@ -224,6 +230,11 @@ def _attempt(work: Callable[[], None]) -> Exception | None:
         traceback.clear_frames(error.__traceback__)
         return _as_training_error(error)
     return None
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _step_alone(job: TrainingJob) -> None:
@@ -313,13 +324,20 @@ def _noise(packed: LabelledBatch, items: Sequence[_Item]) -> Tensor | None:
 def _after_gradients(job: TrainingJob) -> None:
     job.finish_step()
     if job.validation_is_due:
-        started, total, labels = Spent.now(), 0.0, 0
-        with torch.no_grad():
-            for place, group in enumerate(job.validation_groups()):
-                total += float(_losses([_Item(job, group, place)], training=False)[0])
-                labels += sum(row.num_labels for row in group.rows)
-        job.validated(total / labels, Spent.now() - started)
+        started = Spent.now()
+        total, labels = job.team.sums(*job.team.together(functools.partial(_validation, job)))
+        job.validated(total / labels, (Spent.now() - started).of_each(job.team.count))
     if job.checkpoint_is_due:
         started = Spent.now()
-        job.checkpoint()
+        job.team.together(job.checkpoint)
         charge(job.progress, Spent.now() - started)
+
+
+@torch.no_grad()
+def _validation(job: TrainingJob) -> tuple[float, int]:
+    """The summed loss of this process's validation rows, and how many labels they have."""
+    total, labels = 0.0, 0
+    for place, group in enumerate(job.validation_groups()):
+        total += float(_losses([_Item(job, group, place)], training=False)[0])
+        labels += sum(row.num_labels for row in group.rows)
+    return total, labels

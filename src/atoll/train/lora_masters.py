@@ -108,6 +108,10 @@ class LoraMasters:
         # Mixed down to 32 bits here, because torch's CPU generator ignores the higher bits of a seed: steps 1024 apart would share their masks.
         return found._replace(dropout=dropout, dropout_seed=zlib.crc32(f"{seed} {layer} {group}".encode()))
 
+    def tensors(self) -> list[Tensor]:
+        """Views of the adapter's own tensors: A [r, d_in] and B transposed [r, d_out] of each site, and its magnitude [d_out]."""
+        return [tensor for a, b, _ in self._slices.values() for tensor in (a, b)] + [leaf.detach() for leaf in self._magnitudes.values()]
+
     def modules(self, values: Tensor | None = None) -> dict[Site, LoraModule]:
         """A copy of the factors as they are now, or as they were in `values`."""
         copy, magnitudes = self._flat.copy_of, self._magnitudes

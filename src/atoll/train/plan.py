@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from atoll.train.spec import edited_places, first_layer, spec_over
 if TYPE_CHECKING:
     from atoll.model.base import Base
     from atoll.train.job import Report, TrainingJob, TrainResult
+    from atoll.train.team import Team
 
 _MEASURED_TOKENS = 1000
 _FORWARD_SHARE = 0.4  # of a training step's time: what a validation pass costs a token
@@ -40,7 +41,8 @@ _PROCESS_BYTES = 500 << 20  # python, torch and transformers as loaded
 _NO_MATTER = {"checkpoint_every", "logging_every", "device", "reuse_mib"}  # the trainer's keys that do not decide the weights,
 _OF_REFT = {"reft_learning_rate", "reft_weight_decay"}  # and those that do not where there is no ReFT
 _LATER_ADAPTER = ("reft", "use_dora", "init_lora_weights", "loraplus_lr_ratio")
-_LATER_TRAINER = ("neftune_noise_alpha",)
+_LATER_TRAINER = ("neftune_noise_alpha", "optimizer", "momentum", "warmup_steps", "final_fraction", "cycles", "decay_fraction")
+_MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1, "adafactor": 0}  # vectors of an optimizer's state; Adafactor's are small
 _FORMAT = 2  # raise when the same config would train other weights than before, so that old checkpoints are not resumed
 
 
@@ -164,21 +166,31 @@ def _without_defaults(section: Section, later: Collection[str], excluded: set[st
     return {name: value for name, value in values.items() if name not in later or value != fields[name].default}
 
 
-def training_job(plan: TrainingPlan, folder: Path) -> TrainingJob:
-    """The job of a plan, from its start. Raises ConfigError for a start that the base's linears cannot give."""
+def training_job(plan: TrainingPlan, folder: Path, team: Team | None = None) -> TrainingJob:
+    """The job of a plan, from its start; team: the processes that share it. Raises ConfigError for a start that the base's linears cannot give."""
     from atoll.train.job import TrainingJob
     from atoll.train.start import start_adapter
+    from atoll.train.team import ALONE
 
     decoder, trainer, adapter = plan.base.decoder, plan.config.trainer, plan.config.adapter
     of_lora = (adapter.init_lora_weights, adapter.loraplus_lr_ratio) if isinstance(adapter, LoraAdapterConfig) else ("default", None)
     start = start_adapter(plan.spec, decoder, trainer.seed, of_lora[0], num_classes=len(plan.labels))
     rows = plan.train.rows, plan.validation.rows
-    return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, removed=start.removed, b_ratio=of_lora[1])
+    return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, removed=start.removed, b_ratio=of_lora[1], team=team or ALONE)
 
 
-def run_plan(plan: TrainingPlan, folder: Path, report: Report | None = None) -> TrainResult:
+def run_plan(
+    plan: TrainingPlan,
+    folder: Path,
+    report: Report | None = None,
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+    team: Team | None = None,
+) -> TrainResult:
     """Train (or go on training) in `folder`, alone; the result's adapter carries its manifest. Raises as loop.train does."""
-    return with_manifest(plan, training_job(plan, folder).run(report))
+    from atoll.train.loop import train
+
+    return with_manifest(plan, train(training_job(plan, folder, team), report, cancelled))
 
 
 def with_manifest(plan: TrainingPlan, result: TrainResult) -> TrainResult:
@@ -220,7 +232,7 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
     """Time forward and backward on the job's first micro-batches, some thousand tokens (after one to warm up), and count what is held at once.
 
     What a job makes of each row once and keeps (train.entering) is timed apart and counted once a row.
-    memory_bytes = process + base + 5 float32 vectors of the adapter (values, gradient, two moments, best) + activations of the largest micro-batch
+    memory_bytes = process + base + float32 vectors of the adapter (values, gradient, best, the optimizer's) + activations of the largest micro-batch
     + what is kept.
     """
     from atoll.train.job import entering_states
@@ -274,4 +286,5 @@ def _memory_bytes(plan: TrainingPlan, keeps: bool) -> int:
     with_gradients = tokens * (shape.num_layers - plan.first_layer) * a_token_a_layer
     every_token = sum(lengths) + sum(len(row.token_ids) for row in plan.validation.rows)
     kept = min(every_token * shape.hidden * 4, plan.config.trainer.reuse_mib << 20) if keeps else 0
-    return _PROCESS_BYTES + base + 5 * 4 * plan.num_parameters + with_gradients + kept + 256 * shape.vocabulary * 8
+    vectors = 3 + _MOMENTS[plan.config.trainer.optimizer]
+    return _PROCESS_BYTES + base + vectors * 4 * plan.num_parameters + with_gradients + kept + 256 * shape.vocabulary * 8

@@ -84,6 +84,10 @@ class ReftMasters:
             if stack.spec.method in ORTHONORMAL:
                 stack.tensors["r"].copy_(retract(stack.tensors["r"]))
 
+    def tensors(self) -> list[Tensor]:
+        """Views of the adapter's own tensors, each site's."""
+        return [part for stack in self._stacks for leaf in stack.tensors.values() for part in leaf.detach().unbind(0)]
+
     def edits(self, values: Tensor | None = None) -> dict[EditSite, Intervention]:
         """A copy of the tensors as they are now, or as they were in `values`."""
         return {

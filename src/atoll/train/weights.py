@@ -86,12 +86,12 @@ class TrainableAdapter:
         if self._lora is not None:
             self._lora.changed()
 
-    def parameter_groups(self, config: TrainerConfig) -> list[dict[str, object]]:
-        """AdamW's groups: slices of the vector, in its order, that differ in learning rate or weight decay. Only LoRA's factors and ReFT's W decay.
+    def parameter_groups(self, config: TrainerConfig, *, by_tensor: bool = False) -> list[dict[str, object]]:
+        """An optimizer's groups: slices of the vector, in its order, that differ in learning rate or weight decay.
 
-        LoRA+'s rate is for B and for magnitudes, as in PEFT.
-
-        Each has its "lr" and its "share" of config.learning_rate, by which schedules scale. Beside a LoRA, ReFT has a rate of its own.
+        Only LoRA's factors and ReFT's W decay. LoRA+'s rate is for B and for magnitudes, as in PEFT. Each group has its "lr" and its "share" of
+        config.learning_rate, by which schedules scale. Beside a LoRA, ReFT has a rate of its own. by_tensor: each of the adapter's tensors in its
+        own shape instead, A and B of every site apart.
         """
         size, share = self._num_adapter, 1.0
         wanted: list[tuple[int, int, float, float]] = []
@@ -111,8 +111,13 @@ class TrainableAdapter:
                 merged[-1] = (merged[-1][0], stop, *merged[-1][2:])
             else:
                 merged.append((start, stop, settings[0], settings[1]))
+        views = [*(self._lora.tensors() if self._lora else ()), *(self._reft.tensors() if self._reft else ())] if by_tensor else []
+
+        def parameters(start: int, stop: int) -> list[torch.nn.Parameter]:
+            return self._flat.parameters_of(views, start, stop) if by_tensor else [self._flat.part(start, stop)]
+
         return [
-            {"params": [self._flat.part(start, stop)], "lr": config.learning_rate * share, "share": share, "weight_decay": decay}
+            {"params": parameters(start, stop), "lr": config.learning_rate * share, "share": share, "weight_decay": decay}
             for start, stop, share, decay in merged
         ]
 

@@ -3,7 +3,7 @@
     start.py      what every verb begins with: a folder that is its own, the hub, the packages it needs
     runs.py       the hub's record of a run, true however the run ends
     training.py   train and publish one adapter
-    many.py       train and publish many at once, over bases.py
+    many.py       train and publish many at once, over bases.py; cancelling.py ends one of them
     measuring.py  evaluate
     landing.py    land
     sweeping.py   train every point of a sweep

@@ -17,6 +17,7 @@ from atoll.config import TrainConfig
 from atoll.errors import AtollError, ConfigError, Interrupted, StorageError
 from atoll.hub.names import check_name
 from atoll.workflows.bases import Bases
+from atoll.workflows.cancelling import announce, is_cancelled, withdraw
 from atoll.workflows.runs import recorded_run
 from atoll.workflows.start import Progress, locked, open_hub, silent
 from atoll.workflows.training import TrainOutcome, finished, keep, make_plan, plan_name, reached
@@ -32,7 +33,7 @@ _ENDS_ALL = (StorageError,)  # what no other job can be spared from
 
 @dataclass(frozen=True)
 class JobLine:
-    """One job as a table shows it. state: "waiting", "training", "done", "found" (it had been trained before) or "failed".
+    """One job as a table shows it. state: "waiting", "training", "done", "found" (it had been trained before), "cancelled" or "failed".
 
     headline: its losses, or why it failed. seconds_left is None where that is not known.
     """
@@ -101,6 +102,7 @@ def run_plans_in(
                 functools.partial(jobs.ended, group),
                 at_once=at_once or JOBS_AT_ONCE,
                 report=functools.partial(jobs.stepped, group),
+                cancelled=functools.partial(jobs.cancelled, group),
             )
         except BaseException as error:
             jobs.abandon(error)
@@ -127,6 +129,8 @@ class _Jobs:
                 continue
             if done is not None:
                 self._end(index, done)
+                continue
+            announce(folder, plan_name(plan))
 
     def groups(self) -> list[list[int]]:
         """What is left to train, by base."""
@@ -143,6 +147,8 @@ class _Jobs:
         folder, plan = self._work[index]
 
         def make() -> TrainingJob:
+            if is_cancelled(folder):
+                raise Interrupted("cancelled before its first step", hint="run the same command again to train it")
             stack = ExitStack()
             run = recorded_run(self._hub, "train", plan_name(plan), plan.config.model_dump(mode="json"), folder)
             self._records[index] = stack, stack.enter_context(run)
@@ -150,6 +156,10 @@ class _Jobs:
             return self._running[index]
 
         return make
+
+    def cancelled(self, group: Sequence[int], place: int) -> bool:
+        """Whether somebody has asked for the end of a job."""
+        return is_cancelled(self._work[group[place]][0])
 
     def ended(self, group: Sequence[int], place: int, outcome: TrainResult | Exception) -> None:
         """Keep and publish a result, or keep the error; either way the hub's record of the run is closed."""
@@ -178,6 +188,9 @@ class _Jobs:
 
     def abandon(self, error: BaseException) -> None:
         """Close the hub's records of the jobs that were running when everything ended: they were interrupted, whatever became of another."""
+        for index, (folder, _) in enumerate(self._work):
+            if index not in self._found:
+                withdraw(folder)
         for stack, _ in [self._close(index) for index in list(self._records)]:
             with contextlib.suppress(AtollError), stack:
                 raise Interrupted(str(error) if isinstance(error, Interrupted) else f"stopped because everything did: {error}")
@@ -195,9 +208,11 @@ class _Jobs:
 
     def _end(self, index: int, outcome: TrainOutcome | AtollError) -> None:
         self._found[index] = outcome
+        withdraw(self._work[index][0])
         line = self._lines[index]
         if isinstance(outcome, AtollError):
-            self._lines[index] = JobLine(line.name, "failed", outcome.message, line.step, line.total_steps)
+            state = "cancelled" if isinstance(outcome, Interrupted) else "failed"
+            self._lines[index] = JobLine(line.name, state, outcome.message, line.step, line.total_steps)
         else:
             headline = line.headline or f"loss {outcome.training['train_loss']:.3f}"
             self._lines[index] = JobLine(line.name, "found" if outcome.reused else "done", headline, line.total_steps, line.total_steps)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from atoll.eval.arena import limits
 from atoll.files import write_file
 from atoll.model.adapter_files import read_adapter, write_adapter
 from atoll.train.cost import Cost
+from atoll.workflows.cancelling import announced, is_cancelled
 from atoll.workflows.runs import recorded_run
 from atoll.workflows.start import Progress, locked, open_hub, silent
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from atoll.model.base import Base
     from atoll.train.job import TrainingJob, TrainResult
     from atoll.train.plan import TrainingPlan
+    from atoll.train.team import Team
 
 RESULT_FILE = "result.json"
 
@@ -49,16 +52,26 @@ class TrainOutcome:
 
 
 def make_plan(
-    config: TrainConfig, *, root: Path | None = None, base: Base | None = None, data: TaskData | None = None, progress: Progress = silent
+    config: TrainConfig,
+    *,
+    root: Path | None = None,
+    base: Base | None = None,
+    data: TaskData | None = None,
+    device: str | None = None,
+    progress: Progress = silent,
 ) -> TrainingPlan:
-    """Load data and base (those not given) and fix everything that decides the training's result. Nothing is written."""
+    """Load data and base (those not given) and fix everything that decides the training's result. device: instead of the config's.
+
+    Nothing is written.
+    """
     from atoll.model.base import load_base
     from atoll.train.plan import plan_training
 
     config.cost.rates()  # one that cannot be read is found now, not when there is something to record
     data = data or load_task(config.require_data(), name=config.name, root=root)
     trainer = config.trainer
-    base = base or load_base(config.base, dtype=trainer.dtype, device=trainer.device, quantization=config.quantization, progress=progress)
+    if base is None:
+        base = load_base(config.base, dtype=trainer.dtype, device=device or trainer.device, quantization=config.quantization, progress=progress)
     return plan_training(config, base, data, stop=limits(config.generation, data, base.tokenizer)[1])
 
 
@@ -75,28 +88,54 @@ def train_and_publish(
 
     root: the folder that the config's relative paths start at. Goes on from a checkpoint of the same job in `out`. Raises what loading, training and
     publishing raise, see errors.py.
+
+    Where torchrun has started several processes, they train it together (train.team), and all return the outcome; the first alone tells progress,
+    writes and publishes.
     """
-    plan = make_plan(config, root=root, progress=progress)
-    folder = out or Path("runs") / plan_name(plan)
-    with locked(folder):
-        return run_plan_in(folder, plan, hub or open_hub() if publish else None, progress=progress)
+    from atoll.train.team import launched_team
+
+    with launched_team() as team, ExitStack() as stack:
+        told = progress if team.is_first else silent
+        plan = team.together(lambda: make_plan(config, root=root, device=team.device(config.trainer.device), progress=told))
+        team.agree(plan.digest)
+        folder = out or Path("runs") / plan_name(plan)
+        opened: list[Hub] = []
+
+        def begin() -> None:
+            stack.enter_context(locked(folder))
+            opened.extend([hub or open_hub()] if publish else ())
+
+        team.from_first(begin)
+        return run_plan_in(folder, plan, opened[0] if opened else None, progress=told, team=team)
 
 
-def run_plan_in(folder: Path, plan: TrainingPlan, hub: Hub | None, *, progress: Progress = silent) -> TrainOutcome:
-    """Carry out a plan in `folder` and publish to `hub` (None: write the adapter folder only). A finished run of the same job is found and kept."""
+def run_plan_in(folder: Path, plan: TrainingPlan, hub: Hub | None, *, progress: Progress = silent, team: Team | None = None) -> TrainOutcome:
+    """Carry out a plan in `folder` and publish to `hub` (None: write the adapter folder only). A finished run of the same job is found and kept.
+
+    team: the processes that do so together; the first alone has a hub.
+    """
+    from atoll.train.loop import train
     from atoll.train.plan import training_job, with_manifest
+    from atoll.train.team import ALONE
 
-    done = finished(folder, plan, hub)
+    team = team or ALONE
+    done = team.from_first(lambda: finished(folder, plan, hub))
     if done is not None:
         return done
     name = plan_name(plan)
-    with recorded_run(hub, "train", name, plan.config.model_dump(mode="json"), folder) as record:
-        job = training_job(plan, folder)
+
+    def report(headline: str, step: int, total: int) -> None:
+        progress(f"train {name}: {headline}", step, total)
+
+    with recorded_run(hub, "train", name, plan.config.model_dump(mode="json"), folder) as record, ExitStack() as stack:
+        if team.is_first:
+            stack.enter_context(announced(folder, name))
+        job = training_job(plan, folder, team)
         try:
-            result = job.run(lambda headline, step, total: progress(f"train {name}: {headline}", step, total))
+            result = train(job, report, lambda: team.is_first and is_cancelled(folder))
         finally:
             record.update(reached(plan, job))
-        return keep(folder, plan, with_manifest(plan, result), hub, record)
+        return team.from_first(lambda: keep(folder, plan, with_manifest(plan, result), hub, record))
 
 
 def keep(folder: Path, plan: TrainingPlan, result: TrainResult, hub: Hub | None, record: dict[str, Any]) -> TrainOutcome:

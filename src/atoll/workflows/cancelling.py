@@ -1,0 +1,97 @@
+"""Cancel one training while others go on: a file named `cancel` in its folder, which its loop looks for between steps.
+
+A folder whose job waits or runs has a mark that tells its name; whether the process that wrote it still lives is told by the lock that it holds on
+the folder, or on the land above it. So `atoll cancel NAME` finds a job wherever it is, and `touch FOLDER/cancel` does the same by hand.
+
+Used by training.py, many.py and `atoll cancel`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from atoll.errors import ConfigError, StorageError
+from atoll.files import write_file
+from atoll.yaml_file import nearest
+
+CANCEL_FILE = "cancel"
+_MARK = ".job.json"
+_LOCK = ".lock"
+
+
+def announce(folder: Path, name: str) -> None:
+    """Say that a job is about to be trained in `folder`, which the caller holds. An older `cancel` is forgotten. Raises StorageError."""
+    write_file(folder / _MARK, json.dumps({"name": name}))
+    (folder / CANCEL_FILE).unlink(missing_ok=True)
+
+
+def withdraw(folder: Path) -> None:
+    """Say that the job is over, however it ended."""
+    for name in (_MARK, CANCEL_FILE):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink(missing_ok=True)
+
+
+def is_cancelled(folder: Path) -> bool:
+    """Whether somebody has asked for the end of the job in `folder`."""
+    return (folder / CANCEL_FILE).exists()
+
+
+@contextlib.contextmanager
+def announced(folder: Path, name: str) -> Iterator[None]:
+    """`announce`, and `withdraw` at the end."""
+    announce(folder, name)
+    try:
+        yield
+    finally:
+        withdraw(folder)
+
+
+def running_jobs(out: Path) -> list[tuple[str, Path]]:
+    """(name, folder) of each job that waits or is trained now, in `out` or anywhere below it."""
+    found = []
+    for mark in sorted(out.rglob(_MARK)) if out.is_dir() else ():
+        try:
+            name = str(json.loads(mark.read_text(encoding="utf-8"))["name"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # just gone, or not ours
+        if _is_held(mark.parent):
+            found.append((name, mark.parent))
+    return found
+
+
+def cancel(name: str, out: Path) -> Path:
+    """Ask for the end of the one job of that name below `out`; returns its folder. Raises ConfigError where there is not one, StorageError."""
+    jobs = running_jobs(out)
+    folders = [folder for found, folder in jobs if found == name]
+    if not folders:
+        names = sorted({found for found, _ in jobs})
+        guess = nearest(name, names)
+        known = f"did you mean {guess}?" if guess else f"running: {', '.join(names)}" if names else "--out says where, as for the command that trains"
+        raise ConfigError(f"no training named {name!r} is running in {out}", hint=known)
+    if len(folders) > 1:
+        raise ConfigError(f"{len(folders)} trainings named {name!r} are running in {out}", hint=f"choose one: --out {folders[0]}")
+    try:
+        (folders[0] / CANCEL_FILE).touch()
+    except OSError as error:
+        raise StorageError(f"{folders[0]} cannot be written: {error.strerror or error}", hint="cancel as the user who trains") from error
+    return folders[0]
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process holds the folder, or the nearest one above it that has a lock."""
+    from filelock import FileLock, Timeout
+
+    lock = next((each / _LOCK for each in (folder, *folder.absolute().parents) if (each / _LOCK).exists()), None)
+    if lock is None:
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # not ours to lock: somebody else's, so let them be asked
+        return True

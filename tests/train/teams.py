@@ -1,0 +1,140 @@
+"""Toy jobs trained by several processes; run as a program (`python -m tests.train.teams OUT`) it does all and prints how each ended.
+
+Used by test_team.py. One process imports torch and makes the base; its forks form the teams. A fork's outcome:
+{"steps": …} or {"error": …, "hint": …}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.train.jobs import toy_decoder, toy_job, toy_reft, toy_rows
+
+from atoll.errors import AtollError
+from atoll.model.adapter_files import write_adapter
+from atoll.train import loop
+from atoll.train.job import TrainingJob
+from atoll.train.loop import train
+from atoll.train.team import Team, launched_team
+
+KINDS = ("lora", "reft", "both")
+DECODER = toy_decoder()
+Fault = Callable[[TrainingJob], None]
+
+
+def job(kind: str, folder: Path, team: Team, **changes: Any) -> TrainingJob:
+    """24 rows in batches of 5, which 2 and 3 do not divide, in forwards of at most 16 tokens, clipped in most steps, with validation.
+
+    "both" starts its forwards above block 0 and keeps what enters there.
+    """
+    settings = {"batch_size": 5, "micro_batch_tokens": 16, "max_grad_norm": 0.1, "max_steps": 12, "eval_every": 3, "checkpoint_every": 4, **changes}
+    adapter = None if kind == "lora" else toy_reft() if kind == "reft" else toy_reft(lora=2, layers_to_transform=(1, 2), layers=(1, 2))
+    made = toy_job(folder, decoder=DECODER, adapter=adapter, validation=toy_rows(7, shift=31), **settings)
+    made.team = team
+    return made
+
+
+def run(count: int, out: Path, kind: str, fault: Callable[[Team], Fault | None] = lambda team: None, **changes: Any) -> list[Any]:
+    """Train in `count` processes; `fault` gives what a process does after each of its steps. Returns each one's outcome, None for a killed one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out.mkdir(parents=True, exist_ok=True)
+    forks = []
+    for index in range(count):
+        process_id = os.fork()
+        if not process_id:
+            os.environ.update(RANK=str(index), WORLD_SIZE=str(count), LOCAL_RANK=str(index), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            _train(out, kind, fault, changes)
+        forks.append(process_id)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process_id, 0)[1]) for process_id in forks]
+    files = [out / f"outcome{index}.json" for index in range(count)]
+    return [json.loads(file.read_text()) if code == 0 else None for file, code in zip(files, codes, strict=True)]
+
+
+def _train(out: Path, kind: str, fault: Callable[[Team], Fault | None], changes: dict[str, Any]) -> None:
+    found: dict[str, Any] = {}
+    try:
+        with launched_team() as team:
+            after = fault(team)
+            if after is not None:
+                original = loop._after_gradients
+
+                def wrapped(done: TrainingJob) -> None:
+                    original(done)
+                    after(done)
+
+                loop._after_gradients = wrapped
+            try:
+                result = train(job(kind, out, team, **changes))
+                found = {"steps": result.progress.step, "best": result.progress.best_step, "stopped_early": result.progress.stopped_early}
+                if team.is_first:
+                    write_adapter(out / "adapter", result.adapter)
+            except AtollError as error:
+                found = {"error": error.message, "hint": error.hint}
+            (out / f"outcome{team.index}.json").write_text(json.dumps(found))
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def at_step(step: int, index: int, what: Callable[[], None]) -> Callable[[Team], Fault | None]:
+    """A fault of process `index` after a step."""
+    return lambda team: (lambda done: what() if done.progress.step == step else None) if team.index == index else None
+
+
+def failing_forward(team: Team) -> None:
+    """The second process runs out of memory in its third step."""
+    if team.index == 1:
+        original = loop._forward_backward
+
+        def forward(items: Any) -> None:
+            if items and items[0].job.progress.step == 2:
+                raise RuntimeError("no memory left")
+            original(items)
+
+        loop._forward_backward = forward
+
+
+def _main(out: Path) -> None:
+    torch.set_num_threads(1)  # no OpenMP threads before a fork
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        found[f"{kind} 1"] = run(1, out / kind / "1", kind)
+        found[f"{kind} 2"] = run(2, out / kind / "2", kind)
+    interrupt = at_step(5, 1, lambda: signal.raise_signal(signal.SIGINT))  # in one of them only
+    for count in (1, 3):
+        folder = out / "lora" / f"resumed by {count}"
+        found[f"stopped {count}"] = run(2, folder, "lora", interrupt)
+        found[f"resumed {count}"] = run(count, folder, "lora")
+    found["failed"] = run(2, out / "failed", "lora", failing_forward)
+    found["killed"] = run(2, out / "killed", "lora", at_step(6, 1, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    found["after the kill"] = run(2, out / "killed", "lora")
+    found["full disk"] = run(2, out / "full disk", "lora", lambda team: _full(team))
+    found["single rows 1"] = run(1, out / "single rows" / "1", "lora", batch_size=1, max_steps=3)
+    found["single rows 2"] = run(2, out / "single rows" / "2", "lora", batch_size=1, max_steps=3)
+    found["early 1"] = run(1, out / "early" / "1", "lora", max_steps=40, early_stop_patience=1, eval_every=1, learning_rate=0.05)
+    found["early 2"] = run(2, out / "early" / "2", "lora", max_steps=40, early_stop_patience=1, eval_every=1, learning_rate=0.05)
+    print(json.dumps(found))  # noqa: T201 (the program's answer)
+
+
+def _full(team: Team) -> None:
+    def refuse(done: TrainingJob) -> None:
+        from atoll.errors import StorageError
+
+        raise StorageError("the disk is full")
+
+    if team.is_first:
+        TrainingJob.checkpoint = refuse  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))
