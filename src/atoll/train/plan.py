@@ -1,6 +1,6 @@
 """What a training job will do, before it does it: its rows, its prompts, its steps, its identity, and what it will cost.
 
-A plan is made from a config and a base; `--dry-run` shows it, `run_plan` carries it out, and loop.train_jobs its `training_job` among others. What
+A plan is made from a config and a base; `--dry-run` shows it, and loop.train_jobs carries out its `training_job`, alone or among others. What
 it costs is measured on the machine at hand, with a forward and backward on some of the job's own rows, because no table of speeds stays true.
 
 Used by workflows and the command line.
@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from atoll.train.spec import edited_places, first_layer, spec_over
 
 if TYPE_CHECKING:
     from atoll.model.base import Base
-    from atoll.train.job import Report, TrainingJob, TrainResult
+    from atoll.train.job import TrainingJob, TrainResult
     from atoll.train.team import Team
 
 _MEASURED_TOKENS = 1000
@@ -177,20 +177,6 @@ def training_job(plan: TrainingPlan, folder: Path, team: Team | None = None) -> 
     start = start_adapter(plan.spec, decoder, trainer.seed, of_lora[0], num_classes=len(plan.labels))
     rows = plan.train.rows, plan.validation.rows
     return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, removed=start.removed, b_ratio=of_lora[1], team=team or ALONE)
-
-
-def run_plan(
-    plan: TrainingPlan,
-    folder: Path,
-    report: Report | None = None,
-    *,
-    cancelled: Callable[[], bool] = lambda: False,
-    team: Team | None = None,
-) -> TrainResult:
-    """Train (or go on training) in `folder`, alone; the result's adapter carries its manifest. Raises as loop.train does."""
-    from atoll.train.loop import train
-
-    return with_manifest(plan, train(training_job(plan, folder, team), report, cancelled))
 
 
 def with_manifest(plan: TrainingPlan, result: TrainResult) -> TrainResult:
