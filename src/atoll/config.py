@@ -252,6 +252,9 @@ class TrainerConfig(Section):
     )
     train_on_prompt: bool = Field(default=False, description="Learn the prompt's tokens too, not only the completion's.")
     logging_every: int = Field(default=1, ge=1, description="Steps between entries of the log.")
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=("tensorboard",), description="Where the curve goes besides log.jsonl; W&B is offline unless logged in. [] for nowhere."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -70,7 +70,7 @@ def test_comparing_shows_what_differs_and_nothing_else(atoll: Any, two: tuple[in
 
 def test_the_log_of_a_run_is_printed_and_one_that_is_not_there_is_a_sentence(atoll: Any, two: tuple[int, int], tmp_path: Path) -> None:
     """`--json` is a line of the log as it stands there."""
-    with RunLog(tmp_path, 0, tensorboard=False) as log:
+    with RunLog(tmp_path, 0, log_to=()) as log:
         for step in (1, 2, 3):
             log.write(step, loss=1.0 / step, learning_rate=0.5)
     lines = atoll("runs", "tail", "small", "-n", "2", "--json").out.splitlines()
@@ -81,7 +81,7 @@ def test_the_log_of_a_run_is_printed_and_one_that_is_not_there_is_a_sentence(ato
 
 def test_a_running_job_is_followed_over_a_resumption_until_its_end(tmp_path: Path) -> None:
     """Lines are told once, also where a resumption wrote the log anew; and the end is the run's, not the log's."""
-    log = RunLog(tmp_path, 0, tensorboard=False)
+    log = RunLog(tmp_path, 0, log_to=())
     for step in (1, 2):
         log.write(step, loss=float(step))
     rounds = list[int]()
@@ -90,7 +90,7 @@ def test_a_running_job_is_followed_over_a_resumption_until_its_end(tmp_path: Pat
         rounds.append(len(rounds))
         if len(rounds) == 1:
             log.close()
-            with RunLog(tmp_path, 1, tensorboard=False) as resumed:  # step 2 is taken again
+            with RunLog(tmp_path, 1, log_to=()) as resumed:  # step 2 is taken again
                 resumed.write(2, loss=20.0)
                 resumed.write(3, loss=3.0)
         elif len(rounds) == 2:

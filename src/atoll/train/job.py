@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class TrainingJob:
     """One adapter's training: make it, `open` it, and let loop.train_jobs step it. `folder` receives checkpoint.safetensors, log.jsonl, tensorboard/.
 
     removed: a start that is taken out of the base (train.start); b_ratio: LoRA+'s, see TrainableAdapter. team: the processes that train it together;
-    each has a share of every batch's rows, and the first alone uses the folder.
+    each has a share of every batch's rows, and the first alone uses the folder. title, settings: for loggers.
 
     A step is begin_step, an `add` for each of its groups, finish_step. Between two steps it may be left for as long as one likes.
     """
@@ -83,12 +84,15 @@ class TrainingJob:
         removed: Mapping[Site, LoraModule] | None = None,
         b_ratio: float | None = None,
         team: Team = ALONE,
+        title: str = "",
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         if not train_rows:
             raise TrainingError("there are no training rows", hint="check the data file and its split column")
         if (refused := nothing_taught(train_rows, adapter.spec, decoder.shape.num_layers)) is not None:
             raise refused
         self.decoder, self.config, self.folder, self._digest, self.team = decoder, config, folder, job_digest, team
+        self._told = title, settings
         self._train, self._validation = list(train_rows), list(validation_rows)
         self._lengths = [len(row.token_ids) for row in self._train]
         self.weights = TrainableAdapter(
@@ -117,7 +121,7 @@ class TrainingJob:
             self.weights.changed()
         if self.team.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._log = RunLog(self.folder, self.progress.step)
+            self._log = RunLog(self.folder, self.progress.step, self.config.log_to, title=self._told[0], settings=self._told[1])
         if self.team.count > 1:  # a start computed on another machine may differ in its last bits
             self.team.copy_first(self.weights.values.detach())
             self.weights.changed()

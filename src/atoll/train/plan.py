@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _MEASURED_TOKENS = 1000
 _FORWARD_SHARE = 0.4  # of a training step's time: what a validation pass costs a token
 _PROCESS_BYTES = 500 << 20  # python, torch and transformers as loaded
-_NO_MATTER = {"checkpoint_every", "logging_every", "device", "reuse_mib"}  # the trainer's keys that do not decide the weights,
+_NO_MATTER = {"checkpoint_every", "logging_every", "device", "reuse_mib", "log_to"}  # the trainer's keys that do not decide the weights,
 _OF_REFT = {"reft_learning_rate", "reft_weight_decay"}  # and those that do not where there is no ReFT
 _LATER_ADAPTER = ("reft", "use_dora", "init_lora_weights", "loraplus_lr_ratio")
 _LATER_TRAINER = ("neftune_noise_alpha", "optimizer", "momentum", "warmup_steps", "final_fraction", "cycles", "decay_fraction")
@@ -176,7 +176,8 @@ def training_job(plan: TrainingPlan, folder: Path, team: Team | None = None) -> 
     of_lora = (adapter.init_lora_weights, adapter.loraplus_lr_ratio) if isinstance(adapter, LoraAdapterConfig) else ("default", None)
     start = start_adapter(plan.spec, decoder, trainer.seed, of_lora[0], num_classes=len(plan.labels))
     rows = plan.train.rows, plan.validation.rows
-    return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, removed=start.removed, b_ratio=of_lora[1], team=team or ALONE)
+    told: dict[str, Any] = {"title": plan.config.name or plan.data.task.name, "settings": plan.config.model_dump(mode="json"), "team": team or ALONE}
+    return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, removed=start.removed, b_ratio=of_lora[1], **told)
 
 
 def with_manifest(plan: TrainingPlan, result: TrainResult) -> TrainResult:
@@ -199,7 +200,7 @@ def _manifest(plan: TrainingPlan, result: TrainResult) -> dict[str, Any]:
         "parents": [],
         **({"labels": list(plan.labels)} if plan.labels else {}),
         "training": {
-            "config": plan.config.model_dump(mode="json", exclude={"base", "name", "cost"}),
+            "config": plan.config.model_dump(mode="json", exclude={"base": True, "name": True, "cost": True, "trainer": {"log_to"}}),
             "job": plan.digest,
             "data": {"task": task.name, "version": plan.data.version, **plan.train.report()},
             "steps": progress.step,

@@ -20,6 +20,7 @@ from atoll.eval.arena import limits
 from atoll.files import write_file
 from atoll.model.adapter_files import read_adapter, write_adapter
 from atoll.train.cost import Cost
+from atoll.train.loggers import check_installed
 from atoll.workflows.cancelling import announced, is_cancelled
 from atoll.workflows.runs import recorded_run
 from atoll.workflows.start import Progress, locked, open_hub, silent
@@ -68,6 +69,7 @@ def make_plan(
     from atoll.train.plan import plan_training
 
     config.cost.rates()  # one that cannot be read is found now, not when there is something to record
+    check_installed(config.trainer.log_to)
     data = data or load_task(config.require_data(), name=config.name, root=root)
     trainer = config.trainer
     if base is None:
