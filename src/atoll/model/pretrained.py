@@ -5,7 +5,6 @@ Used by generic_decoder.py and masked_encoder.py.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,13 +36,12 @@ def _quietly() -> Iterator[None]:
     """Without transformers' list of tensors that other heads have or lack (what matters of it is said by the caller) and its own progress bar."""
     from transformers.utils import logging as theirs
 
-    told, bars = logging.getLogger("transformers.modeling_utils"), theirs.is_progress_bar_enabled()
-    level = told.level
-    told.setLevel(logging.ERROR)
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
     theirs.disable_progress_bar()
     try:
         yield
     finally:
-        told.setLevel(level)
+        theirs.set_verbosity(level)
         if bars:
             theirs.enable_progress_bar()
