@@ -10,10 +10,10 @@ from tests.conftest import TINY, tiny_tokenizer
 
 from atoll.model.families import ENCODERS, GENERIC, SEQ2SEQ
 
-_ALIKE = {key: value for key, value in TINY.items() if key != "num_key_value_heads"}
+ALIKE = {key: value for key, value in TINY.items() if key != "num_key_value_heads"}
 _CHANGES: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 320, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "bos_token_id": 1, "eos_token_id": 2},
-    "gpt_neox": _ALIKE,
+    "gpt_neox": ALIKE,
     "gemma": {**TINY, "head_dim": 24},
     "gemma2": {
         **TINY,
@@ -74,7 +74,7 @@ def encoder_model(family: str, seed: int = 0, num_labels: int = 3, **changes: An
     """transformers' own model for sequence classification at toy size, float32, in eval mode."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    config = AutoConfig.for_model(family, **{**_ALIKE, "num_labels": num_labels, **changes})
+    config = AutoConfig.for_model(family, **{**ALIKE, "num_labels": num_labels, **changes})
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").float().eval()
     torch.manual_seed(seed)  # however many draws the classifier took

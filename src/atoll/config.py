@@ -225,6 +225,13 @@ class TrainerConfig(Section):
     neftune_noise_alpha: float | None = Field(
         default=None, gt=0, description="NEFTune: uniform noise on the embeddings while training, of size alpha / sqrt(tokens * width); 5 is usual."
     )
+    mlm_probability: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Over an encoder: learn the texts (prompt and completion as one) instead of classes. Each token is hidden with this probability, "
+        "anew in every step, and told from the others; 0.15 is usual.",
+    )
     max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are scaled down to this norm; 0 turns it off.")
     betas: tuple[float, float] = Field(
         default=(0.9, 0.999), description="Averaging factors of AdamW and Lion. Where they are not given, Lion's are 0.9 and 0.99."

@@ -42,7 +42,7 @@ def trained(tiny_base_dir: Path, tmp_path: Path) -> tuple[Path, Any]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_trainers_folder_is_published_by_one_command_and_answers_alike(atoll: Any, trained: tuple[Path, Any], tiny_base_dir: Path) -> None:
-    """The checkpoint, which is named where the folder around it is given; the saved folder, whose other files are left out; and a pickle not at all."""
+    """The checkpoint, which is named where the folder around it is given; the saved folder, whose other files are left out, a pickle never."""
     out, trainer = trained
     around = atoll("hub", "publish", out, "mine")
     assert around.code == 1 and f"the newest adapter inside is {out / 'checkpoint-2'}" in around.err

@@ -90,7 +90,12 @@ def _show_prompts(plan: TrainingPlan) -> None:
     rows = plan.train.rows[:NUM_PROMPTS]
     write(f"# {len(rows)} of {len(plan.train.rows)} training rows; what is learned stands in ⟦ ⟧, the rest is masked")
     for row in rows:
-        write(f"--- {row.where}: {row.first_label} tokens masked, {row.num_labels} learned")
+        if plan.masking is not None:
+            shown = plan.masking.hide(row, "dry run")
+            write(f"--- {row.where}: {shown.num_labels} of {len(row.token_ids)} tokens hidden and learned, others in each step; for example")
+            row = shown
+        else:
+            write(f"--- {row.where}: {row.first_label} tokens masked, {row.num_labels} learned")
         if plan.spec.reft:
             write(f"edited: {_edited_text(row, plan)}")
         _write_preview(preview_of(row, plan.base.tokenizer))

@@ -96,17 +96,23 @@ def encode_examples(
     context: int | None = None,
     eos_ids: Collection[int] = (),
     classes: Sequence[str] = (),
+    whole: bool = False,
 ) -> Encoded:
     """Token rows of the examples, each at most `max_length` tokens (see resolve_max_length; `context` is the base's length).
 
     Examples with messages are always chats; with `chat`, text prompts become a user turn. A chat's completion is what its template writes after
     the generation prompt. Every completion ends in EOS: one is added unless a chat template already ends the turn with one of `eos_ids` (all tokens
     that end generation on this base) or the tokenizer's own. classes: the completion is instead one number, that of its class among these.
+    whole: prompt and completion are one text, and nothing of it is a label yet (see masking).
 
     Raises DataError, naming file and line, for an empty completion, and for a row whose completion leaves no room for a token of its prompt.
     """
-    prompts = encode_prompts([example.turns for example in examples], tokenizer, chat, [example.where for example in examples])
-    completions = _class_numbers(examples, classes) if classes else _encode_completions(examples, tokenizer, chat, eos_ids)
+    asked = [example.turns if not whole else f"{example.turns}{example.completion}" for example in examples]
+    prompts = encode_prompts(asked, tokenizer, chat, [example.where for example in examples])
+    if whole:
+        completions: list[list[int]] = [[] for _ in examples]
+    else:
+        completions = _class_numbers(examples, classes) if classes else _encode_completions(examples, tokenizer, chat, eos_ids)
     lengths = tuple(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True))
     longest_completion = max(map(len, completions), default=0)
     limit = resolve_max_length(max_length, lengths, context, longest_completion=longest_completion)

@@ -274,8 +274,15 @@ class Decoder:
         """-log softmax(logits)[label], in nats, [N] float32 for hidden states [N, D] and labels [N] int64; differentiable in hidden."""
         return label_losses(hidden, self.head, labels, self.softcap)
 
+    def masked_lm(self) -> Decoder:
+        """The same blocks as a model that tells hidden tokens. Raises BaseFormatError where the base has no head for that."""
+        raise BaseFormatError("the base writes text, and hides no tokens", hint="choose BERT or RoBERTa, or leave trainer.mlm_probability out")
+
     def head_shapes(self, num_classes: int) -> dict[str, tuple[int, ...]]:
-        """The tensors of a classifier head by their names in the model; none where the base writes text."""
+        """The tensors of a classifier head by their names in the model; none where the base writes text.
+
+        Raises BaseFormatError for an encoder whose files lack what its classifiers read.
+        """
         return {}
 
     def new_head(self, num_classes: int, generator: torch.Generator) -> dict[str, Tensor]:

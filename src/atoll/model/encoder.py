@@ -17,12 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atoll.config_quantization import QuantizationConfig
+from atoll.errors import BaseFormatError
 from atoll.model.adapter import CLASSIFIES
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
+from atoll.model.decoder import Decoder
 from atoll.model.families import HEADS
 from atoll.model.fresh_attention import blocks_of
 from atoll.model.generic_decoder import GenericDecoder
 from atoll.model.kv_cache import KvCache
+from atoll.model.masked_encoder import MaskedEncoder, load_masked
 
 MAX_CLASSES = 1024
 
@@ -42,6 +45,7 @@ class EncoderClassifier(GenericDecoder):
         self._first_position = int(config.pad_token_id) + 1 if config.model_type == "roberta" else 0
         self._pooler = getattr(self._inner, "pooler", None)
         self._deviation = float(config.initializer_range)
+        self._masked: MaskedEncoder | None = None
 
     def forward(
         self,
@@ -56,13 +60,8 @@ class EncoderClassifier(GenericDecoder):
 
         C is the largest number of classes in the batch. Rows are whole: nothing is read from or written into the cache.
         """
-        assert entering is None and not any(batch.context), "an encoder reads whole rows"
-        with self._running(_BothWays(batch), adapters, noise):
-            states: Tensor = self._inner(
-                input_ids=batch.token_ids.unsqueeze(0),
-                position_ids=batch.positions.unsqueeze(0) + self._first_position,
-                packed_attention=self._now.attention,
-            ).last_hidden_state[0]
+        assert entering is None, "an encoder reads whole rows"
+        states = self.states(batch, adapters, noise)
         wanted = torch.arange(batch.num_tokens, device=self.device) if batch.output_index is None else batch.output_index
         rows = batch.row_of_token[wanted]
         firsts = torch.tensor(batch.row_starts[:-1], device=self.device)[rows]
@@ -77,6 +76,22 @@ class EncoderClassifier(GenericDecoder):
             out = out.index_copy(0, here, F.pad(found.float(), (0, width - found.shape[1]), value=float("-inf")))
         return out
 
+    def states(self, batch: PackedBatch, adapters: AdapterBatch, noise: Tensor | None = None) -> Tensor:
+        """[T, D]: every token's state behind the last block."""
+        assert not any(batch.context), "an encoder reads whole rows"
+        with self._running(_BothWays(batch), adapters, noise):
+            found: Tensor = self._inner(
+                input_ids=batch.token_ids.unsqueeze(0),
+                position_ids=batch.positions.unsqueeze(0) + self._first_position,
+                packed_attention=self._now.attention,
+            ).last_hidden_state[0]
+        return found
+
+    def masked_lm(self) -> Decoder:
+        if self._masked is None:
+            self._masked = load_masked(self)
+        return self._masked
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, C] log-odds as [N, V] logits, token c being class c."""
         logits = hidden.new_full((len(hidden), self.shape.vocabulary), float("-inf"))
@@ -87,6 +102,8 @@ class EncoderClassifier(GenericDecoder):
         return F.cross_entropy(hidden, labels, reduction="none")
 
     def head_shapes(self, num_classes: int) -> dict[str, tuple[int, ...]]:
+        if any(".pooler." in name for name in self.lacks):
+            raise BaseFormatError("the base was saved without its pooler, which BERT's classifiers read", hint="choose a base that has one")
         size = self.shape.hidden
         shapes: dict[str, tuple[int, ...]] = {}
         for name in HEADS[self.model.config.model_type]:

@@ -31,11 +31,13 @@ from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
 from atoll.model.decoder import Decoder, DecoderShape
 from atoll.model.families import ENCODERS, GENERIC, SEQ2SEQ, Family
 from atoll.model.kv_cache import KvCache
+from atoll.model.pretrained import loaded
 from atoll.model.quant import QuantizedWeight, Weight, dense, fused
 from atoll.model.reft import ATTENTION_INPUT, ATTENTION_OUTPUT, BLOCK_INPUT, BLOCK_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from atoll.model.sites import Site, family_targets, module_path
 
 _ATTENTION = "atoll_packed"  # what our attention is called in transformers' register
+_OF_CLASSIFIERS = ("classifier.", "bert.pooler.")  # tensors that an encoder's files need not have: an adapter's own, and what only classifiers read
 _BY_LENGTH = ("dynamic", "longrope")  # kinds of rope that turn a token by the length of its row
 
 
@@ -80,11 +82,12 @@ class GenericDecoder(Decoder):
     """A transformers model as a Decoder. It takes the model over: weights are frozen, linears and attention replaced.
 
     model: a causal language model of a family of families.GENERIC, in the dtype and on the device that it is to run in. quantization rounds the
-    blocks' linears, each by itself.
+    blocks' linears, each by itself. lacks: tensors of the model that its files did not have.
     """
 
     can_enter = False
     kind = "decoder"
+    lacks: frozenset[str] = frozenset()
 
     def __init__(self, model: Any, quantization: QuantizationConfig | None = None) -> None:
         """Raises BaseFormatError for a family or an option that is not computed."""
@@ -252,18 +255,13 @@ def load_generic_decoder(
         if model_type in SEQ2SEQ
         else (GenericDecoder, AutoModelForCausalLM)
     )
-    try:
-        model, report = theirs.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True
-        )
-    except Exception as error:  # transformers and its Rust readers raise what they like for a damaged file
-        raise BaseFormatError(f"{path} cannot be loaded: {error}", hint="restore the files from where the base came from") from error
-    for what in ("missing_keys", "mismatched_keys"):
-        lacking = sorted(str(name) for name in report.get(what) or () if not (is_encoder and str(name).startswith(("classifier.", "('classifier."))))
-        if lacking:
-            first = lacking[0]
-            raise BaseFormatError(f"{path}: the tensor {first} is missing or of another shape than the config says", hint="fetch the base again")
-    return ours(model.to(device), quantization)
+    model, lacking = loaded(theirs, path, dtype)
+    own = _OF_CLASSIFIERS if is_encoder else ()
+    if first := next((name for name in lacking if not name.startswith(own)), None):
+        raise BaseFormatError(f"{path}: the tensor {first} is missing or of another shape than the config says", hint="fetch the base again")
+    decoder = ours(model.to(device), quantization)
+    decoder.lacks = frozenset(lacking)
+    return decoder
 
 
 def context_of(config: Any) -> int:

@@ -138,13 +138,17 @@ def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | No
 
 
 def _task_type(config: Mapping[str, Any], path: Path) -> str:
-    """CAUSAL_LM, SEQ_2_SEQ_LM, or SEQ_CLS with a classifier head. Raises UnsupportedAdapter for other modules that were saved whole."""
+    """CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION, or SEQ_CLS with a classifier head.
+
+    Raises UnsupportedAdapter for other modules that were saved whole.
+    """
     saved = config.get("modules_to_save") or []
     if saved and not (config.get("task_type") == CLASSIFIES and isinstance(saved, list) and all(name in _HEADS for name in saved)):
         raise UnsupportedAdapter(
             f"{path}: modules_to_save is {saved!r}, which Atoll does not apply", hint="merge or retrain the adapter without that option"
         )
-    return CLASSIFIES if saved else "SEQ_2_SEQ_LM" if config.get("task_type") == "SEQ_2_SEQ_LM" else "CAUSAL_LM"
+    own = config.get("task_type")
+    return CLASSIFIES if saved else own if own in ("SEQ_2_SEQ_LM", "FEATURE_EXTRACTION") else "CAUSAL_LM"
 
 
 def _mapping(config: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:

@@ -98,6 +98,8 @@ class Loader:
 
         shape = self._base.decoder.shape
         adapter.check_fits(shape.linears, shape.num_layers)
+        if adapter.head:
+            self._base.decoder.head_shapes(adapter.num_classes)
         manifest = adapter.manifest
         own = manifest.get("prompt")
         return Loaded(

@@ -28,3 +28,13 @@ def class_labels(data: TaskData, config: TrainConfig) -> tuple[str, ...]:
     if data.task.chat:
         raise ConfigError("the data is a chat, but an encoder reads one text", hint="give prompt and completion columns")
     return tuple(labels)
+
+
+def check_texts(data: TaskData, config: TrainConfig) -> None:
+    """Raise ConfigError for settings that mean nothing where an encoder tells hidden tokens."""
+    if not isinstance(config.adapter, LoraAdapterConfig):
+        raise ConfigError("trainer.mlm_probability trains a LoRA, but the adapter is ReFT alone", hint="put the ReFT part under adapter.reft")
+    if config.trainer.train_on_prompt:
+        raise ConfigError("trainer.train_on_prompt is on, but trainer.mlm_probability decides which tokens are learned", hint="leave one of them out")
+    if data.task.chat:
+        raise ConfigError("the data is a chat, but an encoder reads one text", hint="give prompt and completion columns")

@@ -22,6 +22,7 @@ from torch import Tensor
 from atoll.config import TrainerConfig
 from atoll.data.batches import epoch_batches, micro_batches
 from atoll.data.encode import EncodedRow
+from atoll.data.masking import Masking
 from atoll.errors import TrainingError
 from atoll.model.adapter import Adapter, LoraModule
 from atoll.model.decoder import Decoder
@@ -65,8 +66,9 @@ def entering_states(decoder: Decoder, first_layer: int, num_rows: int, config: T
 class TrainingJob:
     """One adapter's training: make it, `open` it, and let loop.train_jobs step it. `folder` receives checkpoint.safetensors, log.jsonl, tensorboard/.
 
-    removed: a start that is taken out of the base (train.start); b_ratio: LoRA+'s, see TrainableAdapter. team: the processes that train it together;
-    each has a share of every batch's rows, and the first alone uses the folder. title, settings: for loggers.
+    removed: a start that is taken out of the base (train.start); b_ratio: LoRA+'s, see TrainableAdapter; masking: rows are texts, of which tokens are
+    hidden. team: the processes that train it together; each has a share of every batch's rows, and the first alone uses the folder. title, settings: for
+    loggers.
 
     A step is begin_step, an `add` for each of its groups, finish_step. Between two steps it may be left for as long as one likes.
     """
@@ -83,6 +85,7 @@ class TrainingJob:
         *,
         removed: Mapping[Site, LoraModule] | None = None,
         b_ratio: float | None = None,
+        masking: Masking | None = None,
         team: Team = ALONE,
         title: str = "",
         settings: Mapping[str, Any] | None = None,
@@ -93,7 +96,7 @@ class TrainingJob:
             raise refused
         self.decoder, self.config, self.folder, self._digest, self.team = decoder, config, folder, job_digest, team
         self._told = title, settings
-        self._train, self._validation = list(train_rows), list(validation_rows)
+        self._train, self._validation, self._masking = list(train_rows), list(validation_rows), masking
         self._lengths = [len(row.token_ids) for row in self._train]
         self.weights = TrainableAdapter(
             adapter, decoder.shape.linears, decoder.device, decoder.shape.groups, b_ratio=b_ratio, weight=decoder.weight, removed=removed
@@ -170,9 +173,10 @@ class TrainingJob:
         """
         indices = self._rows_of_step(self.progress.step)
         self.weights.grads.zero_()
-        self._step = _Step(labels=sum(self._train[index].num_labels for index in indices))
+        rows = {index: self._shown(self._train[index], f"{self.progress.step} {index}") for index in indices}
+        self._step = _Step(labels=sum(row.num_labels for row in rows.values()))
         micros = micro_batches(self.team.share(indices, self._lengths), self._lengths, self.config.micro_batch_tokens)
-        return [self._group([self._train[index] for index in micro]) for micro in micros]
+        return [self._group([rows[index] for index in micro]) for micro in micros]
 
     def enter(self, group: RowGroup, place: int | None) -> tuple[int, Tensor] | None:
         """To be called before the forward of a group: sets the dropout of the step's group number `place` (None: none, for evaluation), and returns
@@ -246,7 +250,7 @@ class TrainingJob:
         """This process's share of the validation rows, in groups each small enough for one forward."""
         lengths = [len(row.token_ids) for row in self._validation]
         micros = micro_batches(self.team.share(range(len(lengths)), lengths), lengths, self.config.micro_batch_tokens)
-        return [self._group([self._validation[index] for index in micro]) for micro in micros]
+        return [self._group([self._shown(self._validation[index], f"validation {index}") for index in micro]) for micro in micros]
 
     def validated(self, loss: float, spent: Spent) -> None:
         """Take in the validation loss a label token: keep the values of the best, stop after `early_stop_patience` measurements without one.
@@ -265,6 +269,10 @@ class TrainingJob:
             progress.stopped_early = config.early_stop_patience is not None and progress.stale >= config.early_stop_patience
         charge(progress, spent)
         self._write(validation_loss=loss)
+
+    def _shown(self, row: EncodedRow, draw: str) -> EncodedRow:
+        """The row as the forward sees it."""
+        return row if self._masking is None else self._masking.hide(row, draw)
 
     def _group(self, rows: list[EncodedRow]) -> RowGroup:
         return RowGroup(rows, shared_beginning(rows, self._positions) if self._shares else 0)

@@ -272,7 +272,7 @@ def _joined(items: Sequence[_Item]) -> list[list[_Item]]:
             continue
         for place, (batch, taken) in enumerate(open_batches):
             most = min(_JOINED_TOKENS, *(member.job.config.micro_batch_tokens for member in (item, *batch)))
-            if taken + size <= most and all(other.job is not item.job for other in batch):
+            if taken + size <= most and all(other.job is not item.job and other.job.decoder is item.job.decoder for other in batch):
                 batch.append(item)
                 open_batches[place] = (batch, taken + size)
                 break

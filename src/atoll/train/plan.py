@@ -23,15 +23,17 @@ from atoll.config_adapter import LoraAdapterConfig
 from atoll.config_quantization import QuantizationConfig
 from atoll.data.batches import epoch_batches, micro_batches
 from atoll.data.encode import Encoded, encode_examples
+from atoll.data.masking import Masking
 from atoll.data.prompt import PromptFormat
 from atoll.data.task import TaskData
 from atoll.model.adapter import AdapterSpec
 from atoll.model.reft import tensor_shapes
-from atoll.train.classes import class_labels
+from atoll.train.classes import check_texts, class_labels
 from atoll.train.spec import edited_places, first_layer, spec_over
 
 if TYPE_CHECKING:
     from atoll.model.base import Base
+    from atoll.model.decoder import Decoder
     from atoll.train.job import TrainingJob, TrainResult
     from atoll.train.team import Team
 
@@ -41,7 +43,7 @@ _PROCESS_BYTES = 500 << 20  # python, torch and transformers as loaded
 _NO_MATTER = {"checkpoint_every", "logging_every", "device", "reuse_mib", "log_to"}  # the trainer's keys that do not decide the weights,
 _OF_REFT = {"reft_learning_rate", "reft_weight_decay"}  # and those that do not where there is no ReFT
 _LATER_ADAPTER = ("reft", "use_dora", "init_lora_weights", "loraplus_lr_ratio")
-_LATER_TRAINER = ("neftune_noise_alpha", "optimizer", "momentum", "warmup_steps", "final_fraction", "cycles", "decay_fraction")
+_LATER_TRAINER = ("neftune_noise_alpha", "mlm_probability", "optimizer", "momentum", "warmup_steps", "final_fraction", "cycles", "decay_fraction")
 _MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1, "adafactor": 0}  # vectors of an optimizer's state; Adafactor's are small
 _FORMAT = 2  # raise when the same config would train other weights than before, so that old checkpoints are not resumed
 
@@ -50,7 +52,7 @@ _FORMAT = 2  # raise when the same config would train other weights than before,
 class TrainingPlan:
     """A job ready to run. digest identifies everything that decides its weights: config, rows, prompts, base.
 
-    labels: the classes in the order of the classifier's outputs, where the base is an encoder.
+    labels: the classes in the order of the classifier's outputs, where the base is an encoder. masking: rows are texts, of which tokens are hidden.
     """
 
     config: TrainConfig
@@ -62,6 +64,12 @@ class TrainingPlan:
     spec: AdapterSpec
     digest: str
     labels: tuple[str, ...] = ()
+    masking: Masking | None = None
+
+    @property
+    def decoder(self) -> Decoder:
+        """What is trained over: the base's, or its blocks as a model that tells hidden tokens."""
+        return self.base.decoder if self.masking is None else self.base.decoder.masked_lm()
 
     @property
     def total_steps(self) -> int:
@@ -125,7 +133,11 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
     Raises DataError and ConfigError as encode_examples does, and BaseMismatch when layers_to_transform names a layer that the base lacks.
     """
     trainer = config.trainer
-    classes = class_labels(data, config) if base.decoder.classifies else ()
+    masking, decoder = None, base.decoder
+    if trainer.mlm_probability is not None:
+        check_texts(data, config)
+        decoder, masking = decoder.masked_lm(), Masking.of(base.tokenizer, trainer.mlm_probability, trainer.seed)
+    classes = class_labels(data, config) if decoder.classifies else ()
     encoded = [
         encode_examples(
             examples,
@@ -136,12 +148,13 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
             context=base.context_length,
             eos_ids=base.eos_ids,
             classes=classes,
+            whole=masking is not None,
         )
         for examples, max_length in ((data.train, trainer.max_length), (data.validation, None if trainer.max_length == "p95" else trainer.max_length))
     ]
     prompt = data.task.prompt_format(stop)
     shape = base.decoder.shape
-    spec = spec_over(base.name, config.adapter, base.decoder)
+    spec = spec_over(base.name, config.adapter, decoder)
     identity: dict[str, Any] = {
         "format": _FORMAT,
         "base": base.fingerprint.digest,
@@ -151,12 +164,12 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
         "rows": [[row.token_ids, row.first_label, *([row.num_prompt] if spec.reft else [])] for part in encoded for row in part.rows],
     }
     lowest = first_layer(spec, shape.num_layers, shape.linears)
-    if lowest and base.decoder.can_enter:  # then rows enter there one by one (train.entering), which decides last bits
+    if lowest and decoder.can_enter:  # then rows enter there one by one (train.entering), which decides last bits
         identity["first_layer"] = lowest
     if classes:
         identity["labels"] = classes
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    return TrainingPlan(config, base, data, encoded[0], encoded[1], prompt, spec, digest, classes)
+    return TrainingPlan(config, base, data, encoded[0], encoded[1], prompt, spec, digest, classes, masking)
 
 
 def _without_defaults(section: Section, later: Collection[str], excluded: set[str] | None = None) -> dict[str, Any]:
@@ -172,12 +185,13 @@ def training_job(plan: TrainingPlan, folder: Path, team: Team | None = None) -> 
     from atoll.train.start import start_adapter
     from atoll.train.team import ALONE
 
-    decoder, trainer, adapter = plan.base.decoder, plan.config.trainer, plan.config.adapter
+    decoder, trainer, adapter = plan.decoder, plan.config.trainer, plan.config.adapter
     of_lora = (adapter.init_lora_weights, adapter.loraplus_lr_ratio) if isinstance(adapter, LoraAdapterConfig) else ("default", None)
     start = start_adapter(plan.spec, decoder, trainer.seed, of_lora[0], num_classes=len(plan.labels))
     rows = plan.train.rows, plan.validation.rows
-    told: dict[str, Any] = {"title": plan.config.name or plan.data.task.name, "settings": plan.config.model_dump(mode="json"), "team": team or ALONE}
-    return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, removed=start.removed, b_ratio=of_lora[1], **told)
+    more: dict[str, Any] = {"removed": start.removed, "b_ratio": of_lora[1], "masking": plan.masking, "team": team or ALONE}
+    told: dict[str, Any] = {"title": plan.config.name or plan.data.task.name, "settings": plan.config.model_dump(mode="json")}
+    return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, **more, **told)
 
 
 def with_manifest(plan: TrainingPlan, result: TrainResult) -> TrainResult:
@@ -227,7 +241,7 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
     from atoll.train.start import start_adapter
     from atoll.train.weights import TrainableAdapter
 
-    decoder, trainer = plan.base.decoder, plan.config.trainer
+    decoder, trainer = plan.decoder, plan.config.trainer
     shape = decoder.shape
     start = start_adapter(plan.spec, decoder, 0, num_classes=len(plan.labels)).adapter
     in_base = isinstance(plan.config.adapter, LoraAdapterConfig) and plan.config.adapter.starts_in_base
@@ -238,7 +252,7 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
     steps = epoch_batches(lengths, trainer.batch_size, trainer.seed, 0)
     seconds, once, tokens, warm = 0.0, 0.0, 0, False
     for micro in [micro for step in steps for micro in micro_batches(step, lengths, trainer.micro_batch_tokens)]:
-        rows = [plan.train.rows[index] for index in micro]
+        rows = [row if plan.masking is None else plan.masking.hide(row, "") for row in (plan.train.rows[index] for index in micro)]
         packed = label_batch(rows, decoder.device)
         started = time.perf_counter()
         entering = kept.of(rows) if kept is not None else None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from atoll.data.encode import EncodedRow
+from atoll.data.masking import MaskedRow
 from atoll.model.apply_edits import edit_rows
 from atoll.model.batch import AdapterBatch, PackedBatch, Segment
 
@@ -76,7 +77,7 @@ def label_batch(rows: Sequence[EncodedRow], device: torch.device | str, shared: 
 
 
 def pack_groups(groups: Sequence[RowGroup], device: torch.device | str) -> LabelledBatch:
-    """Pack rows without their last token (nothing follows it); the state at i predicts token i + 1."""
+    """Pack rows without their last token (nothing follows it); the state at i predicts token i + 1, or a hidden token its own place's."""
     packed: list[Sequence[int]] = []
     context, follows, num_prompts, owners, outputs, labels = [], [], [], [], [], []  # type: ignore[var-annotated]
     spans, start = [], 0
@@ -95,6 +96,12 @@ def pack_groups(groups: Sequence[RowGroup], device: torch.device | str) -> Label
             add(rows[0].token_ids[:shared], 0, -1, rows[0].num_prompt, owner)
             start += shared
         for row in rows:
+            if isinstance(row, MaskedRow):
+                outputs.extend(start + place for place in row.places)
+                labels.extend(row.hidden)
+                add(row.token_ids, 0, -1, row.num_prompt, owner)
+                start += len(row.token_ids)
+                continue
             first, count = row.first_label - shared, len(row.token_ids) - 1 - shared
             outputs.extend(range(start + first - 1, start + count))
             labels.extend(row.token_ids[row.first_label :])
