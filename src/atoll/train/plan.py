@@ -190,8 +190,8 @@ def training_job(plan: TrainingPlan, folder: Path, team: Team | None = None) -> 
     start = start_adapter(plan.spec, decoder, trainer.seed, of_lora[0], num_classes=len(plan.labels))
     rows = plan.train.rows, plan.validation.rows
     more: dict[str, Any] = {"removed": start.removed, "b_ratio": of_lora[1], "masking": plan.masking, "team": team or ALONE}
-    told: dict[str, Any] = {"title": plan.config.name or plan.data.task.name, "settings": plan.config.model_dump(mode="json")}
-    return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, **more, **told)
+    more |= {"title": plan.config.name or plan.data.task.name, "settings": plan.config.model_dump(mode="json")}
+    return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, **more)
 
 
 def with_manifest(plan: TrainingPlan, result: TrainResult) -> TrainResult:
