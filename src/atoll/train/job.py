@@ -67,8 +67,8 @@ class TrainingJob:
     """One adapter's training: make it, `open` it, and let loop.train_jobs step it. `folder` receives checkpoint.safetensors, log.jsonl, tensorboard/.
 
     removed: a start that is taken out of the base (train.start); b_ratio: LoRA+'s, see TrainableAdapter; masking: rows are texts, of which tokens are
-    hidden. team: the processes that train it together; each has a share of every batch's rows, and the first alone uses the folder. title and settings
-    are for loggers.
+    hidden. team: the processes that train it together; each has a share of every batch's rows, and the first alone uses the folder. title and
+    settings are for loggers.
 
     A step is begin_step, an `add` for each of its groups, finish_step. Between two steps it may be left for as long as one likes.
     """
