@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from atoll.hub import Hub
-
 ROWS = [("say a:", " one"), ("say b:", " two"), ("say c:", " one"), ("say d:", " two")]
 
 
@@ -42,7 +40,7 @@ def trained(tiny_base_dir: Path, tmp_path: Path) -> tuple[Path, Any]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_trainers_folder_is_published_by_one_command_and_answers_alike(atoll: Any, trained: tuple[Path, Any], tiny_base_dir: Path) -> None:
-    """The checkpoint, which is named where the folder around it is given; the saved folder, whose other files are left out, a pickle never."""
+    """The checkpoint, which is named where the folder around it is given; the saved folder, without its other files; and a pickle not at all."""
     out, trainer = trained
     around = atoll("hub", "publish", out, "mine")
     assert around.code == 1 and f"the newest adapter inside is {out / 'checkpoint-2'}" in around.err
@@ -55,11 +53,8 @@ def test_a_trainers_folder_is_published_by_one_command_and_answers_alike(atoll: 
     prompt = trainer.processing_class("say b:", return_tensors="pt")
     with torch.no_grad():
         theirs = trainer.model.eval().generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :].tolist()
-    answer = atoll("generate", "--adapter", "mine", "--dtype", "float32", "--max-new-tokens", 8, "--plain", "--json", "say b:")
-    told = answer.json()
-    assert answer.code == 0 and told["token_ids"] == [token for token in theirs if token != 2][: len(told["token_ids"])] and told["token_ids"]
-    digests = {Hub().resolve(name).digest for name in ("mine", "saved")}
-    assert len(digests) >= 1
+    answer = atoll("generate", "--adapter", "mine", "--dtype", "float32", "--max-new-tokens", 8, "--raw", "--json", "say b:").json()
+    assert answer["text"] == trainer.processing_class.decode(theirs, skip_special_tokens=True) and answer["num_tokens"] > 0
 
     weights = out / "adapter_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -104,7 +105,7 @@ class _WandB:
         import wandb
 
         ids.setdefault("wandb", secrets.token_hex(4))
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _logged_in(wandb) else "offline")
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=title or None,
@@ -121,7 +122,14 @@ class _WandB:
         self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
+
+
+def _logged_in(wandb: Any) -> bool:
+    """Whether W&B has a key, without asking for one."""
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False))
+    return bool(wandb.api.api_key)
 
 
 class _MLflow:
