@@ -112,6 +112,12 @@ def test_a_sweep_is_no_single_training(tmp_path: Path) -> None:
         load_config(loaded.path, "train")
 
 
+def test_the_example_is_a_sweep() -> None:
+    """Six trainings of a built-in task."""
+    loaded = load_sweep(Path(__file__).parents[1] / "examples" / "sweep.yaml")
+    assert len(loaded.points) == 6 and loaded.name == "support_intents" and loaded.warnings == ()
+
+
 def test_paths_among_the_values_start_at_the_file(tmp_path: Path) -> None:
     """As they do outside the sweep."""
     loaded = load(tmp_path, "data.path: [one.jsonl, two.jsonl]", "base: tiny\nname: a\ndata: x.jsonl\n")

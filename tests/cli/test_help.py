@@ -72,7 +72,7 @@ def test_files_that_examples_name_exist(example):
 
 def test_command_lists_are_not_cut(atoll):
     """The list of commands is the map of the program: each line must be a whole sentence at 80 columns."""
-    for group in ([], ["hub"]):
+    for group in ([], ["hub"], ["runs"]):
         listed = atoll(*group, "--help").out.partition("Commands:")[2]
         assert listed.strip()
         assert "..." not in listed

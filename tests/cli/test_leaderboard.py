@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from datetime import UTC, datetime
+
 import pytest
 
 from adapters import publish, random_reft
@@ -93,3 +96,18 @@ def test_the_constant_answer_and_the_prompt_style_are_shown_where_they_are_known
     shown = capsys.readouterr().out
     assert "|    0.600 | 0.400 ± 0.020 (chat) | mine" in shown
     assert "|   0.700 |        7 | better" in shown
+
+
+def test_what_training_cost_is_a_column_and_beside_the_json(atoll, runs):
+    """The question after "how good" is "for how much": a price where there was a rate, else the time of the processors."""
+    assert "cost" not in atoll("leaderboard").out.splitlines()[2]
+    cost = {"tokens": 1000, "seconds": 60.0, "cpu_seconds": 90.0, "peak_memory_bytes": 1 << 30, "energy_joules": None}
+    facts = {"status": "finished", "started": datetime(2030, 1, 2, tzinfo=UTC)}
+    Hub().record_run("train", {}, digest="d" * 64, cost={**cost, "price": 0.25, "currency": "EUR"}, **facts)
+    Hub().record_run("train", {}, digest="i" * 64, cost=cost, **facts)
+    shown = atoll("leaderboard").out
+    assert "0.25 EUR" in shown and "1 min 30 s CPU" in shown
+    told = atoll("leaderboard", "--json").json()
+    assert told["costs"]["d" * 64]["price"] == 0.25 and told["costs"]["i" * 64]["cpu_seconds"] == 90.0
+    (runs / "merged.json").write_text(json.dumps(told))
+    assert "0.25 EUR" in atoll("leaderboard", "merged.json").out
