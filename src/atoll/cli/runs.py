@@ -86,7 +86,9 @@ def list_runs(
 
 @app.command()
 def show(run: RunArgument, as_json: JsonOption = False) -> None:
-    """Show all that is known of a run: settings, losses, scores, cost, and where its files are.
+    """Show all that is known of a run.
+
+    Settings, losses, scores, cost with its formula, and where its files are.
 
     \b
     Examples:
@@ -129,7 +131,9 @@ def compare(
     names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Two runs or more, by number or name.", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Set runs side by side: settings that differ, losses, scores, cost.
+    """Set runs side by side.
+
+    Settings that differ, losses, scores, cost.
 
     \b
     Examples:
@@ -161,7 +165,9 @@ def tail(
     follow: Annotated[bool, typer.Option("--follow/--no-follow", "-f", help="Wait for more until the run is over.")] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Follow a training's losses as they are written, as tail -f does; ends when the run does, or with Ctrl-C.
+    """Follow a training's losses, as tail -f does.
+
+    Ends when the run does, or with Ctrl-C.
 
     \b
     Examples:
