@@ -15,6 +15,8 @@ from atoll.config_section import Section, empty_as_mapping
 from atoll.errors import ConfigError
 
 METHODS = ("gradient", "gradient_per_layer", "cma", "nevergrad:<name>", "uniform", "best_single")
+USUAL_SEEDS = 3  # beside test rows and controls, where something is drawn
+_DETERMINISTIC = ("gradient", "gradient_per_layer", "uniform", "best_single")
 _WITH_FOLDS = ("gradient", "gradient_per_layer")  # methods that can hold every example out from a search of its own
 
 
@@ -60,7 +62,12 @@ class ComposeSettings(Section):
     control_folds: int = Field(default=5, ge=2, le=20, description="Folds of the cross-validation that compares the result with the controls.")
     seed: int = Field(default=0, ge=0, description="Seed of the drawn examples, the folds, the search and the controls.")
     seeds: int | None = Field(
-        default=None, ge=1, le=20, description="Repeat with so many seeds, from `seed` on. Without it, 3 where there are test rows, else 1."
+        default=None,
+        ge=1,
+        le=20,
+        description="Repeat with so many seeds, from `seed` on, and keep the one that does best on rows that it has not seen. Without it, 3 "
+        "where there are test rows and something is drawn (k examples, a part that a search holds out, or the search itself), else 1. Where all "
+        "examples are used, each seed leaves a part of them out.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Number format of the base.")
     device: str = Field(default="cpu", min_length=1, description="Where to compute: cpu, or cuda (cuda:1, …) on a machine that has it.")
@@ -82,6 +89,16 @@ class ComposeSettings(Section):
         if not bounds[0] < bounds[1]:
             raise ValueError("must be a smaller and a larger number")
         return bounds
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the method makes the same weights of the same examples, whatever the seed; what is held out aside."""
+        return self.method.partition(":")[0] in _DETERMINISTIC
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether each search holds examples out, by its seed."""
+        return self.hold_out is not None or bool(self.folds)
 
     @property
     def takes_folds(self) -> bool:

@@ -85,7 +85,7 @@ def compose(
     rank: Annotated[int | None, typer.Option("--rank", min=1, metavar="R", help="Compress the result to this rank.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, metavar="N", help="The first seed.", show_default=False)] = None,
     seeds: Annotated[
-        int | None, typer.Option("--seeds", min=1, metavar="N", help="Repeat with so many seeds (3 with test rows).", show_default=False)
+        int | None, typer.Option("--seeds", min=1, metavar="N", help="Repeat with so many seeds (3 with test rows, if k are drawn).", show_default=False)
     ] = None,
     controls: Annotated[bool | None, typer.Option("--controls/--no-controls", help="Compare with simpler things.", show_default="controls")] = None,
     out: OutOption = None,
@@ -203,29 +203,38 @@ def _show(outcome: ComposeOutcome) -> None:
 
 def _headline(report: Report) -> str:
     """What was composed of what, in one line."""
+    from atoll.workflows.compose_report import counted
+
     search = report.search
     ended = {"time": ", ended by --time", "interrupted": ", stopped"}.get(search["stopped_by"], "")
-    seeds = f", {len(report.seeds)} seeds, kept {report.seed} by {report.chosen_by}" if len(report.seeds) > 1 else ""
-    tests = f", {report.test_rows} test rows ({report.metric})" if report.test_rows else ""
+    seeds = f", {len(report.seeds)} seeds, kept {report.seed} by {report.chosen_by}" if len(report.seeds) > 1 else _single(report)
+    tests = f", {counted(report.test_rows, 'test row')} ({report.metric})" if report.test_rows else ""
     return (
-        f"{report.task}: {len(report.shortlist)} of {report.candidates} adapters of {report.base}, {report.examples} examples{tests}{seeds}; "
-        f"{report.method}, {search['evaluations']:g} evaluations{ended}; rank {report.rank}"
+        f"{report.task}: {len(report.shortlist)} of {report.candidates} adapters of {report.base}, {counted(report.examples, 'example')}{tests}{seeds}; "
+        f"{report.method}, {counted(search['evaluations'], 'evaluation')}{ended}; rank {report.rank}"
     )
+
+
+def _single(report: Report) -> str:
+    """Why there is one seed, where more are usual."""
+    return f", {report.chosen_by}" if report.chosen_by.startswith("one seed:") else ""
 
 
 def _legend(report: Report) -> str:
     """What stands behind each ±."""
-    said = ["± of a loss is its standard error over folds"] if any(line.loss is not None for line in report.lines) else []
-    if report.test_rows:
-        said.append("of a score its standard deviation over seeds" if len(report.seeds) > 1 else "of a score its standard error over rows")
-    said.append("gain is over the base, paired")
-    return "; ".join(said)
+    said = []
+    if any(line.loss is not None for line in report.lines):
+        said.append("of a loss is its standard error over folds")
+    if report.test_rows and len(report.seeds) > 1:
+        said.append("of a score its standard deviation over seeds (its standard error over rows, where seeds do not differ)")
+    elif report.test_rows:
+        said.append("of a score its standard error over rows")
+    return "; ".join([*(["± " + "; ".join(said)] if said else []), "gain is over the base, paired"])
 
 
 def _cells(line: Line) -> list[str | None]:
     gain = None if line.gain is None else f"{line.gain.value:+.3f}" + (f" ± {line.gain.stderr:.3f}" if line.gain.stderr is not None else "")
-    several = len(line.scores) > 1
-    spread = (line.spread or None) if several else line.score_stderr  # the base is the same for every seed
+    spread = line.spread or line.score_stderr  # the base is the same for every seed
     what = f"{line.what} ({line.note})" if line.note and line.what else line.note or line.what
     made = duration(line.seconds) if line.seconds and line.seconds >= 0.05 else None
     return [line.name, what, _with(line.loss, line.loss_stderr), _with(line.score, spread), _figure(line.option), gain, made]

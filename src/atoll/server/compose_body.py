@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import AliasChoices, Field, create_model
 
 from atoll.config import DataConfig, is_valid_name
-from atoll.config_compose import ComposeConfig, ComposeSettings
+from atoll.config_compose import USUAL_SEEDS, ComposeConfig, ComposeSettings
 from atoll.config_section import Section
 from atoll.data.encode import encode_examples
 from atoll.data.prompt import as_text, encode_prompts, parse_template
@@ -148,8 +148,8 @@ def config_of(body: ComposeBody, chosen: Sequence[str], base: Base, limits: Comp
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": str(base.decoder.device),
     }
-    if body.test and limits.max_seeds < 3:  # its default beside test rows
-        settings.setdefault("seeds", limits.max_seeds)
+    if body.test and limits.max_seeds < USUAL_SEEDS:  # what is usual beside test rows where examples are drawn
+        settings.setdefault("seeds", limits.max_seeds if "k" in settings else 1)
     data = {"train": EXAMPLES, **({"test": TEST} if body.test else {}), **{name: asked[name] for name in DATA_KEYS if asked.get(name) is not None}}
     whole: dict[str, Any] = {"base": base.name, "name": _task_name(body.name), "data": data, "compose": settings}
     return ComposeConfig(**whole, **{name: asked[name] for name in WHOLE_KEYS if name in asked})

@@ -31,7 +31,7 @@ from atoll.workflows.compose_clock import Clock
 from atoll.workflows.compose_controls import Measured, held_out_losses, test_scores
 from atoll.workflows.compose_lines import report_of
 from atoll.workflows.compose_plan import ComposePlan, plan_composition
-from atoll.workflows.compose_report import Report
+from atoll.workflows.compose_report import Report, counted
 from atoll.workflows.compose_search import Searched, adapter_of, chosen, controls_of, search_all
 from atoll.workflows.runs import recorded_run
 from atoll.workflows.start import Progress, locked, open_hub, silent
@@ -181,8 +181,7 @@ def _compressed(plan: ComposePlan, adapter: Adapter) -> list[str]:
 
 def _message(manifest: Mapping[str, Any]) -> str:
     """What the hub says is new in the version."""
-    num = len(manifest["parents"])
-    return f"composed of {num} adapter{'s' if num > 1 else ''} for {manifest['task']}"
+    return f"composed of {counted(len(manifest['parents']), 'adapter')} for {manifest['task']}"
 
 
 def _manifest(plan: ComposePlan, adapter: Adapter, report: Report) -> dict[str, Any]:
@@ -192,7 +191,7 @@ def _manifest(plan: ComposePlan, adapter: Adapter, report: Report) -> dict[str, 
     return {
         **made,
         "name": plan.name,
-        "description": plan.config.description or task.title or f"composed for {task.name} from {report.examples} examples",
+        "description": plan.config.description or task.title or f"composed for {task.name} from {counted(report.examples, 'example')}",
         "task": task.name,
         "base": plan.base.describe(),
         "prompt": plan.prompt.to_json(),

@@ -16,8 +16,9 @@ from atoll.model.adapter import Adapter
 from atoll.workflows.compose_advice import MAJORITY, advice
 from atoll.workflows.compose_clock import Clock
 from atoll.workflows.compose_controls import Measured
+from atoll.workflows.compose_draws import ONLY_SEED
 from atoll.workflows.compose_plan import ComposePlan
-from atoll.workflows.compose_report import Gain, Line, Listed, Report, options_gain, score_gain, scores_stderr
+from atoll.workflows.compose_report import Gain, Line, Listed, Report, counted, options_gain, score_gain, scores_stderr
 from atoll.workflows.compose_search import Searched
 
 ORDER = (BASE, MAJORITY, BEST_SINGLE, UNIFORM, RANDOM, TRAINED, IN_CONTEXT, COMPOSED)
@@ -61,9 +62,11 @@ def report_of(
 
 def _chosen_by(plan: ComposePlan, searched: Sequence[Searched]) -> str:
     if len(plan.draws) == 1:
-        return "the only seed"
+        return plan.seeds_note or ONLY_SEED
     if plan.dev:
-        return f"loss on {len(plan.dev)} rows that no seed drew"
+        return f"loss on {counted(len(plan.dev), 'row')} that no seed drew"
+    if searched[0].draw.left_out:
+        return "loss, less the base's, on the examples that each leaves out"
     return "held-out loss of its search" if searched[0].found.held_out is not None else "the search's own value"
 
 
@@ -141,11 +144,11 @@ def _what(plan: ComposePlan, best: Searched, pool: Pool, measured: Measured, nam
         return measured.what.get(name) or ", ".join(_best_names(best, pool))
     used = max(1, int((best.found.weights != 0).reshape(pool.num, -1).any(1).sum()))
     words = {
-        UNIFORM: f"{pool.num} adapters, 1/{pool.num} each",
+        UNIFORM: f"{counted(pool.num, 'adapter')}, 1/{pool.num} each",
         RANDOM: f"{pool.num} of the same shapes, searched",
-        TRAINED: f"on the {k} examples",
-        IN_CONTEXT: f"the base, {k} examples in its prompt",
-        COMPOSED: f"{used} adapter{'s' if used > 1 else ''}, {plan.config.compose.method}",
+        TRAINED: f"on the {counted(k, 'example')}",
+        IN_CONTEXT: f"the base, {counted(k, 'example')} in its prompt",
+        COMPOSED: f"{counted(used, 'adapter')}, {plan.config.compose.method}",
     }
     return words[name]
 

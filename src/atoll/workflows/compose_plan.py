@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atoll.compose.measuring import Candidate
-from atoll.compose.objective import FewShot
 from atoll.compose.population import check_method
 from atoll.config import BUILTIN
 from atoll.config_compose import ComposeConfig
-from atoll.data.encode import encode_examples
 from atoll.data.prompt import PromptFormat
 from atoll.data.task import Example, TaskData, load_task
 from atoll.errors import BaseMismatch, ConfigError, DataError
@@ -32,6 +30,8 @@ from atoll.hub.names import check_name, name_key
 from atoll.model.adapter_files import read_adapter, read_manifest
 from atoll.model.base import load_base
 from atoll.model.fingerprint import tensor_shapes
+from atoll.workflows.compose_draws import Draw, Draws, draw_examples
+from atoll.workflows.compose_report import counted
 from atoll.workflows.start import Progress, require, silent
 
 if TYPE_CHECKING:
@@ -41,21 +41,15 @@ if TYPE_CHECKING:
     from atoll.model.base import Base
 
 DEV_ROWS = 50  # examples that no seed drew: so many choose among the seeds
-_FORMAT = 1  # raise when the same inputs would give another result than before, so that old results are not taken for new ones
-
-
-@dataclass(frozen=True)
-class Draw:
-    """The examples of one seed, and their tokens as for training. few.rows[i] is examples[i]."""
-
-    seed: int
-    examples: tuple[Example, ...]
-    few: FewShot
+_FORMAT = 2  # raise when the same inputs would give another result than before, so that old results are not taken for new ones
 
 
 @dataclass(frozen=True)
 class ComposePlan:
-    """A composition ready to run. candidates[i] was made of versions[i]. draws: the examples of each seed. dev: rows that no seed drew."""
+    """A composition ready to run. candidates[i] was made of versions[i]. draws: the examples of each seed. dev: rows that no seed drew.
+
+    seeds_note: why there are so many seeds, where that is to be said.
+    """
 
     config: ComposeConfig
     base: Base
@@ -67,6 +61,7 @@ class ComposePlan:
     prompt: PromptFormat
     max_new_tokens: int
     warnings: tuple[str, ...]
+    seeds_note: str = ""
 
     @property
     def name(self) -> str:
@@ -89,6 +84,7 @@ class ComposePlan:
             "name": self.name,
             "description": config.description,
             "examples": [draw.few.digest for draw in self.draws],
+            "left_out": [[[example.turns, example.completion] for example in draw.left_out] for draw in self.draws],
             "dev": [[example.turns, example.completion] for example in self.dev],
             "test": self.data.test_version,
             "candidates": [[candidate.name, candidate.digest] for candidate in self.candidates],
@@ -127,21 +123,19 @@ def plan_composition(
         )
     versions, more = _fitting(versions, hub, base, named=bool(settings.adapters))
     max_new_tokens, stop = limits(config.generation, data, base.tokenizer)
-    num_seeds = settings.seeds or (3 if data.test and config.controls else 1)
-    draws, cut = _draws(config, data, base, num_seeds)
-    drawn = {id(example) for draw in draws for example in draw.examples}
-    dev = [example for example in (*data.train, *data.validation) if id(example) not in drawn]
+    drawn = draw_examples(config, data, base)
     return ComposePlan(
         config=config,
         base=base,
         data=data,
         versions=versions,
         candidates=tuple(_candidate(version, hub) for version in versions),
-        draws=draws,
-        dev=tuple(random.Random(f"atoll dev {settings.seed}").sample(dev, min(DEV_ROWS, len(dev)))),
+        draws=drawn.draws,
+        dev=tuple(random.Random(f"atoll dev {settings.seed}").sample(drawn.undrawn, min(DEV_ROWS, len(drawn.undrawn)))),
         prompt=data.task.prompt_format(stop),
         max_new_tokens=max_new_tokens,
-        warnings=(*left_out, *more, *cut),
+        warnings=(*left_out, *more, *_cut(drawn, base)),
+        seeds_note=drawn.note,
     )
 
 
@@ -154,20 +148,6 @@ def check_composable(config: ComposeConfig, data: TaskData) -> None:
         require("scipy", "rouge_score")
         metric_for(data.task)
     _check_examples(config, len(data.train))
-
-
-def drawn_examples(examples: Sequence[Example], k: int | None, seed: int) -> tuple[Example, ...]:
-    """k of the examples drawn by `seed`, in the order of the file; all of them where k is None."""
-    if k is None or k >= len(examples):
-        return tuple(examples)
-    places = sorted(random.Random(f"atoll examples {seed}").sample(range(len(examples)), k))
-    return tuple(examples[place] for place in places)
-
-
-def encoded(examples: Sequence[Example], data: TaskData, base: Base) -> tuple[FewShot, tuple[str, ...]]:
-    """Examples as training encodes them, and where those stood that lost the beginning of their prompt to fit the base's context."""
-    rows = encode_examples(examples, base.tokenizer, None, chat=data.task.chat, context=base.context_length, eos_ids=base.eos_ids)
-    return FewShot(rows.rows), rows.cut
 
 
 def _load(config: ComposeConfig, root: Path | None) -> TaskData:
@@ -253,16 +233,12 @@ def _fitting(versions: Sequence[Version], hub: Hub, base: Base, *, named: bool) 
     return tuple(fitting), tuple(sentences)
 
 
-def _draws(config: ComposeConfig, data: TaskData, base: Base, num_seeds: int) -> tuple[tuple[Draw, ...], tuple[str, ...]]:
-    """The examples of every seed, and a sentence about those that are too long."""
-    draws, cut = [], dict[str, None]()
-    for seed in range(config.compose.seed, config.compose.seed + num_seeds):
-        examples = drawn_examples(data.train, config.compose.k, seed)
-        few, shortened = encoded(examples, data, base)
-        cut |= dict.fromkeys(shortened)
-        draws.append(Draw(seed, examples, few))
-    sentence = f"{len(cut)} examples lost the beginning of their prompt to fit {base.context_length} tokens (first: {next(iter(cut))})" if cut else ""
-    return tuple(draws), (sentence,) if sentence else ()
+def _cut(drawn: Draws, base: Base) -> tuple[str, ...]:
+    """A sentence about the examples that are too long."""
+    if not drawn.cut:
+        return ()
+    num = counted(len(drawn.cut), "example")
+    return (f"{num} lost the beginning of their prompt to fit {base.context_length} tokens (first: {drawn.cut[0]})",)
 
 
 def _candidate(version: Version, hub: Hub) -> Candidate:

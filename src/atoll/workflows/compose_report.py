@@ -23,6 +23,11 @@ from atoll.eval.stats import mean_stderr
 _T = (12.7, 4.3, 3.2, 2.8, 2.6, 2.4, 2.4, 2.3, 2.3)  # 97.5 % of Student's t for 1 to 9 degrees of freedom; 2 beyond
 
 
+def counted(num: float, what: str) -> str:
+    """ "1 example", "3 examples", "1,240 examples"."""
+    return f"{num:,g} {what}{'' if num == 1 else 's'}" if num < 1e6 else f"{num:,.0f} {what}s"
+
+
 @dataclass(frozen=True)
 class Gain:
     """How much better one contestant is than another: a difference of scores, or how much smaller a loss is. stderr None: cannot be told.

@@ -1,7 +1,7 @@
 """From a plan to weights: rank the candidates and search, once for each seed, and choose among the seeds.
 
-Every seed's result is judged by rows that it has not seen where there are any: by those that no seed drew, else by the held-out value of its own
-search. Never by test rows.
+Every seed's result is judged by rows that it has not seen where there are any: by those that no seed drew, else by those that it left out, else by the
+held-out value of its own search. Never by test rows.
 
 Used by compose.py; compose_controls.py measures what comes out.
 """
@@ -28,7 +28,8 @@ from atoll.errors import Interrupted
 from atoll.model.adapter import Adapter
 from atoll.model.composed import stacked_rank
 from atoll.workflows.compose_clock import Clock
-from atoll.workflows.compose_plan import ComposePlan, Draw, encoded
+from atoll.workflows.compose_draws import Draw, encoded
+from atoll.workflows.compose_plan import ComposePlan
 from atoll.workflows.start import Progress, prefixed
 
 MAX_RANK = 1024  # what an adapter file may have: ranks that add up to more are compressed to it
@@ -161,7 +162,7 @@ def _searched(plan: ComposePlan, draw: Draw, clock: Clock, progress: Progress, s
     with clock.part("search"):
         pool = _pool(plan, shortlist)
         found = searcher(plan, lambda what, at, total: progress(f"searching weights: {what}", at, total))(pool, rows, draw.seed, stop_asked)
-        choice = _choice(plan, pool, found)
+        choice = _choice(plan, draw, pool, found)
     return Searched(draw, ranking, shortlist, found, choice, clock.total - start)
 
 
@@ -171,12 +172,17 @@ def _pool(plan: ComposePlan, shortlist: Sequence[Ranked]) -> Pool:
     return Pool.of([candidate.load() for candidate in picked], plan.base.decoder, names, digests)
 
 
-def _choice(plan: ComposePlan, pool: Pool, found: Found) -> float:
-    """The loss on rows that no seed drew; without any, or with one seed, what the search itself goes by."""
+def _choice(plan: ComposePlan, draw: Draw, pool: Pool, found: Found) -> float:
+    """What a seed is chosen by: its loss on rows that no seed drew, else on those that it left out, else what the search itself goes by.
+
+    Each seed leaves others out, which may be easier or harder: of those the base's own loss is taken off.
+    """
     own = found.value if found.held_out is None else found.held_out
-    if not plan.dev or len(plan.draws) == 1:
+    unseen = plan.dev or draw.left_out
+    if not unseen or len(plan.draws) == 1:
         return own
-    few, _ = encoded(plan.dev, plan.data, plan.base)
+    few, _ = encoded(unseen, plan.data, plan.base)
     scores = LabelLosses(plan.base.decoder, pool, few.rows, form=plan.config.compose.form)
     with torch.no_grad():
-        return float(scores.scores(found.weights.unsqueeze(0), range(len(few))).mean())
+        mine, base = scores.scores(torch.stack([found.weights, torch.zeros_like(found.weights)]), range(len(few))).mean(1).tolist()
+    return float(mine) if plan.dev else float(mine - base)
