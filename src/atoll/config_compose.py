@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, field_validator
 
 from atoll.config import DataConfig, DataSection, EvalConfig, EvalSection, GenerationConfig, GenerationSection, Name
+from atoll.config_quantization import QuantizationConfig
 from atoll.config_section import Section, empty_as_mapping
 from atoll.errors import ConfigError
 
@@ -114,6 +115,11 @@ class ComposeConfig(Section):
 
     base: str = Field(
         min_length=1, description="The base model: an alias (smollm2-135m-instruct), a Hugging Face id, or a folder (./mine, relative to this file)."
+    )
+    quantization: QuantizationConfig | None = Field(
+        default=None,
+        description="Round the base's linears to 4 or 8 bits (QLoRA): {bits: 4}. Adapters that were trained on such a base are composed on it, and the "
+        "result belongs to it. Without it, the base as it is.",
     )
     name: Name | None = Field(
         default=None,

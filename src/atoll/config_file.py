@@ -182,7 +182,7 @@ def _kind_of(data: Mapping[str, Any], wanted: Kind | None) -> Kind:
         return "land"
     if "compose" in data or "controls" in data:
         return "compose"
-    return "compose" if wanted == "compose" and not {"adapter", "trainer", "quantization"} & set(data) else "train"
+    return "compose" if wanted == "compose" and not {"adapter", "trainer"} & set(data) else "train"
 
 
 def _wrong_kind(file: YamlFile, found: Kind, wanted: Kind, foreign: bool) -> ConfigError:

@@ -10,6 +10,7 @@ import typer
 from atoll.cli.options import DEFAULT_BASE, BaseOption, JsonOption, OutOption, SetOption, overrides, usage
 from atoll.cli.output import Column, duration, say, warn, write, write_json, write_table
 from atoll.cli.progress import progress_bar
+from atoll.cli.rounding import QuantizationOption, Rounding
 from atoll.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ COLUMNS = (
 )
 PARTS = (
     Column("weight", right=True),
+    Column("of its layers", right=True, spare=1),
     Column("adapter"),
     Column("loss alone", right=True),
     Column("slope", right=True),
@@ -51,6 +53,7 @@ def compose(
         typer.Option("--description", metavar="TEXT", help="What the task is: for its card, and for --retrieve text.", show_default=False),
     ] = None,
     base: BaseOption = None,
+    quantization: QuantizationOption = None,
     template: Annotated[str | None, typer.Option("--template", metavar="TEXT", help="The prompt, with {column} in it.", show_default=False)] = None,
     target: Annotated[str | None, typer.Option("--target", metavar="COLUMN", help="The column with the answer.", show_default=False)] = None,
     k: Annotated[int | None, typer.Option("--k", min=1, metavar="K", help="Draw so many of the examples, by the seed.", show_default=False)] = None,
@@ -125,7 +128,8 @@ def compose(
     }
     flags |= {f"compose.{key}": value for key, value in (("k", k), ("top_k", top_k), ("retrieve", retrieve), ("method", method), ("budget", budget))}
     flags |= {f"compose.{key}": value for key, value in (("hold_out", hold_out), ("form", form), ("rank", rank), ("seed", seed), ("seeds", seeds))}
-    loaded = _load(file, {**overrides(settings), **{key: value for key, value in flags.items() if value is not None}})
+    rounding = _rounding(quantization, only) if quantization is not None or (only and file is None) else {}
+    loaded = _load(file, {**overrides(settings), **{key: value for key, value in flags.items() if value is not None}, **rounding})
     for warning in loaded.warnings:
         warn(warning)
     from atoll.workflows import compose_and_publish
@@ -138,6 +142,14 @@ def compose(
         write_json(outcome.to_json())
     else:
         _show(outcome)
+
+
+def _rounding(name: str | None, only: list[str] | None) -> dict[str, Any]:
+    """How the base is rounded: as the option says, or as it was for the first adapter that is named."""
+    from atoll.hub import Hub
+
+    found = Rounding(name).of(Hub() if only and name is None else None, only)
+    return {"quantization": None if found is None else found.model_dump(mode="json", exclude_unset=True)}
 
 
 def _rows(examples: str | None, test: str | None) -> dict[str, str | None]:
@@ -182,11 +194,17 @@ def _show(outcome: ComposeOutcome) -> None:
         write_table([COLUMNS[place] for place in used], [[row[place] for place in used] for row in cells])
         write(_legend(report))
         write("")
-    listed = sorted(report.shortlist, key=lambda one: -abs(one.weight))
+    from atoll.hub.card_composition import LAYERS_NOTE, range_text, strength
+
+    listed = sorted(report.shortlist, key=lambda one: -strength(one.weight, one.by_layer))
     by_text = any(one.slope is not None or one.loss is None for one in listed)  # else it has decided nothing
-    cells = [[f"{one.weight:+.3f}", one.name, _figure(one.loss), _figure(one.slope), _figure(one.similarity if by_text else None)] for one in listed]
+    layers = [range_text(one.by_layer) if one.by_layer else None for one in listed]
+    figures = [[_figure(one.loss), _figure(one.slope), _figure(one.similarity if by_text else None)] for one in listed]
+    cells = [[f"{one.weight:+.3f}", spread, one.name, *rest] for one, spread, rest in zip(listed, layers, figures, strict=True)]
     used = [place for place in range(len(PARTS)) if any(row[place] for row in cells)]
     write_table([PARTS[place] for place in used], [[row[place] for place in used] for row in cells])
+    if any(layers):
+        write(LAYERS_NOTE)
     for sentence in report.advice:
         write(f"\n{sentence}")
     if outcome.reused:
@@ -208,10 +226,11 @@ def _headline(report: Report) -> str:
     search = report.search
     ended = {"time": ", ended by --time", "interrupted": ", stopped"}.get(search["stopped_by"], "")
     seeds = f", {len(report.seeds)} seeds, kept {report.seed} by {report.chosen_by}" if len(report.seeds) > 1 else _single(report)
+    kept = f", keeping {report.energy_kept:.2%} of the updates' energy" if report.energy_kept < 1 else ""
     tests = f", {counted(report.test_rows, 'test row')} ({report.metric})" if report.test_rows else ""
     return (
         f"{report.task}: {len(report.shortlist)} of {report.candidates} adapters of {report.base}, {counted(report.examples, 'example')}{tests}{seeds}; "
-        f"{report.method}, {counted(search['evaluations'], 'evaluation')}{ended}; rank {report.rank}"
+        f"{report.method}, {counted(search['evaluations'], 'evaluation')}{ended}; rank {report.rank}{kept}"
     )
 
 

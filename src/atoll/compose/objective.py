@@ -100,9 +100,15 @@ class FewShot:
         return order
 
 
-def l1(strength: float = 0.05) -> Regulariser:
-    """strength * mean|w|: keeps weights small and many of them near zero. LoraHub's own, of which its article writes the sum."""
-    return lambda weights: strength * weights.flatten(1).abs().mean(1)
+def l1(strength: float = 0.05, acts: Tensor | None = None) -> Regulariser:
+    """strength * mean|w|: keeps weights small and many of them near zero. LoraHub's own, of which its article writes the sum.
+
+    acts [N, L] bool (`Pool.acts`): the mean of weights [P, N, L] is over these alone, so that layers that an adapter lacks do not thin it out.
+    """
+    if acts is None or bool(acts.all()):
+        return lambda weights: strength * weights.flatten(1).abs().mean(1)
+    has = acts.float() / acts.sum()
+    return lambda weights: strength * ((weights.abs() * has).flatten(1).sum(1) if weights.dim() == 3 else weights.abs().mean(1))
 
 
 def l2(strength: float = 0.05) -> Regulariser:

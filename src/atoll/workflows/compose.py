@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from atoll.compose.controls import COMPOSED
 from atoll.config_compose import ComposeConfig
 from atoll.config_cost import CostConfig
+from atoll.config_quantization import QuantizationConfig
 from atoll.data.task import TaskData
 from atoll.errors import AtollError, StorageError
 from atoll.files import write_file
@@ -195,7 +196,7 @@ def _manifest(plan: ComposePlan, adapter: Adapter, report: Report) -> dict[str, 
         "task": task.name,
         "base": plan.base.describe(),
         "prompt": plan.prompt.to_json(),
-        "quantization": None,
+        "quantization": QuantizationConfig.named(rounded).record() if (rounded := plan.base.fingerprint.quantization) else None,
         "training": None,
         "composition": {**made["composition"], "num_examples": report.examples, **({"controls": figures} if figures else {})},
         **({"labels": list(task.label_set)} if task.label_set else {}),

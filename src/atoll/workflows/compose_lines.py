@@ -12,6 +12,7 @@ from typing import Any
 
 from atoll.compose.controls import BASE, BEST_SINGLE, COMPOSED, IN_CONTEXT, RANDOM, TRAINED, UNIFORM
 from atoll.compose.pool import Pool
+from atoll.compose.result import in_force, mean_weight, own_layers
 from atoll.model.adapter import Adapter
 from atoll.workflows.compose_advice import MAJORITY, advice
 from atoll.workflows.compose_clock import Clock
@@ -31,7 +32,7 @@ def report_of(
     settings, found = plan.config.compose, best.found
     report = Report(
         task=plan.data.task.name,
-        base=plan.base.name,
+        base=plan.base.title,
         metric=plan.data.task.metric,
         examples=len(best.draw.examples),
         test_rows=max((score.n for scores in measured.scores.values() for score in scores), default=0),
@@ -52,6 +53,7 @@ def report_of(
         shortlist=tuple(_listed(pool, best, place) for place in range(pool.num)),
         took={name: round(seconds, 2) for name, seconds in clock.parts.items()},
         stopped=stopped,
+        energy_kept=adapter.manifest["composition"]["energy_kept"],
     )
     measure, versus = _versus(measured)
     report = replace(report, lines=_lines(plan, best, pool, measured), measure=measure, versus=versus)
@@ -71,8 +73,10 @@ def _chosen_by(plan: ComposePlan, searched: Sequence[Searched]) -> str:
 
 
 def _listed(pool: Pool, best: Searched, place: int) -> Listed:
-    ranked, weights = best.shortlist[place], best.found.weights[place]
-    return Listed(pool.names[place], pool.digests[place], float(weights.mean()), ranked.loss, ranked.slope, ranked.similarity)
+    ranked, weights = best.shortlist[place], in_force(pool, best.found.weights)[place]
+    layers = {"layer_weights": tuple(weights.tolist()), "layers": own_layers(pool, place)} if weights.dim() else {}
+    mean = mean_weight(pool, place, weights)
+    return Listed(pool.names[place], pool.digests[place], mean, ranked.loss, ranked.slope, ranked.similarity, **layers)
 
 
 def _versus(measured: Measured) -> tuple[str, dict[str, Gain]]:
@@ -142,7 +146,7 @@ def _what(plan: ComposePlan, best: Searched, pool: Pool, measured: Measured, nam
         return ", ".join(dict.fromkeys(repr(found.answer) for found in measured.majority))
     if name == BEST_SINGLE:
         return measured.what.get(name) or ", ".join(_best_names(best, pool))
-    used = max(1, int((best.found.weights != 0).reshape(pool.num, -1).any(1).sum()))
+    used = max(1, int((in_force(pool, best.found.weights) != 0).reshape(pool.num, -1).any(1).sum()))
     words = {
         UNIFORM: f"{counted(pool.num, 'adapter')}, 1/{pool.num} each",
         RANDOM: f"{pool.num} of the same shapes, searched",

@@ -35,6 +35,7 @@ from atoll.workflows.compose_report import counted
 from atoll.workflows.start import Progress, require, silent
 
 if TYPE_CHECKING:
+    from atoll.hub.compatibility import Verdict
     from atoll.hub.records import Version
     from atoll.hub.store import Hub
     from atoll.model.adapter import Adapter
@@ -115,7 +116,7 @@ def plan_composition(
     data = data or _load(config, root)
     check_composable(config, data)
     versions, left_out = _named(config, hub)
-    base = base or load_base(config.base, dtype=settings.dtype, device=settings.device, progress=progress)
+    base = base or load_base(config.base, dtype=settings.dtype, device=settings.device, quantization=config.quantization, progress=progress)
     if base.decoder.classifies:
         raise ConfigError(
             f"{base.name} is an encoder: its adapters have classifiers of their own, which cannot be composed",
@@ -210,26 +211,32 @@ def _fitting(versions: Sequence[Version], hub: Hub, base: Base, *, named: bool) 
     fingerprint, shapes = base.fingerprint.to_json(), tensor_shapes(base.path)
     fitting: list[Version] = []
     compatible: list[str] = []
-    refused: list[str] = []
+    refused: list[tuple[str, Verdict]] = []
     for version in versions:
         verdict = hub.check_base(version.ref, fingerprint, shapes)
         if verdict.usable:
             fitting.append(version)
             compatible += [version.ref] if verdict.kind == "compatible" else []
         elif named:
-            raise BaseMismatch(f"{version.ref} does not fit {base.name}: {verdict.reason}", hint="name the base that it was trained on with --base")
+            hint = verdict.hint("name the base that it was trained on with --base", can_ignore=False)
+            raise BaseMismatch(f"{version.ref} does not fit {base.title}: {verdict.reason}", hint=hint)
         else:
-            refused.append(version.ref)
+            refused.append((version.ref, verdict))
+    rounded = [(ref, verdict) for ref, verdict in refused if verdict.quantization is not None]
     if not fitting:
-        raise ConfigError(
-            f"none of the hub's {len(versions)} LoRA adapters fits {base.name}",
-            hint="name the base that they were trained on with --base, or train some",
-        )
+        first = f" ({rounded[0][0]}: {rounded[0][1].reason})" if rounded else ""
+        other = "name the base that they were trained on with --base, or train some"
+        hint = rounded[0][1].hint(other, can_ignore=False) if rounded else other
+        raise ConfigError(f"none of the hub's {len(versions)} LoRA adapters fits {base.title}{first}", hint=hint)
     sentences = []
     if compatible:
-        sentences.append(f"{_listed(compatible)} fit {base.name} in shape, but are not known to have been trained on it")
-    if refused:
-        sentences.append(f"{_listed(refused)} left out: made for another base than {base.name}")
+        sentences.append(f"{_listed(compatible)} fit {base.title} in shape, but are not known to have been trained on it")
+    for name in dict.fromkeys(verdict.quantization for _, verdict in rounded):
+        refs = [ref for ref, verdict in rounded if verdict.quantization == name]
+        sentences.append(f"{_listed(refs)} left out: trained on the base rounded to {name} (--quantization {name} composes on it)")
+    others = [ref for ref, verdict in refused if verdict.quantization is None]
+    if others:
+        sentences.append(f"{_listed(others)} left out: made for another base than {base.title}")
     return tuple(fitting), tuple(sentences)
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
+from atoll.compose.base_losses import base_losses
 from atoll.compose.controls import Controls, Search
 from atoll.compose.losses import LabelLosses
 from atoll.compose.objective import FewShot, Objective, l1
 from atoll.compose.pool import Pool
-from atoll.compose.result import compose, record_of
+from atoll.compose.result import compose, losses_of, rank_limit, record_of
 from atoll.compose.retrieval import Ranked, Ranking, rank
 from atoll.compose.run import Report
 from atoll.compose.run import Settings as SearchSettings
@@ -26,13 +27,10 @@ from atoll.config_compose import ComposeSettings
 from atoll.data.encode import EncodedRow
 from atoll.errors import Interrupted
 from atoll.model.adapter import Adapter
-from atoll.model.composed import stacked_rank
 from atoll.workflows.compose_clock import Clock
 from atoll.workflows.compose_draws import Draw, encoded
 from atoll.workflows.compose_plan import ComposePlan
 from atoll.workflows.start import Progress, prefixed
-
-MAX_RANK = 1024  # what an adapter file may have: ranks that add up to more are compressed to it
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,7 @@ def controls_of(plan: ComposePlan, searched: Searched) -> Controls:
         searcher(plan),
         top_k=settings.top_k,
         form=settings.form,
+        rank=settings.rank,
         seed=draw.seed,
     )
 
@@ -93,8 +92,7 @@ def controls_of(plan: ComposePlan, searched: Searched) -> Controls:
 def adapter_of(plan: ComposePlan, pool: Pool, found: Found, few: FewShot) -> Adapter:
     """The adapter of a search's weights, compressed where the settings ask for it or a file could not hold it."""
     settings = plan.config.compose
-    too_many = settings.form == "cat" and stacked_rank(pool.adapters) > MAX_RANK
-    limit = settings.rank or (MAX_RANK if too_many else None)
+    limit = settings.rank or rank_limit(pool, settings.form, None)
     return compose(pool, found.weights, form=settings.form, rank=limit, record=record_of(found, examples_digest=few.digest)).adapter
 
 
@@ -111,7 +109,7 @@ def searcher(plan: ComposePlan, report: Report | None = None) -> Search:
         settings, few = plan.config.compose, FewShot(rows)
         held_out, folds = _held_out(settings, few, seed)
         scores = LabelLosses(plan.base.decoder, pool, rows, form=settings.form)
-        objective = Objective(scores, l1(settings.l1), held_out=held_out, folds=folds)
+        objective = Objective(scores, l1(settings.l1, pool.acts), held_out=held_out, folds=folds)
         return search(
             objective,
             pool.num,
@@ -182,7 +180,6 @@ def _choice(plan: ComposePlan, draw: Draw, pool: Pool, found: Found) -> float:
     if not unseen or len(plan.draws) == 1:
         return own
     few, _ = encoded(unseen, plan.data, plan.base)
-    scores = LabelLosses(plan.base.decoder, pool, few.rows, form=plan.config.compose.form)
-    with torch.no_grad():
-        mine, base = scores.scores(torch.stack([found.weights, torch.zeros_like(found.weights)]), range(len(few))).mean(1).tolist()
-    return float(mine) if plan.dev else float(mine - base)
+    settings = plan.config.compose
+    mine = losses_of(pool, found.weights, plan.base.decoder, few.rows, form=settings.form, rank=settings.rank).mean()
+    return float(mine) if plan.dev else float(mine - base_losses(plan.base.decoder, few.rows).mean())
