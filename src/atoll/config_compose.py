@@ -43,7 +43,9 @@ class ComposeSettings(Section):
     budget: int | None = Field(
         default=None, ge=1, description="Evaluations of a search: candidates scored on all examples. Without it, the method's own."
     )
-    time_s: float | None = Field(default=None, gt=0, description="Seconds after which a search ends with the best so far.")
+    time_s: float | None = Field(
+        default=None, gt=0, description="Seconds after which a search ends with the best so far: each search, of every seed, fold and control."
+    )
     folds: int | None = Field(
         default=None,
         ge=0,
@@ -118,8 +120,8 @@ class ComposeConfig(Section):
     )
     quantization: QuantizationConfig | None = Field(
         default=None,
-        description="Round the base's linears to 4 or 8 bits (QLoRA): {bits: 4}. Adapters that were trained on such a base are composed on it, and the "
-        "result belongs to it. Without it, the base as it is.",
+        description="Round the base's linears to 4 or 8 bits (QLoRA): {bits: 4}. Adapters that were trained on such a base are composed on it, and "
+        "the result belongs to it. Without it, the base as it is.",
     )
     name: Name | None = Field(
         default=None,

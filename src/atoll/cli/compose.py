@@ -36,6 +36,18 @@ PARTS = (
     Column("slope", right=True),
     Column("likeness", right=True),
 )
+OPTIONS = {  # how the settings are spelled here, where it is not --set
+    "name": "--publish",
+    "compose.adapters": "--from",
+    "compose.time_s": "--time",
+    "data.train": "--examples",
+    "data.path": "--examples",
+    "data.test": "--test",
+    **{f"data.{key}": f"--{key}" for key in ("template", "target")},
+    **{key: f"--{key}" for key in ("base", "description", "controls")},
+    **{f"compose.{key}": f"--{key.replace('_', '-')}" for key in ("exclude", "dtype", "k", "top_k", "retrieve", "method", "budget")},
+    **{f"compose.{key}": f"--{key.replace('_', '-')}" for key in ("hold_out", "form", "rank", "seed", "seeds")},
+}
 
 
 def compose(
@@ -73,11 +85,16 @@ def compose(
     method: Annotated[
         str | None,
         typer.Option(
-            "--method", metavar="METHOD", help="gradient, gradient_per_layer, cma, nevergrad:NAME, uniform or best_single.", show_default=False
+            "--method",
+            metavar="METHOD",
+            help="gradient_per_layer (the default), gradient, cma, nevergrad:NAME, uniform or best_single.",
+            show_default=False,
         ),
     ] = None,
     budget: Annotated[int | None, typer.Option("--budget", min=1, metavar="N", help="Evaluations of the search.", show_default=False)] = None,
-    time_s: Annotated[float | None, typer.Option("--time", metavar="SECONDS", help="Time for the search.", show_default=False)] = None,
+    time_s: Annotated[
+        float | None, typer.Option("--time", metavar="SECONDS", help="Time for each search: of every seed, fold and control.", show_default=False)
+    ] = None,
     hold_out: Annotated[
         float | None,
         typer.Option("--hold-out", metavar="SHARE", help="Hold out this share of the examples, to know when to stop.", show_default=False),
@@ -88,7 +105,8 @@ def compose(
     rank: Annotated[int | None, typer.Option("--rank", min=1, metavar="R", help="Compress the result to this rank.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, metavar="N", help="The first seed.", show_default=False)] = None,
     seeds: Annotated[
-        int | None, typer.Option("--seeds", min=1, metavar="N", help="Repeat with so many seeds (3 with test rows, if k are drawn).", show_default=False)
+        int | None,
+        typer.Option("--seeds", min=1, metavar="N", help="Repeat with so many seeds (3 with test rows, if k are drawn).", show_default=False),
     ] = None,
     controls: Annotated[bool | None, typer.Option("--controls/--no-controls", help="Compare with simpler things.", show_default="controls")] = None,
     out: OutOption = None,
@@ -129,7 +147,8 @@ def compose(
     flags |= {f"compose.{key}": value for key, value in (("k", k), ("top_k", top_k), ("retrieve", retrieve), ("method", method), ("budget", budget))}
     flags |= {f"compose.{key}": value for key, value in (("hold_out", hold_out), ("form", form), ("rank", rank), ("seed", seed), ("seeds", seeds))}
     rounding = _rounding(quantization, only) if quantization is not None or (only and file is None) else {}
-    loaded = _load(file, {**overrides(settings), **{key: value for key, value in flags.items() if value is not None}, **rounding})
+    given = {key: value for key, value in flags.items() if value is not None}
+    loaded = _load(file, {**overrides(settings), **given, **rounding}, {key: OPTIONS[key] for key in given if key in OPTIONS})
     for warning in loaded.warnings:
         warn(warning)
     from atoll.workflows import compose_and_publish
@@ -161,15 +180,15 @@ def _rows(examples: str | None, test: str | None) -> dict[str, str | None]:
     return {"data.train": examples, "data.test": test}
 
 
-def _load(file: Path | None, values: dict[str, Any]) -> LoadedConfig[ComposeConfig]:
+def _load(file: Path | None, values: dict[str, Any], options: dict[str, str]) -> LoadedConfig[ComposeConfig]:
     """The configuration of the file and the options. Without a base, the one that the adapters were trained on."""
     from atoll.config_file import load_compose, load_config
 
     if file is not None:
-        return load_config(file, "compose", values)
+        return load_config(file, "compose", values, options=options)
     if not any(key in values for key in ("data.path", "data.train")):
         raise usage("give the examples with --examples few.jsonl, or a compose file")
-    return load_compose({"base": _base_of(values.get("compose.adapters")), **values} if "base" not in values else values)
+    return load_compose({"base": _base_of(values.get("compose.adapters")), **values} if "base" not in values else values, options)
 
 
 def _base_of(only: list[str] | None) -> str:
@@ -228,8 +247,9 @@ def _headline(report: Report) -> str:
     seeds = f", {len(report.seeds)} seeds, kept {report.seed} by {report.chosen_by}" if len(report.seeds) > 1 else _single(report)
     kept = f", keeping {report.energy_kept:.2%} of the updates' energy" if report.energy_kept < 1 else ""
     tests = f", {counted(report.test_rows, 'test row')} ({report.metric})" if report.test_rows else ""
+    examples = counted(report.examples, "example")
     return (
-        f"{report.task}: {len(report.shortlist)} of {report.candidates} adapters of {report.base}, {counted(report.examples, 'example')}{tests}{seeds}; "
+        f"{report.task}: {len(report.shortlist)} of {report.candidates} adapters of {report.base}, {examples}{tests}{seeds}; "
         f"{report.method}, {counted(search['evaluations'], 'evaluation')}{ended}; rank {report.rank}{kept}"
     )
 

@@ -25,7 +25,6 @@ from atoll.model import composed
 from atoll.model.adapter import Adapter, LoraModule
 from atoll.model.decoder import Decoder
 
-
 MAX_RANK = 1024  # what an adapter file may have: ranks that add up to more are compressed to it
 
 
@@ -39,8 +38,8 @@ class Composed(NamedTuple):
 def compose(pool: Pool, weights: Tensor, *, form: str = "cat", rank: int | None = None, record: Mapping[str, Any] | None = None) -> Composed:
     """The adapter of given weights [N], or [N, L] with one for each layer, compressed to `rank` if it has more.
 
-    Adapters of weight 0 are left out; so is a layer's weight where the adapter does not act on it. record joins the "composition" of the manifest (see `record_of`); its base, prompt and task are the caller's
-    to add.
+    Adapters of weight 0 are left out; so is a layer's weight where the adapter does not act on it. record joins "composition" in the manifest (see
+    `record_of`); its base, prompt and task are the caller's to add.
     Raises ConfigError for weights that are not finite or an unknown form, and what model.composed raises.
     """
     if form not in FORMS:

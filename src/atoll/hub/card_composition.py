@@ -63,7 +63,7 @@ def strength(weight: float | None, by_layer: Sequence[float] | None) -> float:
 
 
 def parent_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What is told of one parent, the same wherever it is told: digest, name and weight, and where layers have their own, layer_weights and layers."""
+    """What is told of one parent, the same wherever it is told: digest, name, weight, and where layers have weights, layer_weights and layers."""
     told: dict[str, Any] = {key: entry.get(key) for key in ("digest", "name", "weight")}
     return told | {key: list(entry[key]) for key in ("layer_weights", "layers") if isinstance(entry.get(key), list | tuple)}
 

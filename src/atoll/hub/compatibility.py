@@ -45,7 +45,7 @@ class Verdict:
         return self.kind != "refused"
 
     def hint(self, otherwise: str, *, can_ignore: bool = True) -> str:
-        """What to do about a refusal, on a command line; `otherwise`, unless the rounding of the base is why. can_ignore: there is an option for it."""
+        """What to do about a refusal, on a command line; `otherwise`, unless the rounding of the base is why. can_ignore: by an option."""
         if self.quantization is None:
             return otherwise
         ignore = "; --ignore-quantization uses the adapter all the same" if can_ignore else ""

@@ -135,7 +135,7 @@ def plan_composition(
         dev=tuple(random.Random(f"atoll dev {settings.seed}").sample(drawn.undrawn, min(DEV_ROWS, len(drawn.undrawn)))),
         prompt=data.task.prompt_format(stop),
         max_new_tokens=max_new_tokens,
-        warnings=(*left_out, *more, *_cut(drawn, base)),
+        warnings=(*left_out, *more, *_cut(drawn, base), *_leaks(data)),
         seeds_note=drawn.note,
     )
 
@@ -191,9 +191,13 @@ def _named(config: ComposeConfig, hub: Hub) -> tuple[tuple[Version, ...], tuple[
         listed = found
     else:
         listed = list(hub.list())
-        found = [version for version in listed if version.kind == "lora"]
+        found, older = _newest_loras(listed, hub)
         edits = sum(version.kind in ("reft", "lora+reft") for version in listed)
         sentences = [f"{edits} adapter{'s' if edits > 1 else ''} with ReFT edits left out: only LoRA factors are weighed"] if edits else []
+        if older:
+            sentences.append(
+                f"the newest of {_listed([version.name for version in older])} is composed: {_listed([v.ref for v in older])} used instead"
+            )
     strange = [name for name in settings.exclude if name_key(name) not in {name_key(version.name) for version in listed}]
     sentences += [f"{name} is excluded, but there is no such adapter" for name in strange]
     kept: dict[str, Version] = {}
@@ -204,6 +208,19 @@ def _named(config: ComposeConfig, hub: Hub) -> tuple[tuple[Version, ...], tuple[
         what = "all the adapters named are excluded" if found else "the hub has no LoRA adapters to compose"
         raise ConfigError(what, hint="train some first (atoll train, atoll land), or bring them in with atoll hub pull")
     return tuple(kept.values()), tuple(sentences)
+
+
+def _newest_loras(listed: Sequence[Version], hub: Hub) -> tuple[list[Version], list[Version]]:
+    """The newest LoRA of each name, and which of them are older than a composition that was published under their name."""
+    found: list[Version] = []
+    older: list[Version] = []
+    for version in listed:
+        if version.kind == "lora":
+            found.append(version)
+        elif version.kind == "composed" and version.number > 1:
+            before = [one for one in hub.list(version.name, all_versions=True) if one.kind == "lora" and one.name == version.name and not one.yanked]
+            older += sorted(before, key=lambda one: one.number)[-1:]
+    return [*found, *older], older
 
 
 def _fitting(versions: Sequence[Version], hub: Hub, base: Base, *, named: bool) -> tuple[tuple[Version, ...], tuple[str, ...]]:
@@ -246,6 +263,16 @@ def _cut(drawn: Draws, base: Base) -> tuple[str, ...]:
         return ()
     num = counted(len(drawn.cut), "example")
     return (f"{num} lost the beginning of their prompt to fit {base.context_length} tokens (first: {drawn.cut[0]})",)
+
+
+def _leaks(data: TaskData) -> tuple[str, ...]:
+    """A sentence about test rows that are examples too: what is scored on them was learned by heart."""
+    known = {(example.turns, example.completion) for example in data.train}
+    leaked = [row.where for row in data.test if (row.turns, row.completion) in known]
+    if not leaked:
+        return ()
+    what = "1 test row equals an example" if len(leaked) == 1 else f"{len(leaked)} of {len(data.test)} test rows equal examples"
+    return (f"{what} (first: {leaked[0]}), so scores are too good: leave them out of one of the two",)
 
 
 def _candidate(version: Version, hub: Hub) -> Candidate:

@@ -124,7 +124,8 @@ class Report:
 
     examples: k, those of one seed. seeds: those that were done. seed: the one that was kept, chosen by `chosen_by`, never by test rows. search: how
     it went. measure: what gains and advice stand on, "score", "loss" or "" for nothing. versus: what the composition gains over each contestant.
-    energy_kept: the share of the updates' squared norm that is left of them where they were compressed to `rank`. took: seconds by part. stopped: what a stop left out, in a sentence, or "".
+    took: seconds by part. stopped: what a stop left out, in a sentence, or "". energy_kept: the share of the updates' squared norm that is left where
+    they were compressed to `rank`.
     """
 
     task: str

@@ -1,7 +1,7 @@
 """From a plan to weights: rank the candidates and search, once for each seed, and choose among the seeds.
 
-Every seed's result is judged by rows that it has not seen where there are any: by those that no seed drew, else by those that it left out, else by the
-held-out value of its own search. Never by test rows.
+Every seed's result is judged by rows that it has not seen where there are any: by those that no seed drew, else by those that it left out, else by
+the held-out value of its own search. Never by test rows.
 
 Used by compose.py; compose_controls.py measures what comes out.
 """
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from atoll.compose.base_losses import base_losses
 from atoll.compose.controls import Controls, Search
