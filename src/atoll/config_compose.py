@@ -11,10 +11,13 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, field_validator
 
 from atoll.config import DataConfig, DataSection, EvalConfig, EvalSection, GenerationConfig, GenerationSection, Name
+from atoll.config_quantization import QuantizationConfig
 from atoll.config_section import Section, empty_as_mapping
 from atoll.errors import ConfigError
 
 METHODS = ("gradient", "gradient_per_layer", "cma", "nevergrad:<name>", "uniform", "best_single")
+USUAL_SEEDS = 3  # beside test rows and controls, where something is drawn
+_DETERMINISTIC = ("gradient", "gradient_per_layer", "uniform", "best_single")
 _WITH_FOLDS = ("gradient", "gradient_per_layer")  # methods that can hold every example out from a search of its own
 
 
@@ -40,7 +43,9 @@ class ComposeSettings(Section):
     budget: int | None = Field(
         default=None, ge=1, description="Evaluations of a search: candidates scored on all examples. Without it, the method's own."
     )
-    time_s: float | None = Field(default=None, gt=0, description="Seconds after which a search ends with the best so far.")
+    time_s: float | None = Field(
+        default=None, gt=0, description="Seconds after which a search ends with the best so far: each search, of every seed, fold and control."
+    )
     folds: int | None = Field(
         default=None,
         ge=0,
@@ -60,7 +65,12 @@ class ComposeSettings(Section):
     control_folds: int = Field(default=5, ge=2, le=20, description="Folds of the cross-validation that compares the result with the controls.")
     seed: int = Field(default=0, ge=0, description="Seed of the drawn examples, the folds, the search and the controls.")
     seeds: int | None = Field(
-        default=None, ge=1, le=20, description="Repeat with so many seeds, from `seed` on. Without it, 3 where there are test rows, else 1."
+        default=None,
+        ge=1,
+        le=20,
+        description="Repeat with so many seeds, from `seed` on, and keep the one that does best on rows that it has not seen. Without it, 3 "
+        "where there are test rows and something is drawn (k examples, a part that a search holds out, or the search itself), else 1. Where all "
+        "examples are used, each seed leaves a part of them out.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Number format of the base.")
     device: str = Field(default="cpu", min_length=1, description="Where to compute: cpu, or cuda (cuda:1, …) on a machine that has it.")
@@ -84,6 +94,16 @@ class ComposeSettings(Section):
         return bounds
 
     @property
+    def deterministic(self) -> bool:
+        """Whether the method makes the same weights of the same examples, whatever the seed; what is held out aside."""
+        return self.method.partition(":")[0] in _DETERMINISTIC
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether each search holds examples out, by its seed."""
+        return self.hold_out is not None or bool(self.folds)
+
+    @property
     def takes_folds(self) -> bool:
         """Whether the method can hold examples out in folds, and they are not held out once instead."""
         return self.method.partition(":")[0] in _WITH_FOLDS and self.hold_out is None
@@ -97,6 +117,11 @@ class ComposeConfig(Section):
 
     base: str = Field(
         min_length=1, description="The base model: an alias (smollm2-135m-instruct), a Hugging Face id, or a folder (./mine, relative to this file)."
+    )
+    quantization: QuantizationConfig | None = Field(
+        default=None,
+        description="Round the base's linears to 4 or 8 bits (QLoRA): {bits: 4}. Adapters that were trained on such a base are composed on it, and "
+        "the result belongs to it. Without it, the base as it is.",
     )
     name: Name | None = Field(
         default=None,

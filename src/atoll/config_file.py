@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
 
@@ -62,7 +62,9 @@ def load_config(path: str | Path, kind: Literal["train"], overrides: Mapping[str
 @overload
 def load_config(path: str | Path, kind: Literal["land"], overrides: Mapping[str, Any] | None = None) -> LoadedConfig[LandConfig]: ...
 @overload
-def load_config(path: str | Path, kind: Literal["compose"], overrides: Mapping[str, Any] | None = None) -> LoadedConfig[ComposeConfig]: ...
+def load_config(
+    path: str | Path, kind: Literal["compose"], overrides: Mapping[str, Any] | None = None, *, options: Mapping[str, str] | None = None
+) -> LoadedConfig[ComposeConfig]: ...
 @overload
 def load_config(
     path: str | Path, kind: None = None, overrides: Mapping[str, Any] | None = None
@@ -70,21 +72,26 @@ def load_config(
 
 
 def load_config(
-    path: str | Path, kind: Kind | None = None, overrides: Mapping[str, Any] | None = None
+    path: str | Path, kind: Kind | None = None, overrides: Mapping[str, Any] | None = None, *, options: Mapping[str, str] | None = None
 ) -> LoadedConfig[TrainConfig] | LoadedConfig[LandConfig] | LoadedConfig[ComposeConfig]:
     """Read, translate, override and check a file. Raises ConfigError, one sentence for all its problems.
 
     kind: which kind of file is wanted; None takes any. overrides: values by dotted key of Atoll's own form (`trainer.epochs`,
     `tasks.dates.adapter.r`), as `--set` gives them (parse_overrides); paths among them are relative to the working directory, not to the file.
+    options: how a command line spells some of these keys, for complaints ("--method").
     """
     file = read_yaml(Path(path))
     if SWEEP in file.data:
         raise ConfigError(f"{file.where((SWEEP,))}: {file.path} is a sweep: many trainings in one file", hint=f"run: atoll train {file.path}")
-    return load_parsed(file, kind, overrides)
+    return load_parsed(file, kind, overrides, options=options)
 
 
 def load_parsed(
-    file: YamlFile, kind: Kind | None, overrides: Mapping[str, Any] | None = None, swept: Mapping[str, Any] | None = None
+    file: YamlFile,
+    kind: Kind | None,
+    overrides: Mapping[str, Any] | None = None,
+    swept: Mapping[str, Any] | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> LoadedConfig[TrainConfig] | LoadedConfig[LandConfig] | LoadedConfig[ComposeConfig]:
     """As load_config, of a file that has been read. swept: values by dotted key that the file itself gives for this one of its trainings."""
     foreign = translate(file) if is_ludwig(file) else None
@@ -102,7 +109,7 @@ def load_parsed(
         data = {**data, "base": os.path.normpath(root / Path(base).expanduser())}
 
     origins = foreign.origins if foreign is not None else {}
-    blame = _Blame(file, origins, frozenset(overrides or {}), frozenset(swept or {}))
+    blame = _Blame(file, origins, frozenset(overrides or {}), frozenset(swept or {}), options or {})
     if found == "land":
         land = _checked(LandConfig, data, blame)
         jobs = _jobs(land, file)
@@ -114,10 +121,10 @@ def load_parsed(
     return LoadedConfig(train, file.path, root, warnings, foreign.source if foreign is not None else "atoll")
 
 
-def load_compose(values: Mapping[str, Any]) -> LoadedConfig[ComposeConfig]:
-    """The composition that options alone describe: values by dotted key, as of `load_config`'s overrides. Raises ConfigError."""
+def load_compose(values: Mapping[str, Any], options: Mapping[str, str] | None = None) -> LoadedConfig[ComposeConfig]:
+    """The composition that options alone describe: values by dotted key, and how they are spelled, as of `load_config`. Raises ConfigError."""
     nowhere = YamlFile(Path("the command line"), {}, {})
-    config = _checked(ComposeConfig, _overridden({}, values), _Blame(nowhere, {}, frozenset(values)))
+    config = _checked(ComposeConfig, _overridden({}, values), _Blame(nowhere, {}, frozenset(values), options or {}))
     return LoadedConfig(config, nowhere.path, Path.cwd(), (), "atoll")
 
 
@@ -166,6 +173,7 @@ class _Blame:
     origins: Mapping[str, Key]
     overrides: frozenset[str]
     swept: frozenset[str] = frozenset()
+    options: Mapping[str, str] = field(default_factory=dict)
 
     def where(self, key: Key) -> str:
         text = key_text(key)
@@ -173,7 +181,7 @@ class _Blame:
             if text == place or text.startswith(f"{place}."):
                 return self.file.where((SWEEP, place))
         if any(text == override or text.startswith(f"{override}.") for override in self.overrides):
-            return f"--set {text}"
+            return self.options.get(text) or f"--set {text}"
         return self.file.where(self.origins.get(text, key))
 
     def renamed(self, path: str) -> str | None:
@@ -201,7 +209,7 @@ def _kind_of(data: Mapping[str, Any], wanted: Kind | None) -> Kind:
         return "land"
     if "compose" in data or "controls" in data:
         return "compose"
-    return "compose" if wanted == "compose" and not {"adapter", "trainer", "quantization"} & set(data) else "train"
+    return "compose" if wanted == "compose" and not {"adapter", "trainer"} & set(data) else "train"
 
 
 def _wrong_kind(file: YamlFile, found: Kind, wanted: Kind, foreign: bool) -> ConfigError:

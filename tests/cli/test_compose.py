@@ -117,12 +117,12 @@ REFUSED = {
     "a file that is not there": (["--examples", "nothing.jsonl"], ["nothing.jsonl", "does not exist"]),
     "a column that is not there": ([*TASK, "--target", "mood"], ["few.jsonl:1", "'mood'"]),
     "a name that climbs": ([*TASK, "--publish", "../../x"], ["name"]),
-    "an unknown method": ([*TASK, "--method", "magic"], ["compose.method", "'magic'"]),
+    "an unknown method": ([*TASK, "--method", "magic"], ["--method", "'magic'"]),
     "more folds than examples": ([*TASK, "--set", "compose.folds=9"], ["4 examples", "9 folds"]),
     "an adapter that is not there": ([*TASK, "--from", "colour"], ["'colour'"]),
     "a base that is not there": ([*TASK, "--base", "./no-base"], ["no-base"]),
-    "an unknown way to rank": ([*TASK, "--retrieve", "luck"], ["compose.retrieve", "'luck'"]),
-    "a share above one": ([*TASK, "--hold-out", 2], ["compose.hold_out"]),
+    "an unknown way to rank": ([*TASK, "--retrieve", "luck"], ["--retrieve", "'luck'"]),
+    "a share above one": ([*TASK, "--hold-out", 2], ["--hold-out"]),
     "a setting of training": ([*TASK, "--set", "trainer.epochs=1"], ["trainer"]),
 }
 

@@ -95,6 +95,22 @@ def test_every_listed_name_can_be_asked_for(base, hub, write, tmp_path):
     play(scenario())
 
 
+def test_parents_are_told_alike_before_and_after_loading(base, hub, write):
+    """A client that reads lineage need not know what is in memory; weights of layers come with it."""
+    parent = {"digest": hub.resolve("red").digest, "name": "red@1", "weight": 0.5, "layer_weights": [0.25, 0.75]}
+    hub.publish(write("both", 67, kind="composed", parents=[parent]), "both")
+
+    async def scenario():
+        async with running(base, hub) as service:
+            known = (await service.operator.adapter(AdapterRef("both"), ME)).parents
+            await key_of(service, "both")
+            loaded = (await service.operator.adapter(AdapterRef("both"), ME)).parents
+            listed = {info.name: info.parents for info in await service.operator.adapters(ME)}["both"]
+            assert known == loaded == listed and [dict(one) for one in known] == [parent]
+
+    play(scenario())
+
+
 def test_parents_that_a_key_may_not_see_are_not_told(base, hub, write):
     """What an adapter was made of is a list of other people's adapters."""
     parents = [{"digest": hub.resolve(name).digest, "name": f"{name}@1", "weight": 0.5} for name in ("red", "green")]

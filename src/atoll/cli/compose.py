@@ -10,6 +10,7 @@ import typer
 from atoll.cli.options import DEFAULT_BASE, BaseOption, JsonOption, OutOption, SetOption, overrides, usage
 from atoll.cli.output import Column, duration, say, warn, write, write_json, write_table
 from atoll.cli.progress import progress_bar
+from atoll.cli.rounding import QuantizationOption, Rounding
 from atoll.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,11 +30,24 @@ COLUMNS = (
 )
 PARTS = (
     Column("weight", right=True),
+    Column("of its layers", right=True, spare=1),
     Column("adapter"),
     Column("loss alone", right=True),
     Column("slope", right=True),
     Column("likeness", right=True),
 )
+OPTIONS = {  # how the settings are spelled here, where it is not --set
+    "name": "--publish",
+    "compose.adapters": "--from",
+    "compose.time_s": "--time",
+    "data.train": "--examples",
+    "data.path": "--examples",
+    "data.test": "--test",
+    **{f"data.{key}": f"--{key}" for key in ("template", "target")},
+    **{key: f"--{key}" for key in ("base", "description", "controls")},
+    **{f"compose.{key}": f"--{key.replace('_', '-')}" for key in ("exclude", "dtype", "k", "top_k", "retrieve", "method", "budget")},
+    **{f"compose.{key}": f"--{key.replace('_', '-')}" for key in ("hold_out", "form", "rank", "seed", "seeds")},
+}
 
 
 def compose(
@@ -51,6 +65,7 @@ def compose(
         typer.Option("--description", metavar="TEXT", help="What the task is: for its card, and for --retrieve text.", show_default=False),
     ] = None,
     base: BaseOption = None,
+    quantization: QuantizationOption = None,
     template: Annotated[str | None, typer.Option("--template", metavar="TEXT", help="The prompt, with {column} in it.", show_default=False)] = None,
     target: Annotated[str | None, typer.Option("--target", metavar="COLUMN", help="The column with the answer.", show_default=False)] = None,
     k: Annotated[int | None, typer.Option("--k", min=1, metavar="K", help="Draw so many of the examples, by the seed.", show_default=False)] = None,
@@ -70,11 +85,16 @@ def compose(
     method: Annotated[
         str | None,
         typer.Option(
-            "--method", metavar="METHOD", help="gradient, gradient_per_layer, cma, nevergrad:NAME, uniform or best_single.", show_default=False
+            "--method",
+            metavar="METHOD",
+            help="gradient_per_layer (the default), gradient, cma, nevergrad:NAME, uniform or best_single.",
+            show_default=False,
         ),
     ] = None,
     budget: Annotated[int | None, typer.Option("--budget", min=1, metavar="N", help="Evaluations of the search.", show_default=False)] = None,
-    time_s: Annotated[float | None, typer.Option("--time", metavar="SECONDS", help="Time for the search.", show_default=False)] = None,
+    time_s: Annotated[
+        float | None, typer.Option("--time", metavar="SECONDS", help="Time for each search: of every seed, fold and control.", show_default=False)
+    ] = None,
     hold_out: Annotated[
         float | None,
         typer.Option("--hold-out", metavar="SHARE", help="Hold out this share of the examples, to know when to stop.", show_default=False),
@@ -85,7 +105,8 @@ def compose(
     rank: Annotated[int | None, typer.Option("--rank", min=1, metavar="R", help="Compress the result to this rank.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, metavar="N", help="The first seed.", show_default=False)] = None,
     seeds: Annotated[
-        int | None, typer.Option("--seeds", min=1, metavar="N", help="Repeat with so many seeds (3 with test rows).", show_default=False)
+        int | None,
+        typer.Option("--seeds", min=1, metavar="N", help="Repeat with so many seeds (3 with test rows, if k are drawn).", show_default=False),
     ] = None,
     controls: Annotated[bool | None, typer.Option("--controls/--no-controls", help="Compare with simpler things.", show_default="controls")] = None,
     out: OutOption = None,
@@ -125,7 +146,9 @@ def compose(
     }
     flags |= {f"compose.{key}": value for key, value in (("k", k), ("top_k", top_k), ("retrieve", retrieve), ("method", method), ("budget", budget))}
     flags |= {f"compose.{key}": value for key, value in (("hold_out", hold_out), ("form", form), ("rank", rank), ("seed", seed), ("seeds", seeds))}
-    loaded = _load(file, {**overrides(settings), **{key: value for key, value in flags.items() if value is not None}})
+    rounding = _rounding(quantization, only) if quantization is not None or (only and file is None) else {}
+    given = {key: value for key, value in flags.items() if value is not None}
+    loaded = _load(file, {**overrides(settings), **given, **rounding}, {key: OPTIONS[key] for key in given if key in OPTIONS})
     for warning in loaded.warnings:
         warn(warning)
     from atoll.workflows import compose_and_publish
@@ -140,6 +163,14 @@ def compose(
         _show(outcome)
 
 
+def _rounding(name: str | None, only: list[str] | None) -> dict[str, Any]:
+    """How the base is rounded: as the option says, or as it was for the first adapter that is named."""
+    from atoll.hub import Hub
+
+    found = Rounding(name).of(Hub() if only and name is None else None, only)
+    return {"quantization": None if found is None else found.model_dump(mode="json", exclude_unset=True)}
+
+
 def _rows(examples: str | None, test: str | None) -> dict[str, str | None]:
     """Which data settings the two options mean: a file of examples beside one of test rows, or one place that may hold both."""
     if test is None:
@@ -149,15 +180,15 @@ def _rows(examples: str | None, test: str | None) -> dict[str, str | None]:
     return {"data.train": examples, "data.test": test}
 
 
-def _load(file: Path | None, values: dict[str, Any]) -> LoadedConfig[ComposeConfig]:
+def _load(file: Path | None, values: dict[str, Any], options: dict[str, str]) -> LoadedConfig[ComposeConfig]:
     """The configuration of the file and the options. Without a base, the one that the adapters were trained on."""
     from atoll.config_file import load_compose, load_config
 
     if file is not None:
-        return load_config(file, "compose", values)
+        return load_config(file, "compose", values, options=options)
     if not any(key in values for key in ("data.path", "data.train")):
         raise usage("give the examples with --examples few.jsonl, or a compose file")
-    return load_compose({"base": _base_of(values.get("compose.adapters")), **values} if "base" not in values else values)
+    return load_compose({"base": _base_of(values.get("compose.adapters")), **values} if "base" not in values else values, options)
 
 
 def _base_of(only: list[str] | None) -> str:
@@ -182,11 +213,17 @@ def _show(outcome: ComposeOutcome) -> None:
         write_table([COLUMNS[place] for place in used], [[row[place] for place in used] for row in cells])
         write(_legend(report))
         write("")
-    listed = sorted(report.shortlist, key=lambda one: -abs(one.weight))
+    from atoll.hub.card_composition import LAYERS_NOTE, range_text, strength
+
+    listed = sorted(report.shortlist, key=lambda one: -strength(one.weight, one.by_layer))
     by_text = any(one.slope is not None or one.loss is None for one in listed)  # else it has decided nothing
-    cells = [[f"{one.weight:+.3f}", one.name, _figure(one.loss), _figure(one.slope), _figure(one.similarity if by_text else None)] for one in listed]
+    layers = [range_text(one.by_layer) if one.by_layer else None for one in listed]
+    figures = [[_figure(one.loss), _figure(one.slope), _figure(one.similarity if by_text else None)] for one in listed]
+    cells = [[f"{one.weight:+.3f}", spread, one.name, *rest] for one, spread, rest in zip(listed, layers, figures, strict=True)]
     used = [place for place in range(len(PARTS)) if any(row[place] for row in cells)]
     write_table([PARTS[place] for place in used], [[row[place] for place in used] for row in cells])
+    if any(layers):
+        write(LAYERS_NOTE)
     for sentence in report.advice:
         write(f"\n{sentence}")
     if outcome.reused:
@@ -203,29 +240,40 @@ def _show(outcome: ComposeOutcome) -> None:
 
 def _headline(report: Report) -> str:
     """What was composed of what, in one line."""
+    from atoll.workflows.compose_report import counted
+
     search = report.search
     ended = {"time": ", ended by --time", "interrupted": ", stopped"}.get(search["stopped_by"], "")
-    seeds = f", {len(report.seeds)} seeds, kept {report.seed} by {report.chosen_by}" if len(report.seeds) > 1 else ""
-    tests = f", {report.test_rows} test rows ({report.metric})" if report.test_rows else ""
+    seeds = f", {len(report.seeds)} seeds, kept {report.seed} by {report.chosen_by}" if len(report.seeds) > 1 else _single(report)
+    kept = f", keeping {report.energy_kept:.2%} of the updates' energy" if report.energy_kept < 1 else ""
+    tests = f", {counted(report.test_rows, 'test row')} ({report.metric})" if report.test_rows else ""
+    examples = counted(report.examples, "example")
     return (
-        f"{report.task}: {len(report.shortlist)} of {report.candidates} adapters of {report.base}, {report.examples} examples{tests}{seeds}; "
-        f"{report.method}, {search['evaluations']:g} evaluations{ended}; rank {report.rank}"
+        f"{report.task}: {len(report.shortlist)} of {report.candidates} adapters of {report.base}, {examples}{tests}{seeds}; "
+        f"{report.method}, {counted(search['evaluations'], 'evaluation')}{ended}; rank {report.rank}{kept}"
     )
+
+
+def _single(report: Report) -> str:
+    """Why there is one seed, where more are usual."""
+    return f", {report.chosen_by}" if report.chosen_by.startswith("one seed:") else ""
 
 
 def _legend(report: Report) -> str:
     """What stands behind each ±."""
-    said = ["± of a loss is its standard error over folds"] if any(line.loss is not None for line in report.lines) else []
-    if report.test_rows:
-        said.append("of a score its standard deviation over seeds" if len(report.seeds) > 1 else "of a score its standard error over rows")
-    said.append("gain is over the base, paired")
-    return "; ".join(said)
+    said = []
+    if any(line.loss is not None for line in report.lines):
+        said.append("of a loss is its standard error over folds")
+    if report.test_rows and len(report.seeds) > 1:
+        said.append("of a score its standard deviation over seeds (its standard error over rows, where seeds do not differ)")
+    elif report.test_rows:
+        said.append("of a score its standard error over rows")
+    return "; ".join([*(["± " + "; ".join(said)] if said else []), "gain is over the base, paired"])
 
 
 def _cells(line: Line) -> list[str | None]:
     gain = None if line.gain is None else f"{line.gain.value:+.3f}" + (f" ± {line.gain.stderr:.3f}" if line.gain.stderr is not None else "")
-    several = len(line.scores) > 1
-    spread = (line.spread or None) if several else line.score_stderr  # the base is the same for every seed
+    spread = line.spread or line.score_stderr  # the base is the same for every seed
     what = f"{line.what} ({line.note})" if line.note and line.what else line.note or line.what
     made = duration(line.seconds) if line.seconds and line.seconds >= 0.05 else None
     return [line.name, what, _with(line.loss, line.loss_stderr), _with(line.score, spread), _figure(line.option), gain, made]

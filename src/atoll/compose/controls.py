@@ -29,6 +29,7 @@ from atoll.compose.losses import LabelLosses
 from atoll.compose.measuring import Candidate, alone
 from atoll.compose.pool import Pool
 from atoll.compose.random_adapters import random_pool
+from atoll.compose.result import losses_of
 from atoll.compose.retrieval import Ranking
 from atoll.compose.search import Found
 from atoll.data.encode import EncodedRow
@@ -59,16 +60,17 @@ class Controls:
         *,
         top_k: int = 10,
         form: str = "cat",
+        rank: int | None = None,
         seed: int = 0,
     ) -> None:
         """rows: the examples encoded as for training. ranking: of the candidates on these rows, with each fold's `learn` among its subsets.
 
-        search: the very function that makes the real result. form: how it means its weights.
+        search: the very function that makes the real result. form: how it means its weights. rank: what its adapter is compressed to.
         """
         assert len(examples) == len(rows) == ranking.losses.shape[1], "examples, rows and ranking are not of the same examples"
         self._base, self._task, self._examples, self._rows = base, task, examples, rows
         self._candidates, self._ranking, self._search = candidates, ranking, search
-        self._top_k, self._form, self._seed = top_k, form, seed
+        self._top_k, self._form, self._rank, self._seed = top_k, form, rank, seed
         self._held: tuple[tuple[int, ...], Pool] | None = None  # the pool asked for last: contestants of one fold share it
         self._base_losses: Tensor | None = None
 
@@ -106,11 +108,11 @@ class Controls:
         seen = [ranked.loss for ranked in known if ranked.loss is not None]
         if len(seen) < pool.num:  # ranked by something else than losses
             seen = alone(LabelLosses(self._base.decoder, pool, self._of(fold.learn))).mean(1).tolist()
-        return self._measured(pool, torch.eye(pool.num)[seen.index(min(seen))], fold, "cat")
+        return self._measured(pool, torch.eye(pool.num)[seen.index(min(seen))], fold)
 
     def uniform(self, fold: Fold) -> Tensor:
         pool = self.pool(fold.learn)
-        return self._measured(pool, torch.full((pool.num,), 1 / pool.num), fold, "cat")
+        return self._measured(pool, torch.full((pool.num,), 1 / pool.num), fold)
 
     def composed(self, fold: Fold) -> Tensor:
         return self._searched(self.pool(fold.learn), fold)
@@ -121,7 +123,7 @@ class Controls:
     def trained(self, fold: Fold) -> Tensor:
         decoder = self._base.decoder
         adapter = train_on_examples(decoder, self._of(fold.learn), base=self._base.name, seed=self._seed, stop_asked=fold.stop_asked)
-        return self._measured(Pool.of([adapter], decoder), torch.ones(1), fold, "cat")
+        return self._measured(Pool.of([adapter], decoder), torch.ones(1), fold)
 
     def in_context(self, fold: Fold) -> Tensor:
         held_out, shots = ([self._examples[index] for index in indices] for indices in (fold.held_out, fold.learn))
@@ -131,11 +133,11 @@ class Controls:
         found = self._search(pool, self._of(fold.learn), self._seed, fold.stop_asked)
         if found.stopped_by == "interrupted":
             raise Interrupted("the search was stopped")
-        return self._measured(pool, found.weights, fold, self._form)
+        return losses_of(pool, found.weights, self._base.decoder, self._of(fold.held_out), form=self._form, rank=self._rank)
 
-    def _measured(self, pool: Pool, weights: Tensor, fold: Fold, form: str) -> Tensor:
+    def _measured(self, pool: Pool, weights: Tensor, fold: Fold) -> Tensor:
         held_out = self._of(fold.held_out)
-        return LabelLosses(self._base.decoder, pool, held_out, form=form).scores(weights.unsqueeze(0), range(len(held_out)))[0]
+        return LabelLosses(self._base.decoder, pool, held_out).scores(weights.unsqueeze(0), range(len(held_out)))[0]
 
     def _of(self, examples: Sequence[int]) -> list[EncodedRow]:
         return [self._rows[example] for example in examples]

@@ -88,11 +88,23 @@ class FewShot:
         return tuple(sorted(self._shuffled(seed)[:num]))
 
     def folds(self, num: int, seed: int) -> tuple[tuple[int, ...], ...]:
-        """The examples in `num` groups of nearly equal size, drawn by `seed`. Raises ConfigError for fewer examples than groups, or one group."""
+        """The examples in `num` groups of nearly equal size, drawn by `seed`; fewer groups where fewer inputs differ.
+
+        Examples with equal inputs share a group, or one that is held out would have been seen. Raises ConfigError for fewer examples than groups, or
+        one group.
+        """
         if not 2 <= num <= len(self.rows):
             raise ConfigError(f"{len(self.rows)} examples cannot be cut into {num} folds", hint="use 2 folds or more, and no more than examples")
         order = self._shuffled(seed)
-        return tuple(tuple(sorted(order[place::num])) for place in range(num))
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for index in order:
+            row = self.rows[index]
+            alike.setdefault(tuple(row.token_ids[: row.first_label]), []).append(index)
+        groups = list(alike.values()) if len(alike) > 1 else [[index] for index in order]
+        found: list[list[int]] = [[] for _ in range(num)]
+        for group in groups:
+            min(found, key=len).extend(group)
+        return tuple(tuple(sorted(fold)) for fold in found if fold)
 
     def _shuffled(self, seed: int) -> list[int]:
         order = list(range(len(self.rows)))
@@ -100,9 +112,15 @@ class FewShot:
         return order
 
 
-def l1(strength: float = 0.05) -> Regulariser:
-    """strength * mean|w|: keeps weights small and many of them near zero. LoraHub's own, of which its article writes the sum."""
-    return lambda weights: strength * weights.flatten(1).abs().mean(1)
+def l1(strength: float = 0.05, acts: Tensor | None = None) -> Regulariser:
+    """strength * mean|w|: keeps weights small and many of them near zero. LoraHub's own, of which its article writes the sum.
+
+    acts [N, L] bool (`Pool.acts`): the mean of weights [P, N, L] is over these alone, so that layers that an adapter lacks do not thin it out.
+    """
+    if acts is None or bool(acts.all()):
+        return lambda weights: strength * weights.flatten(1).abs().mean(1)
+    has = acts.float() / acts.sum()
+    return lambda weights: strength * ((weights.abs() * has).flatten(1).sum(1) if weights.dim() == 3 else weights.abs().mean(1))
 
 
 def l2(strength: float = 0.05) -> Regulariser:

@@ -131,6 +131,14 @@ class Pool:
         return min(layer for layer, _ in self.stacks)
 
     @cached_property
+    def acts(self) -> Tensor:
+        """[N, L] bool: whether an adapter changes a layer. Where it does not, a weight of its own for that layer means nothing."""
+        found = torch.zeros(self.num, self.num_layers, dtype=torch.bool)
+        for index, adapter in enumerate(self.adapters):
+            found[index, sorted({site.layer for site in adapter.modules})] = True
+        return found
+
+    @cached_property
     def factors(self) -> Mapping[tuple[int, int], tuple[Factors, ...]]:
         """The members of every fused linear for the product form, made on first use. Raises ConfigError where ranks differ at a site."""
         return {key: self._factors(*key) for key in self.stacks}

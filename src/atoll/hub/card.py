@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from atoll.hub.card_composition import LAYERS_NOTE, composition_rows, control_rows, parent_entry, range_text, strength
+from atoll.hub.card_composition import layer_weights as own_layers
 from atoll.hub.intake import StoredFile
 from atoll.hub.ledger import Run, Score
 from atoll.hub.records import Version
@@ -23,11 +25,24 @@ _SPEC_SHOWN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "tar
 
 @dataclass(frozen=True)
 class Parent:
-    """One adapter that a composed one was made of. name is the hub's, if it is still there."""
+    """One adapter that a composed one was made of. name is the hub's, if it is still there.
+
+    layer_weights: where each layer has its own weight, 0 in those that the adapter does not act on; layers: those that it acts on, where not all.
+    """
 
     digest: str | None
     name: str | None
     weight: float | None
+    layer_weights: tuple[float, ...] | None = None
+    layers: tuple[int, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return parent_entry(vars(self))
+
+    @property
+    def by_layer(self) -> tuple[float, ...] | None:
+        """The weights of the layers that it acts on."""
+        return own_layers(self.to_json())
 
 
 @dataclass(frozen=True)
@@ -63,13 +78,14 @@ class Card:
             "files": [{"name": file.name, "sha256": file.sha256, "size_bytes": file.size_bytes} for file in self.files],
             "scores": [score.to_json() for score in self.scores],
             "runs": [run.to_json() for run in self.runs],
-            "parents": [{"digest": parent.digest, "name": parent.name, "weight": parent.weight} for parent in self.parents],
+            "parents": [parent.to_json() for parent in self.parents],
             "children": list(self.children),
         }
 
     def markdown(self) -> str:
         """The card as Markdown, safe to render as HTML."""
-        parts = [self._facts(), self._edits(), self._scores(), self._training(), self._cost(), self._lineage(), self._files(), self._readme()]
+        parts = [self._facts(), self._edits(), self._scores(), self._training(), self._cost()]
+        parts += [self._composition(), self._lineage(), self._files(), self._readme()]
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def _facts(self) -> str:
@@ -125,11 +141,28 @@ class Card:
             return ""
         return f"## Cost\n\n{_table(('', ''), cost_rows(Cost.from_json(known[0])))}"
 
+    def _composition(self) -> str:
+        """How a composition was made, and what it was measured beside."""
+        made, measured = composition_rows(self.manifest), control_rows(self.manifest)
+        controls = _table(("contestant", "held-out loss", "score", "by options"), list(measured)) if measured else ""
+        tables = [_table(("", ""), list(made)) if made else "", controls]
+        return "\n\n".join(["## Composition", *(table for table in tables if table)]) if any(tables) else ""
+
     def _lineage(self) -> str:
+        ordered = sorted(self.parents, key=lambda parent: -strength(parent.weight, parent.by_layer))
+        layered = any(parent.by_layer for parent in ordered)
+        head = ("adapter", "digest", "mean weight", "of its layers") if layered else ("adapter", "digest", "weight")
         rows = [
-            (parent.name or "unknown here", f"sha256:{parent.digest}" if parent.digest else "", _figure(parent.weight)) for parent in self.parents
+            (
+                parent.name or "unknown here",
+                f"sha256:{parent.digest}" if parent.digest else "",
+                _figure(parent.weight),
+                *((range_text(parent.by_layer, 4) if parent.by_layer else "",) if layered else ()),
+            )
+            for parent in ordered
         ]
-        made_of = f"## Composed of\n\n{_table(('adapter', 'digest', 'weight'), rows)}" if rows else ""
+        note = f"\n\n{LAYERS_NOTE}" if layered else ""
+        made_of = f"## Composed of\n\n{_table(head, rows)}{note}" if rows else ""
         used_in = "## Used in\n\n" + "\n".join(f"- {escape(child)}" for child in self.children) if self.children else ""
         return "\n\n".join(part for part in (made_of, used_in) if part)
 

@@ -44,11 +44,12 @@ class Verdict:
     def usable(self) -> bool:
         return self.kind != "refused"
 
-    def hint(self, otherwise: str) -> str:
-        """What to do about a refusal, on a command line; `otherwise`, unless the rounding of the base is why."""
+    def hint(self, otherwise: str, *, can_ignore: bool = True) -> str:
+        """What to do about a refusal, on a command line; `otherwise`, unless the rounding of the base is why. can_ignore: by an option."""
         if self.quantization is None:
             return otherwise
-        return f"round the base alike with --quantization {self.quantization}; --ignore-quantization uses the adapter all the same"
+        ignore = "; --ignore-quantization uses the adapter all the same" if can_ignore else ""
+        return f"round the base alike with --quantization {self.quantization}{ignore}"
 
 
 def verdict(

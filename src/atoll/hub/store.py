@@ -28,6 +28,7 @@ from atoll.errors import HubError, IntegrityError, StorageError
 from atoll.hub import index
 from atoll.hub.blobs import copy_and_hash, link_or_copy, open_blobs, sha256_of, storage_errors, sync_folder
 from atoll.hub.card import Card, Parent
+from atoll.hub.card_composition import layer_weights
 from atoll.hub.compatibility import Shapes, Verdict, verdict
 from atoll.hub.database import Database, sqlite_url
 from atoll.hub.intake import MAX_BYTES, README_FILE, Intake, Quarantines, StoredFile, read_json_object, take_in, tensor_shapes, version_digest
@@ -218,17 +219,18 @@ class Hub(Ledger):
             parents = session.scalars(select(ParentRow).where(ParentRow.digest == version.digest).order_by(ParentRow.position)).all()
             used_in = select(ParentRow.digest).where(ParentRow.parent_digest == version.digest)
             children = session.scalars(select(VersionRow).where(VersionRow.digest.in_(used_in)).order_by(VersionRow.id)).all()
-            lineage = tuple(Parent(p.parent_digest, _name_of(session, p), p.weight) for p in parents)
+            lineage = tuple((p.parent_digest, _name_of(session, p), p.weight) for p in parents)
             made = tuple(f"{child.adapter.name}@{child.number}" for child in children)
+        manifest = read_json_object(folder / MANIFEST_FILE)
         return Card(
             version=version,
             config=read_json_object(folder / CONFIG_FILE),
-            manifest=read_json_object(folder / MANIFEST_FILE),
+            manifest=manifest,
             readme=readme.read_text(encoding="utf-8", errors="replace") if readme.exists() else "",
             files=self._files(version.digest),
             scores=self.scores(version.digest),
             runs=self.runs(digest=version.digest),
-            parents=lineage,
+            parents=tuple(Parent(*known, **_by_layer(entry)) for known, entry in zip(lineage, _entries(manifest, len(lineage)), strict=True)),
             children=made,
         )
 
@@ -391,6 +393,20 @@ class Hub(Ledger):
 def _contents(folder: Path) -> dict[str, str]:
     """Name -> sha256 of all that is in a version's folder, whether it belongs there or not."""
     return {path.name: sha256_of(path) if path.is_file() else "a folder" for path in folder.iterdir()}
+
+
+def _entries(manifest: Mapping[str, Any], num: int) -> list[Mapping[str, Any]]:
+    """The manifest's own entries of the parents, in the order of the index."""
+    found = manifest.get("parents") or []
+    return list(found) if len(found) == num else [{}] * num
+
+
+def _by_layer(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights by layer of a parent's entry, where they have the form that composing writes."""
+    if layer_weights(entry) is None:
+        return {}
+    layers = entry.get("layers")
+    return {"layer_weights": tuple(map(float, entry["layer_weights"])), "layers": tuple(layers) if isinstance(layers, list) else None}
 
 
 def _name_of(session: Session, parent: ParentRow) -> str | None:

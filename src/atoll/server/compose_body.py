@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import AliasChoices, Field, create_model
 
 from atoll.config import DataConfig, is_valid_name
-from atoll.config_compose import ComposeConfig, ComposeSettings
+from atoll.config_compose import USUAL_SEEDS, ComposeConfig, ComposeSettings
+from atoll.config_quantization import QuantizationConfig
 from atoll.config_section import Section
 from atoll.data.encode import encode_examples
 from atoll.data.prompt import as_text, encode_prompts, parse_template
@@ -120,7 +121,7 @@ def prepared(body: ComposeBody, chosen: Sequence[str], folder: Path, service: Se
     except AtollError as error:
         raise type(error)(_spoken(error.message, folder), hint=_spoken(error.hint, folder)) from None
     return {
-        "config": config.model_dump(mode="json"),
+        "config": {**config.model_dump(mode="json"), **_rounding(config)},
         "root": str(folder),
         "hub": {"root": str(hub.root), "database_url": hub.urls[0], "blob_url": hub.urls[1]},
         "nice": limits.nice,
@@ -148,11 +149,18 @@ def config_of(body: ComposeBody, chosen: Sequence[str], base: Base, limits: Comp
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": str(base.decoder.device),
     }
-    if body.test and limits.max_seeds < 3:  # its default beside test rows
-        settings.setdefault("seeds", limits.max_seeds)
+    if body.test and limits.max_seeds < USUAL_SEEDS:  # what is usual beside test rows where examples are drawn
+        settings.setdefault("seeds", limits.max_seeds if "k" in settings else 1)
     data = {"train": EXAMPLES, **({"test": TEST} if body.test else {}), **{name: asked[name] for name in DATA_KEYS if asked.get(name) is not None}}
-    whole: dict[str, Any] = {"base": base.name, "name": _task_name(body.name), "data": data, "compose": settings}
+    rounded = base.fingerprint.quantization  # the worker's base is the one that is served; blocks in memory would compute the same
+    quantization = QuantizationConfig.named(rounded) if rounded else None
+    whole: dict[str, Any] = {"base": base.name, "quantization": quantization, "name": _task_name(body.name), "data": data, "compose": settings}
     return ComposeConfig(**whole, **{name: asked[name] for name in WHOLE_KEYS if name in asked})
+
+
+def _rounding(config: ComposeConfig) -> dict[str, Any]:
+    """The section as it was made: a whole one of 8 bits would name settings of 4."""
+    return {} if config.quantization is None else {"quantization": config.quantization.model_dump(mode="json", exclude_unset=True)}
 
 
 def _task_name(name: str) -> str | None:

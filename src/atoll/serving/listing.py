@@ -90,7 +90,7 @@ class Listing:
         found = [version for version in hub.list() if version.digest in own or self._fits(version)]
         for version in found:
             if version.kind == "composed" and version.digest not in self._parents:
-                self._parents[version.digest] = tuple(asdict(parent) for parent in hub.show(version.ref).parents)
+                self._parents[version.digest] = tuple(parent.to_json() for parent in hub.show(version.ref).parents)
         return found, frozenset(version.ref for version in hub.list(all_versions=True))
 
     def _fits(self, version: Version) -> bool:
@@ -129,7 +129,7 @@ class Listing:
             created=version.created.timestamp(),
             task=version.task,
             description=version.description,
-            parents=loaded.parents if loaded else self._parents.get(version.digest, ()),
+            parents=self._parents.get(version.digest) or (loaded.parents if loaded else ()),
         )
         known = known if entry is None else self._used(known, entry, engine)
         return known if loaded else replace(known, **self._trouble(version.digest))

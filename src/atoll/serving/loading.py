@@ -157,7 +157,9 @@ def labels_of(manifest: Mapping[str, Any], name: str = "") -> tuple[str, ...] | 
 def _parents(value: Any, name: str) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(value, list | None) or not all(isinstance(parent, dict) for parent in value or ()):
         raise AdapterFormatError(f"{name}: parents in its manifest are {value!r:.60}, expected a list of objects")
-    return tuple(value or ())
+    from atoll.hub.card_composition import parent_entry
+
+    return tuple(parent_entry(parent) for parent in value or ())
 
 
 def _token_ids(value: Any, vocabulary: int) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from atoll.compose.controls import COMPOSED
 from atoll.config_compose import ComposeConfig
 from atoll.config_cost import CostConfig
+from atoll.config_quantization import QuantizationConfig
 from atoll.data.task import TaskData
 from atoll.errors import AtollError, StorageError
 from atoll.files import write_file
@@ -31,7 +32,7 @@ from atoll.workflows.compose_clock import Clock
 from atoll.workflows.compose_controls import Measured, held_out_losses, test_scores
 from atoll.workflows.compose_lines import report_of
 from atoll.workflows.compose_plan import ComposePlan, plan_composition
-from atoll.workflows.compose_report import Report
+from atoll.workflows.compose_report import Report, counted
 from atoll.workflows.compose_search import Searched, adapter_of, chosen, controls_of, search_all
 from atoll.workflows.runs import recorded_run
 from atoll.workflows.start import Progress, locked, open_hub, silent
@@ -119,7 +120,9 @@ def compose_and_publish(
         with recorded_run(hub if publish else None, "compose", plan.name, config.model_dump(mode="json"), folder) as record:
             with Meter().round([used]):
                 outcome = _composed(plan, hub, folder, publish, clock, progress, asked)
-            record.update(seconds=clock.total, cost=Cost.of(None, used, rates).to_json(), digest=outcome.version.digest if outcome.version else None)
+            spent = {"seconds": clock.total, "cost": Cost.of(None, used, rates).to_json()}
+            record.update(**spent, digest=outcome.version.digest if outcome.version else None)
+        _mark(folder, plan, outcome, spent)
     return outcome
 
 
@@ -148,15 +151,22 @@ def _composed(
     stopped = _stopped(plan, searched, measured)
     report = report_of(plan, searched, best, pool, adapter, measured, clock, stopped)
     adapter = replace(adapter, manifest=_manifest(plan, adapter, report))
-    warnings = (*plan.warnings, *best.ranking.left_out, *dict.fromkeys(measured.warnings), *_compressed(plan, adapter))
+    warnings = (*plan.warnings, *best.ranking.left_out, *dict.fromkeys(measured.warnings), *_compressed(plan, adapter), *_empty(adapter))
     _write(folder, adapter, report)
-    write_file(folder / RESULT_FILE, json.dumps({"job": plan.digest, "complete": not stopped, "warnings": list(warnings)}, indent=2) + "\n")
-    version, score = None, _score(searched.index(best), measured)
+    outcome = ComposeOutcome(None, folder / "adapter", _parts(adapter.manifest), report, warnings, score=_score(searched.index(best), measured))
+    _mark(folder, plan, outcome, {})
     if publish:
-        version = hub.publish(folder / "adapter", plan.name, message=_message(adapter.manifest))
-        if score is not None:
-            record_score(hub, version, score)
-    return ComposeOutcome(version, folder / "adapter", _parts(adapter.manifest), report, warnings, score=score)
+        outcome = replace(outcome, version=hub.publish(folder / "adapter", plan.name, message=_message(adapter.manifest)))
+        assert outcome.version is not None
+        if outcome.score is not None:
+            record_score(hub, outcome.version, outcome.score)
+    return outcome
+
+
+def _mark(folder: Path, plan: ComposePlan, outcome: ComposeOutcome, spent: Mapping[str, Any]) -> None:
+    """Say that the folder holds the plan's result: with its score and what it took, for a hub that it is published to later."""
+    done = {"job": plan.digest, "complete": not outcome.report.stopped, "warnings": list(outcome.warnings), "score": outcome.score, **spent}
+    write_file(folder / RESULT_FILE, json.dumps(done, indent=2) + "\n")
 
 
 def _stopped(plan: ComposePlan, searched: list[Searched], measured: Measured) -> str:
@@ -179,10 +189,16 @@ def _compressed(plan: ComposePlan, adapter: Adapter) -> list[str]:
     return [f"the ranks add up to more than {adapter.max_rank}, which a file can hold: compressed to that, keeping {kept:.2%} of the updates' energy"]
 
 
+def _empty(adapter: Adapter) -> list[str]:
+    """A sentence where the search has found that no adapter helps."""
+    if any(weight for part in _parts(adapter.manifest) for weight in (part.layer_weights or (part.weight,))):
+        return []
+    return ["all weights that were found are 0: the result answers as the base does, so there is nothing to gain from it"]
+
+
 def _message(manifest: Mapping[str, Any]) -> str:
     """What the hub says is new in the version."""
-    num = len(manifest["parents"])
-    return f"composed of {num} adapter{'s' if num > 1 else ''} for {manifest['task']}"
+    return f"composed of {counted(len(manifest['parents']), 'adapter')} for {manifest['task']}"
 
 
 def _manifest(plan: ComposePlan, adapter: Adapter, report: Report) -> dict[str, Any]:
@@ -192,11 +208,11 @@ def _manifest(plan: ComposePlan, adapter: Adapter, report: Report) -> dict[str, 
     return {
         **made,
         "name": plan.name,
-        "description": plan.config.description or task.title or f"composed for {task.name} from {report.examples} examples",
+        "description": plan.config.description or task.title or f"composed for {task.name} from {counted(report.examples, 'example')}",
         "task": task.name,
         "base": plan.base.describe(),
         "prompt": plan.prompt.to_json(),
-        "quantization": None,
+        "quantization": QuantizationConfig.named(rounded).record() if (rounded := plan.base.fingerprint.quantization) else None,
         "training": None,
         "composition": {**made["composition"], "num_examples": report.examples, **({"controls": figures} if figures else {})},
         **({"labels": list(task.label_set)} if task.label_set else {}),
@@ -248,8 +264,19 @@ def _finished(folder: Path, plan: ComposePlan, hub: Hub | None) -> ComposeOutcom
             return None
         report = Report.from_json(json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
         manifest = read_adapter(target).manifest
-        parts, warnings = _parts(manifest), tuple(written["warnings"])
+        parts, warnings, score = _parts(manifest), tuple(written["warnings"]), written.get("score")
     except (OSError, ValueError, KeyError, AtollError):  # none, or damaged: it is made anew
         return None
-    version = hub.publish(target, plan.name, message=_message(manifest)) if hub is not None else None  # the same content is the same version
+    version = _publish_later(hub, plan, folder, manifest, score, written) if hub is not None else None
     return ComposeOutcome(version, target, parts, report, warnings, reused=True)
+
+
+def _publish_later(hub: Hub, plan: ComposePlan, folder: Path, manifest: Mapping[str, Any], score: Any, written: Mapping[str, Any]) -> Version:
+    """Publish a result that was found, with the score and the run that the hub has not heard of. The same content is the same version."""
+    version = hub.publish(folder / "adapter", plan.name, message=_message(manifest))
+    if score is not None and not hub.scores(version.digest, task=score["task"], task_version=score["task_version"]):
+        record_score(hub, version, score)
+    if not hub.runs(digest=version.digest, kind="compose"):
+        with recorded_run(hub, "compose", plan.name, plan.config.model_dump(mode="json"), folder) as record:
+            record.update({key: written[key] for key in ("seconds", "cost") if key in written}, digest=version.digest)
+    return version

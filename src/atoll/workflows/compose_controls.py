@@ -107,18 +107,18 @@ def test_scores(
             measured.stopped = True
             measured.warnings.append(f"the test rows could not be scored: {error.message}")
             break
-        _enter(scores, plan.base.name, measured)
+        _enter(scores, plan.base.title, measured)
         majority = majority_baseline(replace(plan.data, train=one.draw.examples), rows)
         if majority is not None:
             measured.majority.append(majority)
     measured.warnings += dict.fromkeys(arena.warnings)
 
 
-def _enter(scores: Sequence[Score], base_name: str, measured: Measured) -> None:
+def _enter(scores: Sequence[Score], base_title: str, measured: Measured) -> None:
     """One score a contestant: of several prompt styles the better one."""
     by_name: dict[str, list[Score]] = {}
     for score in scores:
-        by_name.setdefault(BASE if score.model == base_name else score.model, []).append(score)
+        by_name.setdefault(BASE if score.model == base_title else score.model, []).append(score)
     for name, found in by_name.items():
         best = better_base(found)
         options = [score.options_value for score in found if score.options_value is not None]

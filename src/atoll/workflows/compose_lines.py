@@ -12,12 +12,14 @@ from typing import Any
 
 from atoll.compose.controls import BASE, BEST_SINGLE, COMPOSED, IN_CONTEXT, RANDOM, TRAINED, UNIFORM
 from atoll.compose.pool import Pool
+from atoll.compose.result import in_force, mean_weight, own_layers
 from atoll.model.adapter import Adapter
 from atoll.workflows.compose_advice import MAJORITY, advice
 from atoll.workflows.compose_clock import Clock
 from atoll.workflows.compose_controls import Measured
+from atoll.workflows.compose_draws import ONLY_SEED
 from atoll.workflows.compose_plan import ComposePlan
-from atoll.workflows.compose_report import Gain, Line, Listed, Report, options_gain, score_gain, scores_stderr
+from atoll.workflows.compose_report import Gain, Line, Listed, Report, counted, options_gain, score_gain, scores_stderr
 from atoll.workflows.compose_search import Searched
 
 ORDER = (BASE, MAJORITY, BEST_SINGLE, UNIFORM, RANDOM, TRAINED, IN_CONTEXT, COMPOSED)
@@ -30,7 +32,7 @@ def report_of(
     settings, found = plan.config.compose, best.found
     report = Report(
         task=plan.data.task.name,
-        base=plan.base.name,
+        base=plan.base.title,
         metric=plan.data.task.metric,
         examples=len(best.draw.examples),
         test_rows=max((score.n for scores in measured.scores.values() for score in scores), default=0),
@@ -51,6 +53,7 @@ def report_of(
         shortlist=tuple(_listed(pool, best, place) for place in range(pool.num)),
         took={name: round(seconds, 2) for name, seconds in clock.parts.items()},
         stopped=stopped,
+        energy_kept=adapter.manifest["composition"]["energy_kept"],
     )
     measure, versus = _versus(measured)
     report = replace(report, lines=_lines(plan, best, pool, measured), measure=measure, versus=versus)
@@ -61,15 +64,19 @@ def report_of(
 
 def _chosen_by(plan: ComposePlan, searched: Sequence[Searched]) -> str:
     if len(plan.draws) == 1:
-        return "the only seed"
+        return plan.seeds_note or ONLY_SEED
     if plan.dev:
-        return f"loss on {len(plan.dev)} rows that no seed drew"
+        return f"loss on {counted(len(plan.dev), 'row')} that no seed drew"
+    if searched[0].draw.left_out:
+        return "loss, less the base's, on the examples that each leaves out"
     return "held-out loss of its search" if searched[0].found.held_out is not None else "the search's own value"
 
 
 def _listed(pool: Pool, best: Searched, place: int) -> Listed:
-    ranked, weights = best.shortlist[place], best.found.weights[place]
-    return Listed(pool.names[place], pool.digests[place], float(weights.mean()), ranked.loss, ranked.slope, ranked.similarity)
+    ranked, weights = best.shortlist[place], in_force(pool, best.found.weights)[place]
+    layers = {"layer_weights": tuple(weights.tolist()), "layers": own_layers(pool, place)} if weights.dim() else {}
+    mean = mean_weight(pool, place, weights)
+    return Listed(pool.names[place], pool.digests[place], mean, ranked.loss, ranked.slope, ranked.similarity, **layers)
 
 
 def _versus(measured: Measured) -> tuple[str, dict[str, Gain]]:
@@ -139,13 +146,13 @@ def _what(plan: ComposePlan, best: Searched, pool: Pool, measured: Measured, nam
         return ", ".join(dict.fromkeys(repr(found.answer) for found in measured.majority))
     if name == BEST_SINGLE:
         return measured.what.get(name) or ", ".join(_best_names(best, pool))
-    used = max(1, int((best.found.weights != 0).reshape(pool.num, -1).any(1).sum()))
+    used = max(1, int((in_force(pool, best.found.weights) != 0).reshape(pool.num, -1).any(1).sum()))
     words = {
-        UNIFORM: f"{pool.num} adapters, 1/{pool.num} each",
+        UNIFORM: f"{counted(pool.num, 'adapter')}, 1/{pool.num} each",
         RANDOM: f"{pool.num} of the same shapes, searched",
-        TRAINED: f"on the {k} examples",
-        IN_CONTEXT: f"the base, {k} examples in its prompt",
-        COMPOSED: f"{used} adapter{'s' if used > 1 else ''}, {plan.config.compose.method}",
+        TRAINED: f"on the {counted(k, 'example')}",
+        IN_CONTEXT: f"the base, {counted(k, 'example')} in its prompt",
+        COMPOSED: f"{counted(used, 'adapter')}, {plan.config.compose.method}",
     }
     return words[name]
 

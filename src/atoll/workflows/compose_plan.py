@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atoll.compose.measuring import Candidate
-from atoll.compose.objective import FewShot
 from atoll.compose.population import check_method
 from atoll.config import BUILTIN
 from atoll.config_compose import ComposeConfig
-from atoll.data.encode import encode_examples
 from atoll.data.prompt import PromptFormat
 from atoll.data.task import Example, TaskData, load_task
 from atoll.errors import BaseMismatch, ConfigError, DataError
@@ -32,30 +30,27 @@ from atoll.hub.names import check_name, name_key
 from atoll.model.adapter_files import read_adapter, read_manifest
 from atoll.model.base import load_base
 from atoll.model.fingerprint import tensor_shapes
+from atoll.workflows.compose_draws import Draw, Draws, draw_examples
+from atoll.workflows.compose_report import counted
 from atoll.workflows.start import Progress, require, silent
 
 if TYPE_CHECKING:
+    from atoll.hub.compatibility import Verdict
     from atoll.hub.records import Version
     from atoll.hub.store import Hub
     from atoll.model.adapter import Adapter
     from atoll.model.base import Base
 
 DEV_ROWS = 50  # examples that no seed drew: so many choose among the seeds
-_FORMAT = 1  # raise when the same inputs would give another result than before, so that old results are not taken for new ones
-
-
-@dataclass(frozen=True)
-class Draw:
-    """The examples of one seed, and their tokens as for training. few.rows[i] is examples[i]."""
-
-    seed: int
-    examples: tuple[Example, ...]
-    few: FewShot
+_FORMAT = 2  # raise when the same inputs would give another result than before, so that old results are not taken for new ones
 
 
 @dataclass(frozen=True)
 class ComposePlan:
-    """A composition ready to run. candidates[i] was made of versions[i]. draws: the examples of each seed. dev: rows that no seed drew."""
+    """A composition ready to run. candidates[i] was made of versions[i]. draws: the examples of each seed. dev: rows that no seed drew.
+
+    seeds_note: why there are so many seeds, where that is to be said.
+    """
 
     config: ComposeConfig
     base: Base
@@ -67,6 +62,7 @@ class ComposePlan:
     prompt: PromptFormat
     max_new_tokens: int
     warnings: tuple[str, ...]
+    seeds_note: str = ""
 
     @property
     def name(self) -> str:
@@ -89,6 +85,7 @@ class ComposePlan:
             "name": self.name,
             "description": config.description,
             "examples": [draw.few.digest for draw in self.draws],
+            "left_out": [[[example.turns, example.completion] for example in draw.left_out] for draw in self.draws],
             "dev": [[example.turns, example.completion] for example in self.dev],
             "test": self.data.test_version,
             "candidates": [[candidate.name, candidate.digest] for candidate in self.candidates],
@@ -119,7 +116,7 @@ def plan_composition(
     data = data or _load(config, root)
     check_composable(config, data)
     versions, left_out = _named(config, hub)
-    base = base or load_base(config.base, dtype=settings.dtype, device=settings.device, progress=progress)
+    base = base or load_base(config.base, dtype=settings.dtype, device=settings.device, quantization=config.quantization, progress=progress)
     if base.decoder.classifies:
         raise ConfigError(
             f"{base.name} is an encoder: its adapters have classifiers of their own, which cannot be composed",
@@ -127,21 +124,19 @@ def plan_composition(
         )
     versions, more = _fitting(versions, hub, base, named=bool(settings.adapters))
     max_new_tokens, stop = limits(config.generation, data, base.tokenizer)
-    num_seeds = settings.seeds or (3 if data.test and config.controls else 1)
-    draws, cut = _draws(config, data, base, num_seeds)
-    drawn = {id(example) for draw in draws for example in draw.examples}
-    dev = [example for example in (*data.train, *data.validation) if id(example) not in drawn]
+    drawn = draw_examples(config, data, base)
     return ComposePlan(
         config=config,
         base=base,
         data=data,
         versions=versions,
         candidates=tuple(_candidate(version, hub) for version in versions),
-        draws=draws,
-        dev=tuple(random.Random(f"atoll dev {settings.seed}").sample(dev, min(DEV_ROWS, len(dev)))),
+        draws=drawn.draws,
+        dev=tuple(random.Random(f"atoll dev {settings.seed}").sample(drawn.undrawn, min(DEV_ROWS, len(drawn.undrawn)))),
         prompt=data.task.prompt_format(stop),
         max_new_tokens=max_new_tokens,
-        warnings=(*left_out, *more, *cut),
+        warnings=(*left_out, *more, *_cut(drawn, base), *_leaks(data)),
+        seeds_note=drawn.note,
     )
 
 
@@ -154,20 +149,6 @@ def check_composable(config: ComposeConfig, data: TaskData) -> None:
         require("scipy", "rouge_score")
         metric_for(data.task)
     _check_examples(config, len(data.train))
-
-
-def drawn_examples(examples: Sequence[Example], k: int | None, seed: int) -> tuple[Example, ...]:
-    """k of the examples drawn by `seed`, in the order of the file; all of them where k is None."""
-    if k is None or k >= len(examples):
-        return tuple(examples)
-    places = sorted(random.Random(f"atoll examples {seed}").sample(range(len(examples)), k))
-    return tuple(examples[place] for place in places)
-
-
-def encoded(examples: Sequence[Example], data: TaskData, base: Base) -> tuple[FewShot, tuple[str, ...]]:
-    """Examples as training encodes them, and where those stood that lost the beginning of their prompt to fit the base's context."""
-    rows = encode_examples(examples, base.tokenizer, None, chat=data.task.chat, context=base.context_length, eos_ids=base.eos_ids)
-    return FewShot(rows.rows), rows.cut
 
 
 def _load(config: ComposeConfig, root: Path | None) -> TaskData:
@@ -210,9 +191,13 @@ def _named(config: ComposeConfig, hub: Hub) -> tuple[tuple[Version, ...], tuple[
         listed = found
     else:
         listed = list(hub.list())
-        found = [version for version in listed if version.kind == "lora"]
+        found, older = _newest_loras(listed, hub)
         edits = sum(version.kind in ("reft", "lora+reft") for version in listed)
         sentences = [f"{edits} adapter{'s' if edits > 1 else ''} with ReFT edits left out: only LoRA factors are weighed"] if edits else []
+        if older:
+            sentences.append(
+                f"the newest of {_listed([version.name for version in older])} is composed: {_listed([v.ref for v in older])} used instead"
+            )
     strange = [name for name in settings.exclude if name_key(name) not in {name_key(version.name) for version in listed}]
     sentences += [f"{name} is excluded, but there is no such adapter" for name in strange]
     kept: dict[str, Version] = {}
@@ -225,44 +210,69 @@ def _named(config: ComposeConfig, hub: Hub) -> tuple[tuple[Version, ...], tuple[
     return tuple(kept.values()), tuple(sentences)
 
 
+def _newest_loras(listed: Sequence[Version], hub: Hub) -> tuple[list[Version], list[Version]]:
+    """The newest LoRA of each name, and which of them are older than a composition that was published under their name."""
+    found: list[Version] = []
+    older: list[Version] = []
+    for version in listed:
+        if version.kind == "lora":
+            found.append(version)
+        elif version.kind == "composed" and version.number > 1:
+            before = [one for one in hub.list(version.name, all_versions=True) if one.kind == "lora" and one.name == version.name and not one.yanked]
+            older += sorted(before, key=lambda one: one.number)[-1:]
+    return [*found, *older], older
+
+
 def _fitting(versions: Sequence[Version], hub: Hub, base: Base, *, named: bool) -> tuple[tuple[Version, ...], tuple[str, ...]]:
     """The versions that run on the base, and sentences about the rest. Raises BaseMismatch for one asked for by name, ConfigError for none."""
     fingerprint, shapes = base.fingerprint.to_json(), tensor_shapes(base.path)
     fitting: list[Version] = []
     compatible: list[str] = []
-    refused: list[str] = []
+    refused: list[tuple[str, Verdict]] = []
     for version in versions:
         verdict = hub.check_base(version.ref, fingerprint, shapes)
         if verdict.usable:
             fitting.append(version)
             compatible += [version.ref] if verdict.kind == "compatible" else []
         elif named:
-            raise BaseMismatch(f"{version.ref} does not fit {base.name}: {verdict.reason}", hint="name the base that it was trained on with --base")
+            hint = verdict.hint("name the base that it was trained on with --base", can_ignore=False)
+            raise BaseMismatch(f"{version.ref} does not fit {base.title}: {verdict.reason}", hint=hint)
         else:
-            refused.append(version.ref)
+            refused.append((version.ref, verdict))
+    rounded = [(ref, verdict) for ref, verdict in refused if verdict.quantization is not None]
     if not fitting:
-        raise ConfigError(
-            f"none of the hub's {len(versions)} LoRA adapters fits {base.name}",
-            hint="name the base that they were trained on with --base, or train some",
-        )
+        first = f" ({rounded[0][0]}: {rounded[0][1].reason})" if rounded else ""
+        other = "name the base that they were trained on with --base, or train some"
+        hint = rounded[0][1].hint(other, can_ignore=False) if rounded else other
+        raise ConfigError(f"none of the hub's {len(versions)} LoRA adapters fits {base.title}{first}", hint=hint)
     sentences = []
     if compatible:
-        sentences.append(f"{_listed(compatible)} fit {base.name} in shape, but are not known to have been trained on it")
-    if refused:
-        sentences.append(f"{_listed(refused)} left out: made for another base than {base.name}")
+        sentences.append(f"{_listed(compatible)} fit {base.title} in shape, but are not known to have been trained on it")
+    for name in dict.fromkeys(verdict.quantization for _, verdict in rounded):
+        refs = [ref for ref, verdict in rounded if verdict.quantization == name]
+        sentences.append(f"{_listed(refs)} left out: trained on the base rounded to {name} (--quantization {name} composes on it)")
+    others = [ref for ref, verdict in refused if verdict.quantization is None]
+    if others:
+        sentences.append(f"{_listed(others)} left out: made for another base than {base.title}")
     return tuple(fitting), tuple(sentences)
 
 
-def _draws(config: ComposeConfig, data: TaskData, base: Base, num_seeds: int) -> tuple[tuple[Draw, ...], tuple[str, ...]]:
-    """The examples of every seed, and a sentence about those that are too long."""
-    draws, cut = [], dict[str, None]()
-    for seed in range(config.compose.seed, config.compose.seed + num_seeds):
-        examples = drawn_examples(data.train, config.compose.k, seed)
-        few, shortened = encoded(examples, data, base)
-        cut |= dict.fromkeys(shortened)
-        draws.append(Draw(seed, examples, few))
-    sentence = f"{len(cut)} examples lost the beginning of their prompt to fit {base.context_length} tokens (first: {next(iter(cut))})" if cut else ""
-    return tuple(draws), (sentence,) if sentence else ()
+def _cut(drawn: Draws, base: Base) -> tuple[str, ...]:
+    """A sentence about the examples that are too long."""
+    if not drawn.cut:
+        return ()
+    num = counted(len(drawn.cut), "example")
+    return (f"{num} lost the beginning of their prompt to fit {base.context_length} tokens (first: {drawn.cut[0]})",)
+
+
+def _leaks(data: TaskData) -> tuple[str, ...]:
+    """A sentence about test rows that are examples too: what is scored on them was learned by heart."""
+    known = {(example.turns, example.completion) for example in data.train}
+    leaked = [row.where for row in data.test if (row.turns, row.completion) in known]
+    if not leaked:
+        return ()
+    what = "1 test row equals an example" if len(leaked) == 1 else f"{len(leaked)} of {len(data.test)} test rows equal examples"
+    return (f"{what} (first: {leaked[0]}), so scores are too good: leave them out of one of the two",)
 
 
 def _candidate(version: Version, hub: Hub) -> Candidate:

@@ -23,6 +23,11 @@ from atoll.eval.stats import mean_stderr
 _T = (12.7, 4.3, 3.2, 2.8, 2.6, 2.4, 2.4, 2.3, 2.3)  # 97.5 % of Student's t for 1 to 9 degrees of freedom; 2 beyond
 
 
+def counted(num: float, what: str) -> str:
+    """ "1 example", "3 examples", "1,240 examples"."""
+    return f"{num:,g} {what}{'' if num == 1 else 's'}" if num < 1e6 else f"{num:,.0f} {what}s"
+
+
 @dataclass(frozen=True)
 class Gain:
     """How much better one contestant is than another: a difference of scores, or how much smaller a loss is. stderr None: cannot be told.
@@ -85,7 +90,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Listed:
-    """An adapter of the shortlist: by what it was ranked, and its weight in the result (the mean of its layers', where each has its own)."""
+    """An adapter of the shortlist: by what it was ranked, and its weight in the result.
+
+    layer_weights: where each layer has its own, of which weight is the mean over the layers that the adapter acts on: `layers`, None for all. In the
+    others it is 0.
+    """
 
     name: str
     digest: str | None
@@ -93,6 +102,20 @@ class Listed:
     loss: float | None
     slope: float | None
     similarity: float | None
+    layer_weights: tuple[float, ...] | None = None
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def by_layer(self) -> tuple[float, ...] | None:
+        """The weights of the layers that it acts on; None where it has one weight."""
+        if self.layer_weights is None or self.layers is None:
+            return self.layer_weights
+        return tuple(self.layer_weights[layer] for layer in self.layers)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Listed:
+        layers = {key: tuple(value[key]) for key in ("layer_weights", "layers") if value.get(key) is not None}
+        return cls(**{**value, **layers})
 
 
 @dataclass(frozen=True)
@@ -101,7 +124,8 @@ class Report:
 
     examples: k, those of one seed. seeds: those that were done. seed: the one that was kept, chosen by `chosen_by`, never by test rows. search: how
     it went. measure: what gains and advice stand on, "score", "loss" or "" for nothing. versus: what the composition gains over each contestant.
-    took: seconds by part. stopped: what a stop left out, in a sentence, or "".
+    took: seconds by part. stopped: what a stop left out, in a sentence, or "". energy_kept: the share of the updates' squared norm that is left where
+    they were compressed to `rank`.
     """
 
     task: str
@@ -125,6 +149,7 @@ class Report:
     advice: tuple[str, ...] = ()
     took: Mapping[str, float] = field(default_factory=dict)
     stopped: str = ""
+    energy_kept: float = 1.0
 
     def line(self, name: str) -> Line | None:
         """The contestant of that name, or None."""
@@ -142,7 +167,7 @@ class Report:
                 **{
                     **value,
                     "seeds": tuple(value["seeds"]),
-                    "shortlist": tuple(Listed(**one) for one in value["shortlist"]),
+                    "shortlist": tuple(Listed.from_json(one) for one in value["shortlist"]),
                     "lines": tuple(_line(one) for one in value["lines"]),
                     "versus": {name: Gain(**gain) for name, gain in value["versus"].items()},
                     "options_gain": None if value["options_gain"] is None else Gain(**value["options_gain"]),

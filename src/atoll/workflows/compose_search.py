@@ -1,7 +1,7 @@
 """From a plan to weights: rank the candidates and search, once for each seed, and choose among the seeds.
 
-Every seed's result is judged by rows that it has not seen where there are any: by those that no seed drew, else by the held-out value of its own
-search. Never by test rows.
+Every seed's result is judged by rows that it has not seen where there are any: by those that no seed drew, else by those that it left out, else by
+the held-out value of its own search. Never by test rows.
 
 Used by compose.py; compose_controls.py measures what comes out.
 """
@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
+from atoll.compose.base_losses import base_losses
 from atoll.compose.controls import Controls, Search
 from atoll.compose.losses import LabelLosses
 from atoll.compose.objective import FewShot, Objective, l1
 from atoll.compose.pool import Pool
-from atoll.compose.result import compose, record_of
+from atoll.compose.result import compose, losses_of, rank_limit, record_of
 from atoll.compose.retrieval import Ranked, Ranking, rank
 from atoll.compose.run import Report
 from atoll.compose.run import Settings as SearchSettings
@@ -26,12 +25,10 @@ from atoll.config_compose import ComposeSettings
 from atoll.data.encode import EncodedRow
 from atoll.errors import Interrupted
 from atoll.model.adapter import Adapter
-from atoll.model.composed import stacked_rank
 from atoll.workflows.compose_clock import Clock
-from atoll.workflows.compose_plan import ComposePlan, Draw, encoded
+from atoll.workflows.compose_draws import Draw, encoded
+from atoll.workflows.compose_plan import ComposePlan
 from atoll.workflows.start import Progress, prefixed
-
-MAX_RANK = 1024  # what an adapter file may have: ranks that add up to more are compressed to it
 
 
 @dataclass(frozen=True)
@@ -85,6 +82,7 @@ def controls_of(plan: ComposePlan, searched: Searched) -> Controls:
         searcher(plan),
         top_k=settings.top_k,
         form=settings.form,
+        rank=settings.rank,
         seed=draw.seed,
     )
 
@@ -92,8 +90,7 @@ def controls_of(plan: ComposePlan, searched: Searched) -> Controls:
 def adapter_of(plan: ComposePlan, pool: Pool, found: Found, few: FewShot) -> Adapter:
     """The adapter of a search's weights, compressed where the settings ask for it or a file could not hold it."""
     settings = plan.config.compose
-    too_many = settings.form == "cat" and stacked_rank(pool.adapters) > MAX_RANK
-    limit = settings.rank or (MAX_RANK if too_many else None)
+    limit = settings.rank or rank_limit(pool, settings.form, None)
     return compose(pool, found.weights, form=settings.form, rank=limit, record=record_of(found, examples_digest=few.digest)).adapter
 
 
@@ -110,7 +107,7 @@ def searcher(plan: ComposePlan, report: Report | None = None) -> Search:
         settings, few = plan.config.compose, FewShot(rows)
         held_out, folds = _held_out(settings, few, seed)
         scores = LabelLosses(plan.base.decoder, pool, rows, form=settings.form)
-        objective = Objective(scores, l1(settings.l1), held_out=held_out, folds=folds)
+        objective = Objective(scores, l1(settings.l1, pool.acts), held_out=held_out, folds=folds)
         return search(
             objective,
             pool.num,
@@ -161,7 +158,7 @@ def _searched(plan: ComposePlan, draw: Draw, clock: Clock, progress: Progress, s
     with clock.part("search"):
         pool = _pool(plan, shortlist)
         found = searcher(plan, lambda what, at, total: progress(f"searching weights: {what}", at, total))(pool, rows, draw.seed, stop_asked)
-        choice = _choice(plan, pool, found)
+        choice = _choice(plan, draw, pool, found)
     return Searched(draw, ranking, shortlist, found, choice, clock.total - start)
 
 
@@ -171,12 +168,16 @@ def _pool(plan: ComposePlan, shortlist: Sequence[Ranked]) -> Pool:
     return Pool.of([candidate.load() for candidate in picked], plan.base.decoder, names, digests)
 
 
-def _choice(plan: ComposePlan, pool: Pool, found: Found) -> float:
-    """The loss on rows that no seed drew; without any, or with one seed, what the search itself goes by."""
+def _choice(plan: ComposePlan, draw: Draw, pool: Pool, found: Found) -> float:
+    """What a seed is chosen by: its loss on rows that no seed drew, else on those that it left out, else what the search itself goes by.
+
+    Each seed leaves others out, which may be easier or harder: of those the base's own loss is taken off.
+    """
     own = found.value if found.held_out is None else found.held_out
-    if not plan.dev or len(plan.draws) == 1:
+    unseen = plan.dev or draw.left_out
+    if not unseen or len(plan.draws) == 1:
         return own
-    few, _ = encoded(plan.dev, plan.data, plan.base)
-    scores = LabelLosses(plan.base.decoder, pool, few.rows, form=plan.config.compose.form)
-    with torch.no_grad():
-        return float(scores.scores(found.weights.unsqueeze(0), range(len(few))).mean())
+    few, _ = encoded(unseen, plan.data, plan.base)
+    settings = plan.config.compose
+    mine = losses_of(pool, found.weights, plan.base.decoder, few.rows, form=settings.form, rank=settings.rank).mean()
+    return float(mine) if plan.dev else float(mine - base_losses(plan.base.decoder, few.rows).mean())
