@@ -114,7 +114,10 @@ class _Jobs:
     """The jobs of one call: what has become of each, and the hub's open records of those that run."""
 
     def __init__(self, work: Sequence[tuple[Path, TrainingPlan]], hub: Hub | None, progress: Progress, table: Table | None) -> None:
+        from atoll.train.entering import Room
+
         self._work, self._hub, self._progress, self._table = work, hub, progress, table
+        self._room = Room()
         self._found: dict[int, TrainOutcome | AtollError] = {}
         self._records: dict[int, tuple[ExitStack, dict[str, Any]]] = {}
         self._lines = [JobLine(plan_name(plan), "waiting", total_steps=plan.total_steps) for _, plan in work]
@@ -150,7 +153,7 @@ class _Jobs:
                 raise Interrupted("cancelled before its first step", hint="run the same command again to train it")
             stack = ExitStack()
             self._records[index] = stack, stack.enter_context(recorded_run(self._hub, "train", plan_name(plan), plan.config.model_dump(mode="json")))
-            return training_job(plan, folder)
+            return training_job(plan, folder, room=self._room)
 
         return make
 
