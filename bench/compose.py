@@ -42,6 +42,12 @@ SANE = 2.0  # largest weight at which losses are compared: lorahub's bug lets th
 VARIANTS = tuple((form, dtype) for form in ("product", "cat") for dtype in ("float32", "bfloat16"))
 NAIVE_CANDIDATES = 3  # of the loop, a round: they all take the same time
 
+_FORM_OF = {
+    "evaluation_vs_lorahub": "product",
+    "time_to_loss_vs_lorahub": "product",
+    "time_to_best_vs_lorahub": "product",
+    "evaluation_vs_naive": "cat",
+}  # the form that a ratio is claimed for
 _PEERS = Path(__file__).parent / "peers"
 Figures = dict[str, list[float]]
 
@@ -191,7 +197,11 @@ def against_loop(
 
 
 def summarise(found: Figures) -> tuple[dict[str, float | None], dict[str, float]]:
-    """(the ratios that are claimed, those of every variant). Of Atoll's variants the one with the best median is claimed."""
+    """(the ratios that are claimed, those of every variant).
+
+    Against lorahub its own form is claimed, the product, in the faster dtype; beside the loop Atoll's own form, cat. lorahub itself runs in float32:
+    how far the losses differ is said beside each figure.
+    """
     every: dict[str, float] = {}
     for form, dtype in VARIANTS:
         for name, ours, theirs in (
@@ -206,8 +216,9 @@ def summarise(found: Figures) -> tuple[dict[str, float | None], dict[str, float]
         value = ratio(found, f"naive_{form}_evaluation_s", f"batched_{form}_evaluation_s")
         if value is not None:
             every[f"evaluation_vs_naive_{form}"] = value
-    names = ("evaluation_vs_lorahub", "time_to_loss_vs_lorahub", "time_to_best_vs_lorahub", "evaluation_vs_naive")
-    return {name: max((value for key, value in every.items() if key.startswith(name)), default=None) for name in names}, every
+    names = tuple(_FORM_OF)
+    claimed = {name: [value for key, value in every.items() if key.startswith(name) and _FORM_OF[name] in key] for name in names}
+    return {name: max(values, default=None) for name, values in claimed.items()}, every
 
 
 def notes_of(name: str, every: dict[str, float]) -> str:

@@ -86,6 +86,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--k", default="5", help="numbers of examples, with commas between")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", default="gradient", help="methods of the search, with commas between")
+    parser.add_argument(
+        "--few-shot-steps", type=int, nargs="*", default=[], help="LoRA trained on the examples for so many steps, beside the control's own"
+    )
     parser.add_argument("--top-k", type=int, help="adapters that the search gets (default: that of atoll compose)")
     parser.add_argument("--test-rows", type=int, default=60)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the compose section, as JSON; repeatable")
@@ -164,31 +167,20 @@ def measure(item: Item, k: int, methods: Sequence[str], arguments: argparse.Name
             entry = replace(merged, scores={**merged.scores, **renamed}, seconds={**merged.seconds, **seconds})
         merged = entry
     assert merged is not None
+    for steps in arguments.few_shot_steps:
+        found = measure_few_shot(item, k, methods[0], steps, arguments, base, hub)
+        merged = replace(merged, scores={**merged.scores, f"k-shot LoRA, {steps} steps": found})
     return merged
 
 
 def measure_method(item: Item, k: int, method: str, arguments: argparse.Namespace, base: Base, hub: Hub, *, controls: bool) -> Entry:
     """One method on one task, with the controls or alone, in a folder of its own. A result of other inputs or settings is made anew."""
-    from atoll.config_compose import ComposeConfig
     from atoll.workflows.compose_clock import Clock
     from atoll.workflows.compose_controls import Measured, test_scores
-    from atoll.workflows.compose_plan import plan_composition
     from atoll.workflows.compose_search import search_all
 
-    settings: dict[str, Any] = {"k": k, "method": method, "seeds": arguments.seeds, "exclude": list(item.exclude)}
-    settings |= {} if arguments.top_k is None else {"top_k": arguments.top_k}
-    settings |= {key: _value(text) for key, _, text in (given.partition("=") for given in arguments.set)}
-    config = {
-        "base": arguments.base,
-        "name": item.name,
-        "data": item.data,
-        "compose": settings,
-        "controls": controls,
-        "eval": {"test_rows": arguments.test_rows},
-        "generation": {"stop": list(BBH_STOP)} if arguments.bbh is not None else {},
-    }
-    plan = plan_composition(ComposeConfig.model_validate(config), hub, base=base)
-    folder = arguments.work / "results" / f"{item.name}-k{k}" / f"{method.replace(':', '-')}-{plan.digest[:8]}"
+    plan = plan_of(item, k, method, arguments, base, hub, controls=controls)
+    folder = folder_of(item, k, method, plan, arguments)
     kept = folder / "entry.json"
     if kept.is_file():
         return Entry.from_json(json.loads(kept.read_text()))
@@ -209,6 +201,57 @@ def measure_method(item: Item, k: int, method: str, arguments: argparse.Namespac
     entry = Entry(item.name, k, scores, {name: list(found) for name, found in measured.seconds.items()}, notes)
     kept.write_text(json.dumps(entry.to_json(), indent=1) + "\n")
     return entry
+
+
+def measure_few_shot(item: Item, k: int, method: str, steps: int, arguments: argparse.Namespace, base: Base, hub: Hub) -> dict[str, list[float]]:
+    """LoRA trained on each seed's examples for `steps` steps, on the same test rows."""
+    from atoll.compose.few_shot_lora import few_shot_trainer, train_on_examples
+    from atoll.eval.arena import Arena, Entrant
+    from atoll.eval.score import better_base
+    from atoll.workflows.compose_controls import content_digest
+
+    plan = plan_of(item, k, method, arguments, base, hub, controls=True)
+    folder = folder_of(item, k, method, plan, arguments)
+    kept = folder / f"few-shot-{steps}.json"
+    if kept.is_file():
+        found: dict[str, list[float]] = json.loads(kept.read_text())
+        return found
+    arena, scores = Arena(base, hub, plan.config.eval, folder / "scores", record=False), []
+    for draw in plan.draws:
+        trainer = few_shot_trainer(k, draw.seed).model_copy(update={"max_steps": steps})
+        adapter = train_on_examples(base.decoder, draw.few.rows, base=base.name, seed=draw.seed, trainer=trainer)
+        entrant = Entrant("k-shot LoRA", "lora", content_digest(adapter), adapter)
+        asked = arena.measure(plan.data, [], plan.config.generation, _progress(f"{item.name} {steps} steps"), entrants=[entrant])
+        scores.append(better_base([score for score in asked if score.model == entrant.model]))
+    found = three_scores(scores, folder / "scores", plan, bbh=arguments.bbh is not None)
+    kept.write_text(json.dumps(found) + "\n")
+    return found
+
+
+def plan_of(item: Item, k: int, method: str, arguments: argparse.Namespace, base: Base, hub: Hub, *, controls: bool) -> ComposePlan:
+    """The composition of one task, as `atoll compose` plans it."""
+    from atoll.config_compose import ComposeConfig
+    from atoll.workflows.compose_plan import plan_composition
+
+    settings: dict[str, Any] = {"k": k, "method": method, "seeds": arguments.seeds, "exclude": list(item.exclude)}
+    settings |= {} if arguments.top_k is None else {"top_k": arguments.top_k}
+    settings |= {key: _value(text) for key, _, text in (given.partition("=") for given in arguments.set)}
+    config = {
+        "base": arguments.base,
+        "name": item.name,
+        "data": item.data,
+        "compose": settings,
+        "controls": controls,
+        "eval": {"test_rows": arguments.test_rows},
+        "generation": {"stop": list(BBH_STOP)} if arguments.bbh is not None else {},
+    }
+    return plan_composition(ComposeConfig.model_validate(config), hub, base=base)
+
+
+def folder_of(item: Item, k: int, method: str, plan: ComposePlan, arguments: argparse.Namespace) -> Path:
+    """Where the results of a plan are."""
+    folder: Path = arguments.work / "results" / f"{item.name}-k{k}" / f"{method.replace(':', '-')}-{plan.digest[:8]}"
+    return folder
 
 
 def three_scores(found: Sequence[Score], folder: Path, plan: ComposePlan, *, bbh: bool) -> dict[str, list[float]]:

@@ -172,7 +172,10 @@ def test_a_config_written_as_yaml_loads_to_an_equal_one(tmp_path: Path, text: st
         assert again.jobs() == config.jobs()
 
 
-@pytest.mark.parametrize("example", ["train.yaml", "train_reft.yaml", "land.yaml", "lora_land_article.yaml"])
+TRAIN_EXAMPLES = ("train.yaml", "train_reft.yaml", "train_gpt2.yaml", "train_bert.yaml", "train_t5.yaml")
+
+
+@pytest.mark.parametrize("example", [*TRAIN_EXAMPLES, "land.yaml", "lora_land_article.yaml"])
 def test_the_examples_load(example: str) -> None:
     """They are the first files that a user runs."""
     loaded = load_config(ROOT / "examples" / example)
@@ -190,7 +193,7 @@ def test_the_example_tickets_are_varied_and_use_every_label() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "example"), [("train", "train.yaml"), ("train", "train_reft.yaml"), ("land", "land.yaml"), ("compose", "compose.yaml")]
+    ("kind", "example"), [*(("train", example) for example in TRAIN_EXAMPLES), ("land", "land.yaml"), ("compose", "compose.yaml")]
 )
 def test_the_examples_satisfy_the_json_schema(kind: str, example: str) -> None:
     """Editors check files against the schema; it must not redden what the loader accepts, nor accept a misspelt key."""

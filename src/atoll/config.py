@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from atoll.config_adapter import AdapterSection, LoraAdapterConfig, ReftAdapterConfig, family_of, require_type
+from atoll.config_cost import CostConfig as CostConfig
 from atoll.config_quantization import QuantizationConfig as QuantizationConfig
 from atoll.config_section import Section as Section
 from atoll.config_section import empty_as_mapping, given
@@ -224,6 +225,13 @@ class TrainerConfig(Section):
     neftune_noise_alpha: float | None = Field(
         default=None, gt=0, description="NEFTune: uniform noise on the embeddings while training, of size alpha / sqrt(tokens * width); 5 is usual."
     )
+    mlm_probability: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Over an encoder: learn the texts (prompt and completion as one) instead of classes. Each token is hidden with this probability, "
+        "anew in every step, and told from the others; 0.15 is usual.",
+    )
     max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are scaled down to this norm; 0 turns it off.")
     betas: tuple[float, float] = Field(
         default=(0.9, 0.999), description="Averaging factors of AdamW and Lion. Where they are not given, Lion's are 0.9 and 0.99."
@@ -251,6 +259,9 @@ class TrainerConfig(Section):
     )
     train_on_prompt: bool = Field(default=False, description="Learn the prompt's tokens too, not only the completion's.")
     logging_every: int = Field(default=1, ge=1, description="Steps between entries of the log.")
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=("tensorboard",), description="Where the curve goes besides log.jsonl; W&B is offline unless logged in. [] for nowhere."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -314,11 +325,14 @@ Name: TypeAlias = Annotated[str, AfterValidator(_checked_name)]
 DataSection: TypeAlias = Annotated[DataConfig, BeforeValidator(_text_as_data, json_schema_input_type=str | DataConfig | None)]
 TrainerSection: TypeAlias = Annotated[TrainerConfig, BeforeValidator(empty_as_mapping, json_schema_input_type=TrainerConfig | None)]
 GenerationSection: TypeAlias = Annotated[GenerationConfig, BeforeValidator(empty_as_mapping, json_schema_input_type=GenerationConfig | None)]
+CostSection: TypeAlias = Annotated[CostConfig, BeforeValidator(empty_as_mapping, json_schema_input_type=CostConfig | None)]
 EvalSection: TypeAlias = Annotated[EvalConfig, BeforeValidator(empty_as_mapping, json_schema_input_type=EvalConfig | None)]
 
 _BASE = "The base model: an alias (smollm2-135m-instruct), a Hugging Face id, or a folder (./mine, relative to this file)."
 _NAME = "Name of the adapter in the hub: letters, digits, '.', '_' and '-'. Without it, the task's name."
 _ROUNDING = "Round the base's linears to 4 or 8 bits (QLoRA): {bits: 4}. The adapter belongs to that rounded base. Without it, the base as it is."
+
+_COST = "What an hour of computing costs, so that each run has a price on its record."
 
 
 class TrainConfig(Section):
@@ -331,6 +345,7 @@ class TrainConfig(Section):
     trainer: TrainerSection = Field(default_factory=TrainerConfig, validate_default=True, description="How it is trained.")
     generation: GenerationSection = Field(default_factory=GenerationConfig, description="How answers are written.")
     quantization: QuantizationConfig | None = Field(default=None, description=_ROUNDING)
+    cost: CostSection = Field(default_factory=CostConfig, description=_COST)
 
     @field_validator("adapter", mode="before")
     @classmethod
@@ -399,6 +414,7 @@ class LandConfig(Section):
     )
     eval: EvalSection = Field(default_factory=EvalConfig, description="How the land is measured.")
     quantization: QuantizationConfig | None = Field(default=None, description=_ROUNDING)
+    cost: CostSection = Field(default_factory=CostConfig, description=_COST)
 
     @model_validator(mode="after")
     def _check_names(self) -> LandConfig:
@@ -417,7 +433,7 @@ class LandConfig(Section):
         if "type" in task.adapter.model_fields_set and family_of(task.adapter) != family_of(self.defaults.adapter):
             sections["adapter"] = dict(given(task.adapter))  # LoRA's defaults say nothing about ReFT, nor the other way round
         try:
-            return TrainConfig.model_validate({"base": self.base, "name": task.key, "quantization": self.quantization, **sections})
+            return TrainConfig.model_validate({"base": self.base, "name": task.key, "quantization": self.quantization, "cost": self.cost, **sections})
         except ValidationError as problem:
             raise config_error(problem, TrainConfig, lambda key: f"tasks[{index}] ({task.key}), with the defaults") from None
 

@@ -21,6 +21,11 @@ from atoll.model.positions import Positions
 from atoll.yaml_file import kind_of, nearest
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+OTHER_MODULES = (  # of GPT-2, GPT-NeoX, Phi-3; BERT; T5
+    *("c_attn", "c_proj", "c_fc", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "qkv_proj", "gate_up_proj"),
+    *("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
+    *("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"),
+)
 MAX_RANK = 1024
 
 ReftType: TypeAlias = Literal["loreft", "noreft", "direft", "orthogonal_direft", "consreft", "lobireft"]
@@ -127,7 +132,8 @@ class LoraAdapterConfig(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the adapter's inputs set to zero while training.")
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         default="all-linear",
-        description=f"Linear layers that get an adapter: all-linear, or a list from {', '.join(TARGET_MODULES)}.",
+        description=f"Linear layers that get an adapter: all-linear, or a list from {', '.join(TARGET_MODULES)}; in other families than Llama's "
+        f"from {', '.join(OTHER_MODULES)}, too.",
         json_schema_extra={"examples": ["all-linear", list(TARGET_MODULES)]},
     )
     use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
@@ -178,8 +184,8 @@ class LoraAdapterConfig(Section):
         if not value:
             raise ValueError(f"must not be empty; {valid}")
         for name in value:
-            if name not in TARGET_MODULES:
-                guess = nearest(name, TARGET_MODULES) if isinstance(name, str) else None
+            if name not in TARGET_MODULES + OTHER_MODULES:
+                guess = nearest(name, TARGET_MODULES + OTHER_MODULES) if isinstance(name, str) else None
                 raise ValueError(f"{name!r} is not a linear layer of a block; {f'did you mean {guess}? ' if guess else ''}{valid}")
         if len(set(value)) < len(value):
             raise ValueError("names a layer twice")
@@ -202,7 +208,7 @@ class LoraAdapterConfig(Section):
     def _check_patterns(self) -> LoraAdapterConfig:
         for field, pattern, most in (("rank_pattern", self.rank_pattern, MAX_RANK), ("alpha_pattern", self.alpha_pattern, None)):
             for name, value in pattern.items():
-                if not name.endswith(self.targets):
+                if not name.endswith(TARGET_MODULES + OTHER_MODULES if self.target_modules == "all-linear" else self.targets):
                     hint = "; a layer number is ReFT's: give its type too, such as loreft" if name.isdigit() else ""
                     raise ValueError(f"{field} names {name!r}, which is none of the target modules {', '.join(self.targets)}{hint}")
                 if value <= 0 or (most is not None and value > most):
@@ -231,8 +237,9 @@ class LoraAdapterConfig(Section):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The target modules by name, `all-linear` written out, in the order of a block."""
-        return TARGET_MODULES if self.target_modules == "all-linear" else tuple(t for t in TARGET_MODULES if t in self.target_modules)
+        """The target modules by name, in the order of a block; `all-linear` written out for a Llama-like base."""
+        known = TARGET_MODULES + OTHER_MODULES
+        return TARGET_MODULES if self.target_modules == "all-linear" else tuple(t for t in known if t in self.target_modules)
 
 
 AdapterConfig: TypeAlias = LoraAdapterConfig | ReftAdapterConfig

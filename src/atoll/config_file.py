@@ -31,6 +31,8 @@ from atoll.yaml_file import Key, YamlFile, dump_yaml, key_text, kind_of, nearest
 
 Config = TypeVar("Config", TrainConfig, LandConfig, ComposeConfig, covariant=True)
 Kind = Literal["train", "land", "compose"]
+SWEEP = "sweep"  # the section that makes many trainings of a training file, see config_sweep.py
+_SWEEP = "Many trainings of this file: dotted keys with lists of values, or ranges {min, max, log} and samples; also seed and best_by."
 _DATA_PATHS = ("path", "train", "validation", "test")
 _SCHEMAS: Mapping[Kind, type[TrainConfig] | type[LandConfig] | type[ComposeConfig]] = {
     "train": TrainConfig,
@@ -76,6 +78,15 @@ def load_config(
     `tasks.dates.adapter.r`), as `--set` gives them (parse_overrides); paths among them are relative to the working directory, not to the file.
     """
     file = read_yaml(Path(path))
+    if SWEEP in file.data:
+        raise ConfigError(f"{file.where((SWEEP,))}: {file.path} is a sweep: many trainings in one file", hint=f"run: atoll train {file.path}")
+    return load_parsed(file, kind, overrides)
+
+
+def load_parsed(
+    file: YamlFile, kind: Kind | None, overrides: Mapping[str, Any] | None = None, swept: Mapping[str, Any] | None = None
+) -> LoadedConfig[TrainConfig] | LoadedConfig[LandConfig] | LoadedConfig[ComposeConfig]:
+    """As load_config, of a file that has been read. swept: values by dotted key that the file itself gives for this one of its trainings."""
     foreign = translate(file) if is_ludwig(file) else None
     data: dict[str, Any] = foreign.data if foreign is not None else file.data
     found = _kind_of(data, kind) if foreign is None else "train"
@@ -84,12 +95,14 @@ def load_config(
 
     root = file.path.absolute().parent
     data = _overridden(data, overrides or {})
+    for key, value in (swept or {}).items():
+        data = _with_override(data, key, value)
     base = data.get("base")
     if isinstance(base, str) and base.startswith((".", "~")):
         data = {**data, "base": os.path.normpath(root / Path(base).expanduser())}
 
     origins = foreign.origins if foreign is not None else {}
-    blame = _Blame(file, origins, frozenset(overrides or {}))
+    blame = _Blame(file, origins, frozenset(overrides or {}), frozenset(swept or {}))
     if found == "land":
         land = _checked(LandConfig, data, blame)
         jobs = _jobs(land, file)
@@ -129,6 +142,8 @@ def json_schemas() -> dict[str, dict[str, Any]]:
     schemas: dict[str, dict[str, Any]] = {}
     for kind, model in _SCHEMAS.items():
         schema = model.model_json_schema(mode="validation")
+        if kind == "train":
+            schema["properties"][SWEEP] = {"type": "object", "title": "Sweep", "description": _SWEEP}
         schemas[kind] = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": f"Atoll {kind} file"}
     return schemas
 
@@ -150,9 +165,13 @@ class _Blame:
     file: YamlFile
     origins: Mapping[str, Key]
     overrides: frozenset[str]
+    swept: frozenset[str] = frozenset()
 
     def where(self, key: Key) -> str:
         text = key_text(key)
+        for place in self.swept:
+            if text == place or text.startswith(f"{place}."):
+                return self.file.where((SWEEP, place))
         if any(text == override or text.startswith(f"{override}.") for override in self.overrides):
             return f"--set {text}"
         return self.file.where(self.origins.get(text, key))

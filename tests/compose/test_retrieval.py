@@ -165,18 +165,20 @@ def test_broken_and_misfitting_adapters_are_left_out_with_a_sentence(decoder: De
         candidate(other, "other-base"),
         candidate(random_reft(decoder, rank=2), "edits"),
         candidate(nan, "nan"),
+        candidate(random_adapter(decoder, 4, use_dora=True), "dora"),
     ]
-    mixed = [strangers[0], candidate(adapters[0], "a"), *strangers[1:4], candidate(adapters[1], "b"), strangers[4]]
+    mixed = [strangers[0], candidate(adapters[0], "a"), *strangers[1:4], candidate(adapters[1], "b"), *strangers[4:]]
     for by in ("loss", "slope", "text"):
         ranking = rank(mixed, decoder, rows, by=by, description="anything")
         assert sorted(ranked.index for ranked in ranking.best(10)) == [1, 5]
-        assert [sentence.split(" is left out: ")[0] for sentence in ranking.left_out] == ["torn", "gone", "other-base", "edits", "nan"]
-    torn, lost, misfit, edits, infinite = ranking.left_out
+        assert [sentence.split(" is left out: ")[0] for sentence in ranking.left_out] == ["torn", "gone", "other-base", "edits", "nan", "dora"]
+    torn, lost, misfit, edits, infinite, dora = ranking.left_out
     assert "ends in the middle" in torn
     assert "No such file" in lost
     assert "128 x 64" in misfit
     assert "edits hidden states" in edits
     assert "not finite" in infinite
+    assert "no weighted sum" in dora
     with pytest.raises(ConfigError, match="no adapter is left to compose") as refused:
         rank(strangers, decoder, rows, by="loss").best(3)
     assert "torn" in refused.value.hint

@@ -24,6 +24,7 @@ from atoll.eval.leaderboard import (
 )
 from atoll.eval.score import KINDS, Score
 from atoll.hub.intake import KINDS as HUB_KINDS
+from atoll.train.cost import Cost
 
 N = 40
 
@@ -58,6 +59,7 @@ def test_the_file_has_exactly_the_fixed_form(board, tmp_path):
         for entry in row["entries"]:
             assert entry.keys() == {"model", "kind", "digest", "value", "stderr", "failures", "p_vs_base", "options_value"}
     assert read_leaderboard(path) == read_leaderboard(tmp_path / "out") == board
+    assert Leaderboard.from_json({**value, "costs": {}}) == board  # as `atoll leaderboard --json` prints it
     assert page.read_text() == render_markdown(board)
 
 
@@ -138,15 +140,19 @@ def test_a_number_that_is_not_finite_is_never_written(board, tmp_path):
 
 def test_the_page_says_it_in_words(board):
     """Readable without colour: majority class, base with its style, what the adapter is and weighs, gain, p and a verdict."""
-    notes = {"sst2": RowNote(Baseline("positive", 0.5, 0.512, 0.08, N), "chat", {"sst2-lora-digest": Size(12_345, 67_890)})}
+    cost = Cost(1000, 600.0, 1234.4, price=0.0137, currency="EUR")
+    notes = {
+        "sst2": RowNote(Baseline("positive", 0.5, 0.512, 0.08, N), "chat", {"sst2-lora-digest": Size(12_345, 67_890)}, {"sst2-lora-digest": cost})
+    }
     page = render_markdown(board, notes)
     line = next(line for line in page.splitlines() if "sst2-lora" in line)
     cells = [cell.strip() for cell in line.strip("|").split(" | ")]
     assert cells == [
-        "sst2", "accuracy", "40", "0.512", "0.500 ± 0.070 (chat)", "sst2-lora", "lora", "12,345", "67,890", "0.950 ± 0.070", "+0.450", "<0.001",
+        "sst2", "accuracy", "40", "0.512", "0.500 ± 0.070 (chat)", "sst2-lora", "lora", "12,345", "67,890", "1,234", "0.014 EUR",
+            "0.950 ± 0.070", "+0.450", "<0.001",
         "2 (base 2)", "0.600 (0.600)", "better",
     ]  # fmt: skip
-    assert "| mix | composed | - | - | 0.475" in page
+    assert "| mix | composed | - | - | - | - | 0.475" in page
     assert "no difference" in next(line for line in page.splitlines() if "| mix |" in line)
     widths = {line.replace("\\|", "").count("|") for line in page.splitlines() if line.startswith("|")}
     assert len(widths) == 1

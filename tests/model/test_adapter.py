@@ -139,7 +139,7 @@ def test_file_names_go_there_and_back(site: Site, factor: str) -> None:
         "base_model.model.model.layers.1.mlp.q_proj.lora_A.weight",
         "base_model.model.model.layers.1.self_attn.q_proj.lora_C.weight",
         "base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight",
-        "base_model.model.model.layers.1.self_attn.qkv_proj.lora_A.weight",
+        "base_model.model.model.layers.1.self_attn.kv_proj.lora_A.weight",
         "base_model.model.lm_head.lora_A.weight",
         "x.base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight",
         "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight\n",

@@ -241,7 +241,6 @@ def test_a_layer_of_the_config_that_the_file_lacks_is_named(folder: Path) -> Non
         ("bias", "lora_only"),
         ("modules_to_save", ["lm_head"]),
         ("lora_bias", True),
-        ("fan_in_fan_out", True),
         ("exclude_modules", ["v_proj"]),
         ("layers_pattern", "h"),
         ("layer_replication", [[0, 2], [1, 3]]),
@@ -291,7 +290,7 @@ def test_another_kind_of_adapter_is_refused(kind: Any, folder: Path) -> None:
         ({"rank_pattern": {r".*\.1\..*q_proj": 2}}, ("rank_pattern", "pattern")),
         ({"alpha_pattern": {"^model.layers": 2}}, ("alpha_pattern", "pattern")),
         ({"target_modules": ["q_proj", "lm_head"]}, ("'lm_head'", "q_proj")),
-        ({"target_modules": ["c_attn"]}, ("'c_attn'",)),
+        ({"target_modules": ["Wqkv"]}, ("'Wqkv'",)),
     ],
     ids=["a regex", "a regex in the list", "rank", "alpha", "the head", "another family's"],
 )

@@ -112,6 +112,7 @@ def test_a_base_without_an_end_token_is_refused(folder: Path) -> None:
     """Training would write no end and generation would never stop."""
 
     class Nothing:
+        model_type = "llama"
         eos_token_id = None
 
     (folder / "generation_config.json").unlink()

@@ -426,7 +426,7 @@ def only_an_adapter(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "expected an object"),
         (only_an_adapter, "adapter, not a base"),
-        (config_change(model_type="gpt_neox"), "model_type 'gpt_neox'; Atoll runs llama"),
+        (config_change(model_type="mpt"), "model_type 'mpt'; Atoll runs llama"),
         (config_change(model_type=None, auto_map={"AutoConfig": "evil.Config"}), "model_type None"),
         (config_change(quantization_config={"quant_method": "gptq"}), "quantised with 'gptq'"),
     ],

@@ -14,7 +14,7 @@ def steps_of(folder: Path) -> list[int]:
 
 def test_each_call_is_a_line_that_is_there_at_once(tmp_path: Path) -> None:
     """A run is watched while it runs, and a kill must not take lines that stood in a buffer."""
-    with RunLog(tmp_path, 0, tensorboard=False) as log:
+    with RunLog(tmp_path, 0, log_to=()) as log:
         log.write(1, loss=2.5, learning_rate=0.1)
         assert json.loads((tmp_path / LOG_FILE).read_text()) == {"step": 1, "loss": 2.5, "learning_rate": 0.1}
         log.write(1, validation_loss=2.25)
@@ -23,10 +23,10 @@ def test_each_call_is_a_line_that_is_there_at_once(tmp_path: Path) -> None:
 
 def test_lines_of_steps_that_are_taken_again_are_cut(tmp_path: Path) -> None:
     """The checkpoint is of step 2, the log went on to 4: steps 3 and 4 come again and must not stand there twice."""
-    with RunLog(tmp_path, 0, tensorboard=False) as log:
+    with RunLog(tmp_path, 0, log_to=()) as log:
         for step in (1, 2, 3, 4):
             log.write(step, loss=float(step))
-    with RunLog(tmp_path, 2, tensorboard=False) as log:
+    with RunLog(tmp_path, 2, log_to=()) as log:
         log.write(3, loss=30.0)
     assert [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()] == [
         {"step": 1, "loss": 1.0},
@@ -38,7 +38,7 @@ def test_lines_of_steps_that_are_taken_again_are_cut(tmp_path: Path) -> None:
 def test_a_line_torn_by_a_kill_is_cut(tmp_path: Path) -> None:
     """Otherwise the next line would be glued to it, and no reader could parse either."""
     (tmp_path / LOG_FILE).write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
-    with RunLog(tmp_path, 2, tensorboard=False) as log:
+    with RunLog(tmp_path, 2, log_to=()) as log:
         log.write(3, loss=3.0)
     assert steps_of(tmp_path) == [1, 3]
 
@@ -46,7 +46,7 @@ def test_a_line_torn_by_a_kill_is_cut(tmp_path: Path) -> None:
 def test_a_run_from_the_start_begins_a_new_log(tmp_path: Path) -> None:
     """Without a checkpoint nothing of the earlier run counts."""
     (tmp_path / LOG_FILE).write_text('{"step": 1, "loss": 1.0}\n')
-    with RunLog(tmp_path, 0, tensorboard=False):
+    with RunLog(tmp_path, 0, log_to=()):
         pass
     assert steps_of(tmp_path) == []
 

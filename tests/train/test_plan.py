@@ -12,13 +12,18 @@ from atoll.config import REFT_LEARNING_RATE, TrainConfig
 from atoll.config_adapter import LoraAdapterConfig, ReftAdapterConfig
 from atoll.data.task import load_task
 from atoll.errors import ConfigError
-from atoll.model.adapter import AdapterSpec, new_adapter
+from atoll.model.adapter import Adapter, AdapterSpec, new_adapter
 from atoll.model.base import Base, load_base
 from atoll.model.positions import Positions
 from atoll.model.reft import ReftSpec
 from atoll.model.sites import TARGETS
-from atoll.train.plan import TrainingPlan, estimate_cost, plan_training, run_plan
+from atoll.train.plan import TrainingPlan, estimate_cost, plan_training, training_job, with_manifest
 from atoll.train.spec import adapter_spec
+
+
+def carried_out(plan: TrainingPlan, folder: Path) -> Adapter:
+    """The adapter of a plan, trained alone, with its manifest."""
+    return with_manifest(plan, training_job(plan, folder).run()).adapter
 
 
 def test_the_spec_is_what_the_config_asks_for() -> None:
@@ -130,13 +135,13 @@ def test_a_jobs_identity_covers_what_decides_its_weights_and_nothing_else(base: 
 def test_a_reft_plan_runs_and_says_what_it_is(base: Base, tmp_path: Path) -> None:
     """From the plan to an adapter with a manifest that the hub can read."""
     plan = plan_of(base, adapter={"type": "loreft", "layers": "last", "positions": "l2"}, trainer={"max_steps": 4, "batch_size": 8})
-    adapter = run_plan(plan, tmp_path).adapter
+    adapter = carried_out(plan, tmp_path)
     assert adapter.manifest["kind"] == "reft"
     assert adapter.manifest["training"]["config"]["adapter"]["positions"] == "l2"
     assert adapter.manifest["training"]["config"]["trainer"]["learning_rate"] == REFT_LEARNING_RATE
     assert adapter.num_parameters == plan.num_parameters
     adapter.check_fits(base.decoder.shape.linears, base.decoder.shape.num_layers)
-    both = run_plan(plan_of(base, adapter={"r": 2, "reft": {}}, trainer={"max_steps": 2}), tmp_path / "both").adapter
+    both = carried_out(plan_of(base, adapter={"r": 2, "reft": {}}, trainer={"max_steps": 2}), tmp_path / "both")
     assert both.manifest["kind"] == "lora+reft"
     assert both.modules
     assert both.edits

@@ -52,15 +52,28 @@ def test_few_folds_need_a_larger_gain() -> None:
     assert Gain.over_folds(0.25, 0.1, 20).is_clear and not Gain(1.0, None).is_clear
 
 
-def report(versus: dict[str, tuple[float, float]], *, measure: str = "score", options: tuple[float, float] | None = None) -> Report:
-    """A report in which the composition gains so much, with such an error, over each contestant."""
-    lines = [Line(name, what="intents@1" if name == "best single" else "", seconds=12.0, options=(0.5,)) for name in versus]
+def report(
+    versus: dict[str, tuple[float, float]],
+    *,
+    measure: str = "score",
+    options: tuple[float, float] | None = None,
+    over_base: dict[str, tuple[float, float]] | None = None,
+    rows: int = 100,
+    scores: tuple[float, ...] = (0.7, 0.8),
+    option: float = 0.55,
+) -> Report:
+    """A report in which the composition gains so much, with such an error, over each contestant, and these over the base."""
+    gains = {name: Gain(*gain) for name, gain in (over_base or {}).items()}
+    lines = [
+        Line(name, what="intents@1" if name == "best single" else "", seconds=12.0, options=(0.5,), loss=2.0, loss_stderr=0.1, gain=gains.get(name))
+        for name in versus
+    ]
     return Report(
         task="t",
         base="tiny",
         metric="accuracy",
         examples=5,
-        test_rows=100,
+        test_rows=rows,
         candidates=9,
         method="gradient",
         form="cat",
@@ -70,7 +83,7 @@ def report(versus: dict[str, tuple[float, float]], *, measure: str = "score", op
         chosen_by="held-out loss of its search",
         search={"value": 1.0, "held_out": 1.1, "evaluations": 120.0, "seconds": 2.0, "stopped_by": "budget"},
         shortlist=(Listed("intents@1", "d", 0.5, 1.0, None, 0.2),),
-        lines=(*lines, Line("composed", scores=(0.7, 0.8), options=(0.55,), gain=Gain(0.2, 0.01))),
+        lines=(*lines, Line("composed", scores=scores, options=(option,), gain=Gain(0.2, 0.01), loss=1.0, loss_stderr=0.1)),
         measure=measure,
         versus={name: Gain(*gain) for name, gain in versus.items()},
         options_gain=None if options is None else Gain(*options),
@@ -79,22 +92,32 @@ def report(versus: dict[str, tuple[float, float]], *, measure: str = "score", op
 
 
 CLEAR, EVEN, WORSE = (0.2, 0.05), (0.02, 0.05), (-0.2, 0.05)
+ALL = dict.fromkeys(("base", "uniform", "random adapters", "k-shot LoRA", "in-context"), CLEAR)
 SAID: dict[str, tuple[Report, list[str]]] = {
-    "it beats everything": (
-        report({"base": CLEAR, "best single": (0.15, 0.05), "random adapters": CLEAR}),
-        ["Use it", "intents@1 (difference +0.150 ± 0.050)"],
+    "it beats everything": (report({**ALL, "best single": (0.15, 0.05)}), ["Use it", "intents@1 (difference +0.150 ± 0.050)"]),
+    "it beats what was measured": (
+        report({"base": CLEAR, "majority": CLEAR}),
+        ["better than all that was measured", "Not measured: best single, uniform, random adapters, k-shot LoRA, in-context"],
     ),
-    "no better than the base": (report({"base": EVEN, "best single": EVEN}), ["cannot tell the composition from the base"]),
-    "worse than the base": (report({"base": WORSE}), ["worse than the base", "use the base as it is"]),
+    "no better than the base": (report({"base": EVEN, "best single": EVEN}), ["cannot tell the composition from the base", "give more examples"]),
+    "no better than the base, one adapter is": (
+        report({"base": EVEN, "best single": EVEN}, over_base={"best single": CLEAR}),
+        ["cannot tell the composition from the base", "intents@1 alone is better (over the base: difference +0.200 ± 0.050): use it"],
+    ),
+    "worse than the base": (report({"base": WORSE, "uniform": WORSE}), ["worse than the base", "use the base as it is"]),
     "one adapter does as well": (report({"base": CLEAR, "best single": EVEN}), ["better than the base", "intents@1 alone does as well, as far as"]),
     "one adapter is better": (report({"base": CLEAR, "best single": WORSE}), ["intents@1 alone is better (difference -0.200 ± 0.050): use it"]),
-    "random adapters do as well": (report({"base": CLEAR, "random adapters": EVEN}), ["not what the adapters know"]),
+    "random adapters do as well": (report({"base": CLEAR, "random adapters": EVEN}), ["that it helps what these adapters know is not shown"]),
     "equal weights do as well": (report({"base": CLEAR, "uniform": EVEN}), ["Equal weights do as well"]),
     "training is better": (report({"base": CLEAR, "k-shot LoRA": WORSE}), ["train instead, made in 12 s"]),
-    "examples in the prompt are better": (report({"base": EVEN, "in-context": WORSE}), ["put them there"]),
+    "examples in the prompt are better": (report({"base": EVEN, "in-context": WORSE}, over_base={"in-context": CLEAR}), ["put them there"]),
     "a constant answer does as well": (report({"base": CLEAR, "majority": EVEN}), ["most common answer does as well"]),
     "only the form has changed": (report({"base": CLEAR}, options=EVEN), ["in the form of the answers", "0.500 against 0.550"]),
+    "knowledge is lost": (report({"base": CLEAR}, options=WORSE, option=0.3), ["worse than the base (0.500 against 0.300)", "lost some"]),
+    "it knows more than it writes": (report({"base": CLEAR}, options=CLEAR, option=0.95), ["knows more than it writes", "95%", "75%"]),
     "by loss": (report({"base": CLEAR, "uniform": EVEN}, measure="loss"), ["held-out loss less by 0.200 ± 0.050"]),
+    "too few rows": (report({"base": CLEAR}, rows=2), ["There are 2 test rows, too few", "1.000 nats a label token, the base 2.000"]),
+    "nothing is right": (report({"base": (0.0, 0.0)}, scores=(0.0, 0.0)), ["single test row right", "the base 2.000 (± 0.100 and 0.100)"]),
 }
 
 
@@ -104,6 +127,7 @@ def test_the_advice_follows_from_the_figures(kind: str) -> None:
     said = " ".join(advice(found))
     for each in words:
         assert each in said
+    assert "uniform" not in said or kind in ("it beats what was measured", "equal weights do as well")
     assert ("Use it" in said) == (kind == "it beats everything")
 
 
@@ -121,4 +145,7 @@ def test_a_report_comes_back_from_its_file() -> None:
 
 def test_figures_for_the_manifest_have_no_times() -> None:
     """The same composition on a slower machine is the same version."""
-    assert report({"base": CLEAR}).figures() == {"base": {"options": [0.5]}, "composed": {"scores": [0.7, 0.8], "options": [0.55]}}
+    assert report({"base": CLEAR}).figures() == {
+        "base": {"loss": 2.0, "loss_stderr": 0.1, "options": [0.5]},
+        "composed": {"loss": 1.0, "loss_stderr": 0.1, "scores": [0.7, 0.8], "options": [0.55]},
+    }

@@ -132,6 +132,51 @@ def test_an_interrupted_land_goes_on_where_it_was(land_config: LandConfig, tmp_p
     assert stages(calls, "loss of support_intents") == 0 and len(outcome.leaderboard.rows) == 2
 
 
+def test_a_land_of_jobs_at_once_stopped_twice_takes_no_step_and_no_measurement_again(
+    land_config: LandConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while both tasks train together, and once more while the second is measured: what was done by then stays done."""
+    from atoll.eval.arena import Arena
+    from atoll.train.job import TrainingJob
+
+    finish, measure = TrainingJob.finish_step, Arena.measure
+    steps, measured = list[str](), list[str]()
+
+    def finish_step(self: Any) -> None:
+        finish(self)
+        steps.append(self.folder.parent.name)
+        if len(steps) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    def measure_task(self: Any, data: Any, *rest: Any, **options: Any) -> Any:
+        measured.append(data.task.name)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return measure(self, data, *rest, **options)
+
+    monkeypatch.setattr(TrainingJob, "finish_step", finish_step)
+    monkeypatch.setattr(Arena, "measure", measure_task)
+    with pytest.raises(Interrupted):
+        land(land_config, tmp_path / "out")
+    assert sorted(steps) == ["support_intents", "unit_conversion"] and not measured  # the round at hand was ended
+    with pytest.raises(Interrupted):
+        land(land_config, tmp_path / "out")
+    assert len(steps) == 4
+    calls: list[str] = []
+    outcome = land(land_config, tmp_path / "out", progress=lambda stage, done, total: calls.append(stage))
+    assert len(steps) == 4 and stages(calls, "evaluate support_intents") == 0 and stages(calls, "evaluate unit_conversion") > 0
+    assert len(outcome.leaderboard.rows) == 2 and not outcome.failures
+    costs = outcome.notes["support_intents"].costs
+    assert [cost.tokens for cost in costs.values()] == [json.loads(line)["tokens"] for line in _manifests("support_intents")]
+    assert "CPU-seconds" in outcome.markdown_path.read_text()
+
+
+def _manifests(name: str) -> list[str]:
+    """The training record of an adapter of the hub, as a line of JSON."""
+    hub = Hub()
+    return [json.dumps(json.loads((hub.path(hub.resolve(name)) / "manifest.json").read_text())["training"])]
+
+
 def test_two_lands_in_one_directory_are_refused(land_config: LandConfig, tmp_path: Path) -> None:
     """Two writers of one directory would mix their results."""
     with locked(tmp_path / "out"), pytest.raises(Busy, match="in use by another"):

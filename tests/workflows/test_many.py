@@ -48,6 +48,12 @@ def test_each_is_what_it_would_be_alone(configs: list[Job], tmp_path: Path) -> N
         assert outcome.version.ref == f"{task}@1" and outcome.adapter_folder == tmp_path / "together" / task / "adapter"
         assert outcome.training["train_loss"] == pytest.approx(truth.training["train_loss"], rel=1e-4)
     assert statuses(Hub()) == ["finished"] * 3
+    for outcome in outcomes:
+        assert isinstance(outcome, TrainOutcome) and outcome.version is not None and outcome.cost is not None
+        [run] = Hub().runs(digest=outcome.version.digest)
+        assert run.cost == outcome.cost.to_json() and run.cost["tokens"] == outcome.training["tokens"] and run.cost["price"] is None
+        assert run.cost["cpu_seconds"] > 0 and run.cost["peak_memory_bytes"] > 0 and run.seconds == pytest.approx(run.cost["seconds"], abs=1e-3)
+        assert run.progress is not None and run.progress["step"] == 3 and run.folder == str(outcome.adapter_folder.parent)
     again = train_many(configs, out=tmp_path / "together")
     assert all(isinstance(outcome, TrainOutcome) and outcome.reused for outcome in again)
 
@@ -84,8 +90,16 @@ def test_ctrl_c_leaves_no_run_that_says_it_is_running(configs: list[Job], tmp_pa
     with pytest.raises(Interrupted):
         train_many(configs, out=tmp_path, at_once=2)
     assert statuses(Hub()) == ["interrupted", "interrupted"]
+    spent = {run.name: run.cost for run in Hub().runs()}
+    monkeypatch.setenv("ATOLL_PRICE_PER_CPU_HOUR", "3600")
     outcomes = train_many(configs, out=tmp_path, at_once=2)
     assert all(isinstance(outcome, TrainOutcome) and outcome.training["steps"] == 3 for outcome in outcomes)
+    for run in Hub().runs(status="finished"):
+        before = spent.get(run.name, {"tokens": 0, "cpu_seconds": 0.0})
+        assert run.cost is not None and before is not None
+        assert run.cost["tokens"] > before["tokens"] and run.cost["cpu_seconds"] > before["cpu_seconds"]
+        assert run.cost["price"] == pytest.approx(run.cost["cpu_seconds"], abs=2e-3) and run.cost["currency"] == "USD"
+        assert "price" in Hub().show(f"sha256:{run.digest}").markdown()
 
 
 def test_two_files_of_one_name_are_refused_before_anything_is_trained(configs: list[Job], tmp_path: Path) -> None:

@@ -26,8 +26,15 @@ LONGEST_SHOWN = 1500  # characters of a prompt; of a longer one the beginning an
 NUM_CUT_SHOWN = 5
 
 
-def show_plan(loaded: LoadedConfig[TrainConfig], as_json: bool) -> None:
-    """Plan the job, measure its cost, print both. Raises what loading raises."""
+def show_plans(every: Sequence[LoadedConfig[TrainConfig]], as_json: bool) -> None:
+    """Plan each job, measure its cost, print both; as JSON one object, or a list where there are several files. Raises what loading raises."""
+    plans = [found for loaded in every if (found := show_plan(loaded, as_json)) is not None]
+    if as_json:
+        write_json(plans[0] if len(every) == 1 else plans)
+
+
+def show_plan(loaded: LoadedConfig[TrainConfig], as_json: bool) -> dict[str, Any] | None:
+    """Plan one job and print it as text, or return it as JSON."""
     from atoll.train.plan import estimate_cost
     from atoll.workflows import make_plan
 
@@ -37,14 +44,14 @@ def show_plan(loaded: LoadedConfig[TrainConfig], as_json: bool) -> None:
         cost = estimate_cost(plan)
     warnings = [*loaded.warnings, *plan_warnings(plan)]
     if as_json:
-        write_json(_as_json(plan, cost, warnings))
-        return
+        return _as_json(plan, cost, warnings)
     _show_config(loaded)
     _show_prompts(plan)
     _show_counts(plan)
     _show_cost(plan, cost)
     for warning in warnings:
         warn(warning)
+    return None
 
 
 def plan_warnings(plan: TrainingPlan) -> list[str]:
@@ -83,7 +90,12 @@ def _show_prompts(plan: TrainingPlan) -> None:
     rows = plan.train.rows[:NUM_PROMPTS]
     write(f"# {len(rows)} of {len(plan.train.rows)} training rows; what is learned stands in ⟦ ⟧, the rest is masked")
     for row in rows:
-        write(f"--- {row.where}: {row.first_label} tokens masked, {row.num_labels} learned")
+        if plan.masking is not None:
+            shown = plan.masking.hide(row, "dry run")
+            write(f"--- {row.where}: {shown.num_labels} of {len(row.token_ids)} tokens hidden and learned, others in each step; for example")
+            row = shown
+        else:
+            write(f"--- {row.where}: {row.first_label} tokens masked, {row.num_labels} learned")
         if plan.spec.reft:
             write(f"edited: {_edited_text(row, plan)}")
         _write_preview(preview_of(row, plan.base.tokenizer))
@@ -188,9 +200,10 @@ def _base_text(plan: TrainingPlan) -> str:
 
 def _adapter_text(plan: TrainingPlan) -> str:
     """What is trained, and where."""
-    spec, num_layers = plan.spec, plan.base.decoder.shape.num_layers
+    spec, shape = plan.spec, plan.base.decoder.shape
+    num_layers = shape.num_layers
     kind = "DoRA" if spec.use_dora else "LoRA"
-    texts = [f"{kind} of rank {spec.rank} on {len(spec.sites(num_layers))} linears"] if spec.target_modules else []
+    texts = [f"{kind} of rank {spec.rank} on {len(spec.sites(num_layers, shape.linears))} linears"] if spec.target_modules else []
     for part in spec.reft:
         blocks = len({site.layer for site in part.sites(0, num_layers)})
         sides = ", each side with its own tensors" if part.sides == 2 else ""

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from atoll.cli.options import JsonOption
-from atoll.cli.output import Column, say, size, warn, write, write_json, write_table
+from atoll.cli.output import Column, duration, say, size, warn, write, write_json, write_table
 from atoll.errors import DataError
 
 if TYPE_CHECKING:
     from atoll.eval.leaderboard import Leaderboard, LeaderboardEntry, LeaderboardRow, RowNote
+    from atoll.train.cost import Cost
     from atoll.workflows import LandOutcome
 
 RUNS = Path("runs")  # where land and eval write unless told otherwise
@@ -28,6 +29,7 @@ COLUMNS = (
     Column("kind"),
     Column("parameters", right=True, spare=8),
     Column("size", right=True, spare=9),
+    Column("cost", right=True, spare=10),
     Column("score", right=True),
     Column("gain", right=True),
     Column("p", right=True, spare=1),
@@ -49,6 +51,7 @@ def leaderboard(
     """Print a leaderboard, or several merged.
 
     Of equal entries the later one counts. Where not all adapters are plain LoRA, their kinds are shown, and the sizes that this machine's hub knows.
+    cost is what training took: a price where a rate was given (cost: in the training file, or ATOLL_PRICE_PER_CPU_HOUR), else CPU time.
     Scores are from 0 to 1, higher is better, ± is one standard error; gain is over the base in its better prompt style, p of a paired test. options
     chooses the likeliest label. Boards of different bases are printed one below the other; with --json they have to be asked for apart.
 
@@ -65,14 +68,15 @@ def leaderboard(
             raise DataError(f"{place} does not exist", hint="name a folder that atoll land or atoll eval wrote to, or its leaderboard.json")
     boards = [read_leaderboard(place) for place in places or _found()]
     if as_json:
-        write_json(reduce(merge_leaderboards, boards).to_json())
+        merged = reduce(merge_leaderboards, boards)
+        write_json(board_json(merged, _notes(merged)))
         return
     by_base: dict[str, list[Leaderboard]] = {}
     for board in boards:
         by_base.setdefault(board.base_fingerprint, []).append(board)
     for group in by_base.values():
         board = reduce(merge_leaderboards, group)
-        show_board(board, _sizes(board))
+        show_board(board, _notes(board))
 
 
 def show_board(board: Leaderboard, notes: Mapping[str, RowNote] | None = None) -> None:
@@ -91,7 +95,7 @@ def show_board(board: Leaderboard, notes: Mapping[str, RowNote] | None = None) -
 def show_outcome(outcome: LandOutcome, as_json: bool) -> None:
     """What land and eval measured: the board to stdout, as a table or as leaderboard.json, and what the user should know to stderr."""
     if as_json:
-        write_json(outcome.leaderboard.to_json())
+        write_json(board_json(outcome.leaderboard, outcome.notes))
     else:
         show_board(outcome.leaderboard, outcome.notes)
     for warning in outcome.warnings:
@@ -102,18 +106,27 @@ def _is_mixed(board: Leaderboard) -> bool:
     return any(entry.kind not in ("base", PLAIN) for row in board.rows for entry in row.entries)
 
 
-def _sizes(board: Leaderboard) -> dict[str, RowNote]:
-    """Of a mixed board, what the hub of this machine knows of its adapters, if there is one."""
+def board_json(board: Leaderboard, notes: Mapping[str, RowNote]) -> dict[str, Any]:
+    """The object of leaderboard.json, and beside it "costs": by digest, what is known of what adapters cost."""
+    costs = {digest: cost.to_json() for note in notes.values() for digest, cost in note.costs.items()}
+    return {**board.to_json(), **({"costs": costs} if costs else {})}
+
+
+def _notes(board: Leaderboard) -> dict[str, RowNote]:
+    """What the hub of this machine knows of a board's adapters, if there is one: what they cost, and where kinds differ, how large they are."""
     from atoll.config import atoll_home
 
-    if not _is_mixed(board) or not (atoll_home() / "hub" / "hub.db").exists():
+    if not (atoll_home() / "hub" / "hub.db").exists():
         return {}
-    from atoll.eval.arena import sizes_of
+    from atoll.eval.arena import costs_of, sizes_of
     from atoll.eval.leaderboard import RowNote
     from atoll.hub import Hub
 
-    sizes = sizes_of(Hub().list(all_versions=True))
-    return {row.task: RowNote(sizes=sizes) for row in board.rows}
+    hub = Hub()
+    sizes = sizes_of(hub.list(all_versions=True)) if _is_mixed(board) else {}
+    costs = costs_of(hub, (entry.digest for row in board.rows for entry in row.entries if entry.kind != "base"))
+    of_task = {row.task: {entry.digest: costs[entry.digest] for entry in row.entries if entry.digest in costs} for row in board.rows}
+    return {task: RowNote(sizes=sizes, costs=found) for task, found in of_task.items()}
 
 
 def _found() -> list[Path]:
@@ -133,7 +146,7 @@ def _lines(row: LeaderboardRow, note: RowNote | None) -> list[list[str | None]]:
     start = [row.task, row.metric, str(row.n), majority, f"{_measured(base)}{style}" if base is not None else None]
     others = [entry for entry in row.entries if entry.kind != "base"]
     if not others:
-        return [[*start, *[None] * 7, _figure(base.options_value) if base else None, _failures(base), "base only"]]
+        return [[*start, *[None] * 8, _figure(base.options_value) if base else None, _failures(base), "base only"]]
     return [[*start, *_result(entry, base, note)] for entry in others]
 
 
@@ -145,8 +158,18 @@ def _result(entry: LeaderboardEntry, base: LeaderboardEntry | None, note: RowNot
     p = None if entry.p_vs_base is None else "<0.001" if entry.p_vs_base < 0.001 else f"{entry.p_vs_base:.3f}"
     known = note.sizes.get(entry.digest) if note is not None else None
     parameters = f"{known.num_parameters:,}" if known is not None and known.num_parameters is not None else None
-    about = [entry.model, entry.kind, parameters, size(known.num_bytes) if known is not None else None]
+    cost = note.costs.get(entry.digest) if note is not None else None
+    about = [entry.model, entry.kind, parameters, size(known.num_bytes) if known is not None else None, cost_text(cost)]
     return [*about, _measured(entry), gain, p, _figure(entry.options_value), _failures(entry), verdict]
+
+
+def cost_text(cost: Cost | None) -> str | None:
+    """A price, or where no rate is known the time of all processors."""
+    from atoll.train.cost import price_text
+
+    if cost is None:
+        return None
+    return price_text(cost) or (f"{duration(cost.cpu_seconds)} CPU" if cost.cpu_seconds is not None else None)
 
 
 def _measured(entry: LeaderboardEntry) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from atoll.cli import cancel, chat, compose, evaluate, generate, hub, keys, land, leaderboard, pull, schema, serve, tasks, train
+from atoll.cli import cancel, chat, compose, evaluate, generate, hub, keys, land, leaderboard, pull, runs, schema, serve, tasks, train
 from atoll.cli.environment import prepare
 from atoll.cli.output import print_error
 from atoll.cli.processes import is_spokesman
@@ -44,6 +44,7 @@ app.command()(tasks.tasks)
 app.command()(schema.schema)
 app.add_typer(hub.app, name="hub")
 app.add_typer(keys.app, name="keys")
+app.add_typer(runs.app, name="runs")
 
 # What a user's disk, paths and permissions can do to any command; other OSErrors are ours.
 USERS_ERRNOS = (
@@ -153,6 +154,7 @@ def root(
       atoll train examples/train.yaml --dry-run
       atoll generate --adapter support_intents "where is my parcel?"
       atoll compose --examples few.jsonl --publish my_task
+      atoll runs list
       atoll hub list
       atoll serve --adapter support_intents
       atoll --threads 4 eval builtin:dates --model dates

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from atoll.cli.job_table import job_table
+from atoll.cli.leaderboard import cost_text
 from atoll.cli.options import AtOnceOption, BaseOption, JsonOption, OutOption, SetOption, overrides, stopped
 from atoll.cli.output import duration, say, warn, write, write_json
 from atoll.cli.processes import is_first, is_spokesman, launched_processes, run_processes
@@ -44,9 +45,12 @@ def train(
 
     The run's folder (--out, default runs/NAME) keeps checkpoints, the log and the adapter; the same command goes on where a stopped one ended. With
     several files every adapter has a folder of its name in --out (default runs); they share one base in memory and train together, each as it would
-    alone, and one that fails does not stop the others.
+    alone, and one that fails does not stop the others. A file with a `sweep:` section is many trainings: every combination of the values there, or
+    random draws; the best is published under the file's name.
+
     --processes N trains one adapter in N processes of this machine, `torchrun … -m atoll train FILE` on several machines: the same adapter, to
     rounding. Each process holds the base.
+
     `atoll schema train` describes every key of the file. Files in Ludwig's form are read as they are.
 
     \b
@@ -54,29 +58,40 @@ def train(
       atoll train examples/train.yaml
       atoll train examples/train.yaml --dry-run
       atoll train examples/train.yaml examples/train_reft.yaml --out runs/both
+      atoll train examples/sweep.yaml --dry-run
       atoll train examples/train.yaml --processes 2
       atoll train examples/train.yaml --set adapter.r=32 --set trainer.epochs=2 --name tickets-r32
       atoll train examples/train_reft.yaml --set adapter.rank=8 --set adapter.positions=f3+l3
       atoll train examples/lora_land_article.yaml --data news.csv --base smollm2-135m-instruct
     """
     from atoll.config_file import load_config
+    from atoll.config_sweep import is_sweep
 
     if len(files) > 1 and name is not None:
         raise ConfigError("--name is for one file", hint="give each file its own name")
-    every = [load_config(file, "train", overrides(settings, data__path=data, base=base, name=name)) for file in files]
+    given = overrides(settings, data__path=data, base=base, name=name)
     started = launched_processes()
-    if len(files) > 1 and (started > 1 or processes not in (None, 1)):
+    in_several = started > 1 or processes not in (None, 1)
+    if len(files) > 1 and in_several:
         raise ConfigError(
             f"several processes train one adapter together, but {len(files)} files are given",
             hint="give one file, or leave the processes out: one process trains all of them over one base",
         )
+    if any(map(is_sweep, files)):
+        if in_several:
+            raise ConfigError(
+                "several processes train one adapter together, but a sweep is many trainings",
+                hint="leave the processes out: one process trains all of them over one base",
+            )
+        _sweep(files, given, out, dry_run, publish, at_once, as_json)
+        return
+    every = [load_config(file, "train", given) for file in files]
     if dry_run:
         if not is_spokesman():
             return
-        from atoll.cli.dry_run import show_plan
+        from atoll.cli.dry_run import show_plans
 
-        for loaded in every:
-            show_plan(loaded, as_json)
+        show_plans(every, as_json)
         return
     if processes not in (None, started):
         if started > 1:
@@ -102,6 +117,17 @@ def train(
         write_json(to_json(outcome))
     else:
         _show(outcome)
+
+
+def _sweep(files: Sequence[Path], given: dict[str, Any], out: Path | None, dry_run: bool, publish: bool, at_once: int | None, as_json: bool) -> None:
+    """A file with a sweep stands alone: its table is of its own trainings."""
+    from atoll.cli.sweep import run_sweep, show_grid
+    from atoll.config_sweep import load_sweep
+
+    if len(files) > 1:
+        raise ConfigError("a file with a sweep is trained by itself", hint="start each in a command of its own")
+    loaded = load_sweep(files[0], given)
+    show_grid(loaded, at_once, as_json) if dry_run else run_sweep(loaded, out, publish, at_once, as_json)
 
 
 def _train_many(every: Sequence[LoadedConfig[TrainConfig]], out: Path | None, publish: bool, at_once: int | None, as_json: bool) -> None:
@@ -132,7 +158,14 @@ def _train_many(every: Sequence[LoadedConfig[TrainConfig]], out: Path | None, pu
 def to_json(outcome: TrainOutcome) -> dict[str, object]:
     """The outcome as one JSON object."""
     version = outcome.version.to_json() if outcome.version is not None else None
-    return {"adapter_folder": str(outcome.adapter_folder), "version": version, "reused": outcome.reused, "training": dict(outcome.training)}
+    cost = outcome.cost.to_json() if outcome.cost is not None else None
+    return {
+        "adapter_folder": str(outcome.adapter_folder),
+        "version": version,
+        "reused": outcome.reused,
+        "training": dict(outcome.training),
+        "cost": cost,
+    }
 
 
 def _show(outcome: TrainOutcome) -> None:
@@ -144,7 +177,8 @@ def _show(outcome: TrainOutcome) -> None:
         say("this job had been trained already; its adapter was found and kept")
     else:
         ended = ", stopped early: the validation loss no longer fell" if training["stopped_early"] else ""
-        say(f"trained {training['steps']} steps in {duration(training['seconds'])}, loss {training['train_loss']:.3f}{ended}")
+        took = f" ({cost})" if (cost := cost_text(outcome.cost)) else ""
+        say(f"trained {training['steps']} steps in {duration(training['seconds'])}{took}, loss {training['train_loss']:.3f}{ended}")
     write(version.ref if version is not None else str(outcome.adapter_folder))
     if version is not None:
         say(f'sha256:{version.digest}\ntry it: atoll generate --adapter {version.name} "..."')

@@ -18,7 +18,6 @@ from atoll.data.encode import EncodedRow
 from atoll.model.batch import PackedBatch
 from atoll.model.decoder import Decoder
 from atoll.model.kv_cache import PAGE_TOKENS, KvCache
-from atoll.model.loss import label_losses
 
 _WORTH_SHARING = 2 * PAGE_TOKENS  # tokens that rows must begin with in common
 _PREFILL_TOKENS = 2048  # of a common beginning, at a time
@@ -30,8 +29,9 @@ def base_losses(decoder: Decoder, rows: Sequence[EncodedRow]) -> Tensor:
     check_rows(rows, decoder.shape.context)
     found = torch.empty(len(rows))
     for group, common in _alike(rows):
-        # A rope that turns by a row's whole length gives the same beginning other keys in rows of other lengths.
-        shared = 0 if len(group) == 1 or decoder.rotary.by_length else common // PAGE_TOKENS * PAGE_TOKENS
+        # A rope that turns by a row's whole length gives the same beginning other keys in rows of other lengths; so does an encoder.
+        apart = decoder.rotary.by_length or decoder.whole_prompts
+        shared = 0 if len(group) == 1 or apart else common // PAGE_TOKENS * PAGE_TOKENS
         found[group] = _losses(decoder, [rows[index] for index in group], shared)
     return found
 
@@ -80,10 +80,11 @@ def _losses(decoder: Decoder, rows: Sequence[EncodedRow], shared: int) -> Tensor
             context=[shared] * len(members),
             pages=tables if cache is not None else None,
             outputs=outputs,
+            num_prompts=[row.num_prompt for row in members],
             device=decoder.device,
         )
         labels = torch.tensor([token for row in members for token in row.token_ids[row.first_label :]], device=decoder.device)
-        each = label_losses(decoder.forward(batch, cache=cache), decoder.head, labels)
+        each = decoder.label_losses(decoder.forward(batch, cache=cache), labels)
         found[portion] = torch.stack([part.mean() for part in each.split([row.num_labels for row in members])]).cpu()
     return found
 

@@ -48,7 +48,7 @@ class Candidates:
             each, shared = num_tokens // num, _Products(self.pool, weights)
             return AdapterBatch(tuple(Segment(p * each, (p + 1) * each, _Product(shared, p)) for p in range(num)))
         if way is None:
-            way = "mixed" if trained else cheaper_way(self.pool, num, num_tokens // num)
+            way = "mixed" if trained or not self.pool.can_merge else cheaper_way(self.pool, num, num_tokens // num)
         if way == "mixed":
             return AdapterBatch.single(_Mixed(self.pool, weights), num_tokens)
         return AdapterBatch(blocks=_Merged(self, weights))

@@ -21,7 +21,7 @@ from atoll.errors import Interrupted
 from atoll.model.adapter import Adapter, new_adapter
 from atoll.model.decoder import Decoder
 from atoll.train.job import Report, TrainingJob
-from atoll.train.spec import adapter_spec
+from atoll.train.spec import spec_over
 
 FEW_SHOT_ADAPTER = LoraAdapterConfig(r=16)  # at all linears, as adapters of a hub usually are
 _BATCH = 8
@@ -56,7 +56,7 @@ def train_on_examples(
     """
     shape = decoder.shape
     settings = trainer or few_shot_trainer(len(rows), seed)
-    spec = adapter_spec(base, adapter, shape.num_layers, shape.hidden)
+    spec = spec_over(base, adapter, decoder)
     start = new_adapter(spec, shape.linears, shape.num_layers, torch.Generator().manual_seed(settings.seed))
 
     def on_step(headline: str, step: int, total: int) -> None:

@@ -22,7 +22,6 @@ from atoll.data.encode import EncodedRow
 from atoll.errors import DataError
 from atoll.model.batch import PackedBatch
 from atoll.model.decoder import Decoder
-from atoll.model.loss import label_losses
 from atoll.train.rows import label_batch
 
 FORWARD_TOKENS = 16384  # tokens of a forward: some 0.5 GB of activations at a hidden size of 576
@@ -114,7 +113,7 @@ class LabelLosses:
         packed, device = self._pack(examples, len(weights)), self.decoder.device
         adapters = self.candidates.batch(weights.to(device), packed.batch.num_tokens)
         hidden = self.decoder.forward(packed.batch, adapters, entering=self._entering(examples, len(weights)))
-        each = label_losses(hidden, self.decoder.head, packed.labels).view(len(weights), -1)
+        each = self.decoder.label_losses(hidden, packed.labels).view(len(weights), -1)
         summed = each.new_zeros(len(weights), len(examples)).index_add(1, packed.example_of_label, each)
         return (summed / torch.bincount(packed.example_of_label, minlength=len(examples))).to(weights.device)
 
@@ -132,7 +131,7 @@ class LabelLosses:
     def _entering(self, examples: tuple[int, ...], num: int) -> tuple[int, Tensor] | None:
         """Where the candidates begin to differ, and the base's residual stream there, once for each; None where that is the first layer."""
         first = self.pool.first_layer
-        if first == 0:
+        if first == 0 or not self.decoder.can_enter:
             return None
         if examples not in self._below:
             _make_room(self._below)

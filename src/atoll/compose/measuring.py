@@ -164,6 +164,8 @@ class Measuring:
             adapter = candidate.load()
             if adapter.edits:
                 why = f"it is {adapter.spec.kind}: it edits hidden states, and the search weights LoRA factors only"
+            elif adapter.spec.use_dora:
+                why = "it is DoRA's: its update depends on all of the layer's weight, so it has no weighted sum"
             else:
                 adapter.check_fits(shape.linears, shape.num_layers)
                 if not all(bool(torch.isfinite(factor).all()) for module in adapter.modules.values() for factor in (module.a, module.b)):

@@ -174,7 +174,8 @@ class GeneratedScores:
         """Greedy ids of every row, without the end mark. A row is left out of the steps after its own end."""
         decoder, each = self._decoder, len(prompts) // len(weights)
         tables, cache = _pages(decoder, prompts, self._max_new)
-        batch = PackedBatch.of(prompts, pages=tables, outputs="last", device=decoder.device)
+        lengths = [len(prompt) for prompt in prompts]
+        batch = PackedBatch.of(prompts, pages=tables, outputs="last", num_prompts=lengths, device=decoder.device)
         _, best = decoder.best(decoder.forward(batch, self._candidates.batch(weights, batch.num_tokens), cache))
         written: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
@@ -186,8 +187,9 @@ class GeneratedScores:
                 break
             batch = PackedBatch.of(
                 [written[row][-1:] for row in running],
-                context=[len(prompts[row]) + len(written[row]) - 1 for row in running],
+                context=[lengths[row] + len(written[row]) - 1 for row in running],
                 pages=[tables[row] for row in running],
+                num_prompts=[lengths[row] for row in running],
                 device=decoder.device,
             )
             mine = weights[[row // each for row in running]]  # a block of one token for each row

@@ -53,7 +53,10 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Pool:
-    """Adapters of one base, checked against it. stacks holds what stands at (layer, group); linears is the base's {target: (d_out, d_in)}."""
+    """Adapters of one base, checked against it. stacks holds what stands at (layer, group); linears is the base's {target: (d_out, d_in)},
+
+    groups its linears that share an input. can_merge: whether the base computes blocks of merged weights.
+    """
 
     adapters: tuple[Adapter, ...]
     names: tuple[str, ...]
@@ -61,6 +64,8 @@ class Pool:
     linears: Mapping[str, tuple[int, int]]
     num_layers: int
     stacks: Mapping[tuple[int, int], Stack]
+    groups: Sequence[Sequence[str]] = GROUPS
+    can_merge: bool = True
 
     @classmethod
     def of(
@@ -68,10 +73,16 @@ class Pool:
     ) -> Pool:
         """Stack adapters that fit the decoder's base. names are for messages and the result's manifest; digests say which versions they are.
 
-        Raises ConfigError for no adapters, UnsupportedAdapter for one that edits hidden states, BaseMismatch for one that does not fit.
+        Raises ConfigError for no adapters, UnsupportedAdapter for one that edits hidden states and for an encoder's, BaseMismatch for one that does
+        not fit.
         """
         if not adapters:
             raise ConfigError("there are no adapters to compose", hint="name at least one adapter of the hub")
+        if decoder.classifies:
+            raise UnsupportedAdapter(
+                "the base is an encoder: each of its adapters has a classifier of its own, and classifiers cannot be weighted",
+                hint="train one adapter on all classes, or compose over a base that writes text",
+            )
         shape = decoder.shape
         known = tuple(names) if names is not None else tuple(f"adapter {index}" for index in range(1, len(adapters) + 1))
         for name, adapter in zip(known, adapters, strict=True):
@@ -92,10 +103,12 @@ class Pool:
         stacks = {
             (layer, group): stack
             for layer in range(shape.num_layers)
-            for group in range(len(GROUPS))
+            for group in range(len(shape.groups))
             if (stack := _stack(adapters, shape.linears, layer, group, decoder)) is not None
         }
-        return cls(tuple(adapters), known, tuple(digests or (None,) * len(adapters)), dict(shape.linears), shape.num_layers, stacks)
+        digests = tuple(digests or (None,) * len(adapters))
+        can_merge = not decoder.whole_prompts  # a prompt that is read apart has no blocks of equal length
+        return cls(tuple(adapters), known, digests, dict(shape.linears), shape.num_layers, stacks, shape.groups, can_merge)
 
     @property
     def num(self) -> int:
@@ -125,7 +138,7 @@ class Pool:
     def _factors(self, layer: int, group: int) -> tuple[Factors, ...]:
         like = self.stacks[layer, group].a
         found, column = [], 0
-        for target in GROUPS[group]:
+        for target in self.groups[group]:
             start, column = column, column + self.linears[target][0]
             here = [(index, module) for index, module in enumerate(_modules(self.adapters, Site(layer, target))) if module is not None]
             if not here:
@@ -154,7 +167,7 @@ def _stack(adapters: Sequence[Adapter], linears: Mapping[str, tuple[int, int]], 
     """What stands at one fused linear; None where no adapter changes it."""
     rows, owners, parts, runs = [], [], [], []
     rank = column = 0
-    for target in GROUPS[group]:
+    for target in decoder.shape.groups[group]:
         start, column = column, column + linears[target][0]
         here = [(index, module) for index, module in enumerate(_modules(adapters, Site(layer, target))) if module is not None]
         if not here:

@@ -95,17 +95,24 @@ def encode_examples(
     chat: bool = False,
     context: int | None = None,
     eos_ids: Collection[int] = (),
+    classes: Sequence[str] = (),
+    whole: bool = False,
 ) -> Encoded:
     """Token rows of the examples, each at most `max_length` tokens (see resolve_max_length; `context` is the base's length).
 
     Examples with messages are always chats; with `chat`, text prompts become a user turn. A chat's completion is what its template writes after
     the generation prompt. Every completion ends in EOS: one is added unless a chat template already ends the turn with one of `eos_ids` (all tokens
-    that end generation on this base) or the tokenizer's own.
+    that end generation on this base) or the tokenizer's own. classes: the completion is instead one number, that of its class among these.
+    whole: prompt and completion are one text, and nothing of it is a label yet (see masking).
 
     Raises DataError, naming file and line, for an empty completion, and for a row whose completion leaves no room for a token of its prompt.
     """
-    prompts = encode_prompts([example.turns for example in examples], tokenizer, chat, [example.where for example in examples])
-    completions = _encode_completions(examples, tokenizer, chat, eos_ids)
+    asked = [example.turns if not whole else f"{example.turns}{example.completion}" for example in examples]
+    prompts = encode_prompts(asked, tokenizer, chat, [example.where for example in examples])
+    if whole:
+        completions: list[list[int]] = [[] for _ in examples]
+    else:
+        completions = _class_numbers(examples, classes) if classes else _encode_completions(examples, tokenizer, chat, eos_ids)
     lengths = tuple(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True))
     longest_completion = max(map(len, completions), default=0)
     limit = resolve_max_length(max_length, lengths, context, longest_completion=longest_completion)
@@ -182,6 +189,18 @@ def _encode_completions(examples: Sequence[Example], tokenizer: Any, chat: bool,
             raise DataError(f"{example.where}: the completion {example.completion!r:.60} has no token", hint="fill it in, or drop the row")
         completions.append(token_ids if in_chat and token_ids[-1] in ends else [*token_ids, eos])
     return completions
+
+
+def _class_numbers(examples: Sequence[Example], classes: Sequence[str]) -> list[list[int]]:
+    """The number of each completion's class. Raises DataError for one that is none."""
+    numbers = {label.strip(): number for number, label in enumerate(classes)}
+    for example in examples:
+        if example.completion.strip() not in numbers:
+            raise DataError(
+                f"{example.where}: the answer {example.completion.strip()!r:.60} is none of the {len(classes)} classes {', '.join(classes)[:80]}",
+                hint="correct the row, or name the class in data.label_set",
+            )
+    return [[numbers[example.completion.strip()]] for example in examples]
 
 
 def _cut_prompt(prompt: list[int], room: int, before: list[int], bos: int | None) -> list[int] | None:

@@ -142,17 +142,21 @@ def encode_prompt(prompt: str | Sequence[Turn], tokenizer: Any, chat: bool = Fal
     return encode_prompts([prompt], tokenizer, chat)[0]
 
 
+READS_WHOLE = "reads_whole_texts"  # set on the tokenizer of a base that reads a text to its end before it answers (model.base): it sees that end
+
+
 def encode_prompts(prompts: Sequence[str | Sequence[Turn]], tokenizer: Any, chat: bool = False, where: Sequence[str] = ()) -> list[list[int]]:
     """encode_prompt for many prompts in one call of the tokenizer, which is several times faster; `where` names them in errors."""
     places = where or [""] * len(prompts)
-    before, _ = added_tokens(tokenizer)
+    before, behind = added_tokens(tokenizer)
+    end = behind if getattr(tokenizer, READS_WHOLE, False) else []
     prefixes: list[list[int]] = []
     texts = []
     for prompt, place in zip(prompts, places, strict=True):
         turns = as_turns(prompt) if chat or not isinstance(prompt, str) else None
         texts.append(render_chat(turns, tokenizer, place) if turns is not None else str(prompt))
         prefixes.append([] if turns is not None else before)  # a chat template writes its own BOS
-    encoded = [prefix + token_ids for prefix, token_ids in zip(prefixes, tokenize(texts, tokenizer), strict=True)]
+    encoded = [prefix + token_ids + end for prefix, token_ids in zip(prefixes, tokenize(texts, tokenizer), strict=True)]
     for token_ids, place in zip(encoded, places, strict=True):
         if not token_ids:
             raise DataError(f"{_at(place)}the prompt is empty, so there is nothing to continue", hint="give a prompt or an instruction")

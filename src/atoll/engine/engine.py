@@ -73,9 +73,10 @@ class Engine:
             max_step_tokens=self.config.max_step_tokens,
             max_overtakes=self.config.max_overtakes,
             regime=self._intake.regime,
+            whole_prompts=base.decoder.whole_prompts,
         )
         self.limits, self.grammars = self._intake.limits, self._intake.grammars
-        self._lender = Lender(self._pages, self._pool, self._runner, self.config.max_step_tokens)
+        self._lender = Lender(self._pages, self._pool, self._runner, self.config.max_step_tokens, whole=base.decoder.whole_prompts)
         self._jobs = Jobs()
         self._numbers = itertools.count(1)
         self._listeners: dict[str, Callable[[TokenEvent], None]] = {}

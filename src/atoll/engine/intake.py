@@ -45,11 +45,20 @@ class Intake:
         self.clock = time.monotonic
         self.regime: Callable[[int], int] | None = rotary.regime if rotary.by_length else None
         self.grammars = GrammarCompiler(base.tokenizer, shape.vocabulary, base.eos_ids)  # its `check` may be called from any thread
-        self._eos_ids, self._reuse = base.eos_ids, config.reuse_prefixes
+        self._eos_ids, self._reuse = base.eos_ids, config.reuse_prefixes and not base.decoder.whole_prompts
+        self._classifies, self._whole_prompts = base.decoder.classifies, base.decoder.whole_prompts
         self._pages, self._pool = pages, pool
 
     def check(self, request: Request) -> None:
         """Raise RequestRefused where a request does not fit, names an unknown adapter, or has a grammar that cannot be followed."""
+        if self._classifies:
+            raise RequestRefused(
+                "the base is an encoder: it tells classes apart and writes no text", hint="ask for classes: POST /classify, or Engine.score"
+            )
+        if self._whole_prompts and request.sampling.prompt_logprobs is not None:
+            raise RequestRefused(
+                "the base reads its prompt and does not predict it, so prompt tokens have no log-probabilities", hint="leave them out"
+            )
         self._check_adapter(request.adapter)
         self.limits.check(request)
         deadline = request.deadline_s
@@ -94,6 +103,10 @@ class Intake:
 
     def embed_job(self, items: Sequence[EmbedRequest]) -> EmbedJob:
         """A job of texts to embed. Raises RequestRefused for one that does not fit."""
+        if self._whole_prompts:
+            raise RequestRefused(
+                "no vector of a text is made of the states of an encoder or encoder-decoder base", hint="serve a decoder for vectors"
+            )
         for item in items:
             self._check_adapter(item.adapter)
             self.limits.check_embed(item)

@@ -51,8 +51,9 @@ class Lack(NamedTuple):
 class Lender:
     """Lends pages and adapters to the batch of one job, and runs its texts."""
 
-    def __init__(self, pages: Pages, pool: AdapterPool, runner: Runner, max_tokens: int) -> None:
-        self.pages, self.runner, self.max_tokens = pages, runner, max_tokens
+    def __init__(self, pages: Pages, pool: AdapterPool, runner: Runner, max_tokens: int, *, whole: bool = False) -> None:
+        """whole: a text is computed in one forward, however long, since the states of its beginning depend on its end."""
+        self.pages, self.runner, self.max_tokens, self._whole = pages, runner, max_tokens, whole
         self._pool = pool
 
     def borrow(self, tokens: Sequence[int], adapter: str | None, prefix: Prefix | None = None, *, spare: int = 0) -> Text | Lack:
@@ -132,6 +133,11 @@ class Lender:
         room = self.max_tokens
         for index, text in enumerate(texts):
             start = text.num_known * self.pages.page_tokens
+            if self._whole:
+                if chunks and len(text.tokens) > room:
+                    yield chunks
+                    chunks, room = [], self.max_tokens
+                room = max(room, len(text.tokens))
             while start < len(text.tokens):
                 stop = min(len(text.tokens), start + room)
                 chunks.append(Chunk(index, start, stop))

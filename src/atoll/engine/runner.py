@@ -145,6 +145,7 @@ class Runner:
             context=[row.context for row in packed],
             pages=[row.pages for row in packed],
             outputs=wanted + edited,
+            num_prompts=[row.num_prompt for row in packed],
             final_lengths=[max(row.num_prompt, row.context + len(row.token_ids)) for row in packed],
             device=self._decoder.device,
         )

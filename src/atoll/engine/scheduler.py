@@ -69,7 +69,7 @@ class Scheduler:
     """Waiting and running sequences, and what the running ones hold.
 
     zero_pages cleans pages that may hold values that are not finite. regime: which lengths have the same angles, for rope types where these depend on
-    a sequence's length; None where they do not.
+    a sequence's length; None where they do not. whole_prompts: a prompt is computed in one step.
     """
 
     def __init__(
@@ -82,7 +82,9 @@ class Scheduler:
         max_step_tokens: int,
         max_overtakes: int,
         regime: Callable[[int], int] | None = None,
+        whole_prompts: bool = False,
     ) -> None:
+        self._whole_prompts = whole_prompts
         self._pages, self._adapters, self._zero_pages, self._regime = pages, adapters, zero_pages, regime
         self._max_rows, self._max_step_tokens, self._max_overtakes = max_rows, max_step_tokens, max_overtakes
         self.waiting = Waiting()
@@ -297,6 +299,8 @@ class Scheduler:
     def _chunk_stop(self, sequence: Sequence, budget: int) -> int:
         """Where a prompt's next chunk ends. Where angles depend on the length, all of a chunk was first computed with the same ones."""
         start = sequence.num_cached
+        if self._whole_prompts:  # however many tokens that is
+            return len(sequence.tokens)
         stop = min(len(sequence.tokens), start + budget)
         if self._regime is None or stop <= sequence.num_prompt:
             return stop

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -37,6 +37,7 @@ from atoll.eval.evaluate import (
 from atoll.eval.leaderboard import RowNote, Size
 from atoll.eval.score import Kind, Score, better_base, read_score, write_outputs, write_score
 from atoll.model.adapter_files import read_adapter
+from atoll.train.cost import Cost
 
 if TYPE_CHECKING:
     from atoll.engine.engine import Engine
@@ -151,6 +152,8 @@ class Arena:
 
         Raises EngineError when the engine could not answer a request: a failure of the machine is not a wrong answer, and must not be kept as one.
         """
+        if self._base.decoder.classifies:
+            return self._classify(name, missing, adapters, progress)
         options = {path: option_requests(run, self._base.tokenizer) for run, path, _ in missing}
         requests = [request for run, _, _ in missing for request in requests_for(run)]
         used = {key: adapters[key] for key in dict.fromkeys(run.contestant.adapter for run, _, _ in missing) if key is not None}
@@ -166,6 +169,35 @@ class Arena:
             items = options[path]
             log_probs = engine.score(items, progress=lambda stage, done, total: progress(f"options {name}", done, total)) if items else []
             score, outputs = with_options(*score_completions(run, completions), run, log_probs)
+            write_outputs(path.with_suffix(".outputs.jsonl"), outputs)
+            write_score(path, score)
+            if recorded and self._record_all:
+                self._record(score, path)
+            scores[path] = score
+        return scores
+
+    def _classify(self, name: str, missing: Sequence[_Asked], adapters: Mapping[str, Adapter], progress: Progress) -> dict[Path, Score]:
+        """The same where the base is an encoder: each row's answer is the likeliest class of the contestant's own, and no option is scored apart."""
+        from atoll.engine.request import Completion, ScoreRequest
+
+        scores = {}
+        for run, path, recorded in missing:
+            key = run.contestant.adapter
+            labels = tuple(adapters[key].manifest.get("labels") or ()) if key is not None else run.data.task.label_set or ()
+            if not labels:
+                raise DataError(f"{run.contestant.model} names no classes, so its answers have no names", hint="add labels to its manifest")
+            classes = tuple((number,) for number in range(len(labels)))
+            items = [ScoreRequest(prompt_ids=list(prompt), continuations=classes, adapter=key) for prompt in run.prompts]
+            engine = self._engine_for([], items, [adapters[key]] if key is not None else [])
+            if key is not None:
+                engine.register(key, adapters[key])
+            found = engine.score(items, progress=lambda stage, done, total: progress(f"evaluate {name}", done, total))
+            best = [max(range(len(labels)), key=odds.__getitem__) for odds in found]
+            completions = [
+                Completion(f"{run.run_id}|{row}", key, len(prompt), (number,), labels[number], "stop")
+                for row, (prompt, number) in enumerate(zip(run.prompts, best, strict=True))
+            ]
+            score, outputs = score_completions(run, completions)
             write_outputs(path.with_suffix(".outputs.jsonl"), outputs)
             write_score(path, score)
             if recorded and self._record_all:
@@ -236,13 +268,23 @@ def limits(generation: GenerationConfig, data: TaskData, tokenizer: Any) -> tupl
     return generation.max_new_tokens or max_new_tokens, generation.stop or stop
 
 
-def note_of(data: TaskData, scores: Sequence[Score], settings: EvalConfig, versions: Sequence[Version]) -> RowNote:
-    """What the leaderboard's page says beside a row: the majority answer's score, the base's better prompt style, and how large the adapters are."""
+def note_of(data: TaskData, scores: Sequence[Score], settings: EvalConfig, versions: Sequence[Version], hub: Hub) -> RowNote:
+    """What the leaderboard's page says beside a row: the majority answer's score, the base's better style, the adapters' sizes and costs."""
     base = better_base([score for score in scores if score.kind == "base"])
     majority = majority_baseline(data, choose_examples(data, settings.test_rows))
-    return RowNote(majority, base.prompt_style, sizes_of(versions))
+    return RowNote(majority, base.prompt_style, sizes_of(versions), costs_of(hub, [version.digest for version in versions]))
 
 
 def sizes_of(versions: Sequence[Version]) -> dict[str, Size]:
     """By digest, what the hub knows of versions' sizes."""
     return {version.digest: Size(version.num_parameters, version.size_bytes) for version in versions}
+
+
+def costs_of(hub: Hub, digests: Iterable[str]) -> dict[str, Cost]:
+    """By digest, what the newest finished run cost that made it; digests of which the hub knows none are left out."""
+    found = {}
+    for digest in dict.fromkeys(digests):
+        costs = [run.cost for run in hub.runs(digest=digest, status="finished") if run.cost is not None]
+        if costs:
+            found[digest] = Cost.from_json(costs[0])
+    return found

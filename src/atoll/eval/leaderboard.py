@@ -21,6 +21,7 @@ from atoll.errors import BaseMismatch, DataError
 from atoll.eval.baseline import Baseline
 from atoll.eval.score import KINDS, Score, better_base, p_value, parse_json_file
 from atoll.files import write_file
+from atoll.train.cost import Cost, price_text
 
 JSON_NAME, MARKDOWN_NAME = "leaderboard.json", "leaderboard.md"
 REDO = "it was written by another version or edited; run the evaluation again"
@@ -79,6 +80,8 @@ class Leaderboard:
     @classmethod
     def from_json(cls, value: Any) -> Leaderboard:
         """The inverse of to_json; raises DataError naming the place that has not the fixed form."""
+        if isinstance(value, dict):
+            value = {key: item for key, item in value.items() if key != "costs"}  # what `atoll leaderboard --json` says beside the form
         given = _object(value, ("base", "rows"), "leaderboard")
         base = _object(given["base"], ("name", "fingerprint"), "leaderboard.base")
         rows = []
@@ -103,11 +106,14 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class RowNote:
-    """What the page says of a row beside the file: the constant answer's score, the style in which the base did better, adapters' sizes by digest."""
+    """What the page says of a row beside the file: the constant answer's score, the style in which the base did better, adapters' sizes and costs by
+    digest.
+    """
 
     majority: Baseline | None = None
     base_prompt_style: str = ""
     sizes: Mapping[str, Size] = field(default_factory=dict)
+    costs: Mapping[str, Cost] = field(default_factory=dict)
 
 
 def beats(entry: LeaderboardEntry, base: LeaderboardEntry) -> bool:
@@ -181,9 +187,9 @@ def read_leaderboard(path: Path) -> Leaderboard:
 def render_markdown(board: Leaderboard, notes: Mapping[str, RowNote] | None = None) -> str:
     """The page: one line an adapter, beside the base and the constant answer, with the verdict in words; below it how to read the columns."""
     notes = notes or {}
-    asked, model = ("task", "metric", "n", "majority", "base"), ("model", "kind", "parameters", "bytes")
+    asked, model = ("task", "metric", "n", "majority", "base"), ("model", "kind", "parameters", "bytes", "CPU-seconds", "cost")
     head = (*asked, *model, "score", "gain", "p", "failures", "options (base)", "verdict")
-    lines = [_line(head), _line(["---", "---", *["---:"] * 3, "---", "---", *["---:"] * 7, "---"])]
+    lines = [_line(head), _line(["---", "---", *["---:"] * 3, "---", "---", *["---:"] * 9, "---"])]
     for row in board.rows:
         lines += [_line(cells) for cells in _cells(row, notes.get(row.task, RowNote()))]
     return "\n".join([f"# Leaderboard: {_escape(board.base_name)}", "", f"Base fingerprint `{board.base_fingerprint}`.", "", *lines, "", READING, ""])
@@ -191,10 +197,11 @@ def render_markdown(board: Leaderboard, notes: Mapping[str, RowNote] | None = No
 
 READING = """How to read it. Scores are from 0 to 1 (correlations from -1), higher is better, ± is one standard error. *base* is the base model with
 the task's prompt, plain or inside its chat template, whichever scored higher (named where known). *majority* gives every row the most common
-training answer. *parameters* are an adapter's trained numbers, *bytes* its files. *failures* counts outputs without a usable answer; they count as
-wrong. *gain* is score minus base; *p* is the two-sided paired test that there is no difference. *options* is how often the right label was the
-likeliest one, for closed label sets, and in brackets the same for the base. *verdict*: better or worse when the gain is larger than its own standard
-error, else no difference."""
+training answer. *parameters* are an adapter's trained numbers, *bytes* its files. *CPU-seconds* are what its training took of all processors, *cost*
+the price of that at the rates of its run: price_per_hour * hours + price_per_cpu_hour * CPU-hours. *failures* counts outputs without a usable
+answer; they count as wrong. *gain* is score minus base; *p* is the two-sided paired test that there is no difference. *options* is how often the
+right label was the likeliest one, for closed label sets, and in brackets the same for the base. *verdict*: better or worse when the gain is larger
+than its own standard error, else no difference."""
 
 ROW_TYPES: Mapping[str, tuple[type, ...]] = {"task": (str,), "task_version": (str,), "metric": (str,), "n": (int,), "entries": (list,)}
 ENTRY_TYPES: Mapping[str, tuple[type, ...]] = {
@@ -246,10 +253,13 @@ def _cells(row: LeaderboardRow, note: RowNote) -> list[list[str]]:
         known = note.sizes.get(entry.digest)
         sizes = [_count(known.num_parameters if known else None), _count(known.num_bytes if known else None)]
         failures = f"{entry.failures}{base_failures}"
+        cost = note.costs.get(entry.digest)
+        took = _count(round(cost.cpu_seconds)) if cost and cost.cpu_seconds is not None else "-"
+        sizes += [took, (price_text(cost) if cost else None) or "-"]
         result = [_measured(entry), gain, _p(entry.p_vs_base), failures, options, _verdict(entry, base)]
         lines.append([*start, entry.model, entry.kind, *sizes, *result])
     if base and not others:
-        lines.append([*start, *["-"] * 7, f"-{base_failures}", f"- ({_number(base.options_value)})", "base only"])
+        lines.append([*start, *["-"] * 9, f"-{base_failures}", f"- ({_number(base.options_value)})", "base only"])
     return lines
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from atoll.hub.intake import StoredFile
 from atoll.hub.ledger import Run, Score
 from atoll.hub.records import Version
+from atoll.train.cost import Cost, price_text
 
 _README_SHOWN = 4000
 _SPEC_SHOWN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern", "layers_to_transform")
@@ -68,7 +69,7 @@ class Card:
 
     def markdown(self) -> str:
         """The card as Markdown, safe to render as HTML."""
-        parts = [self._facts(), self._edits(), self._scores(), self._training(), self._lineage(), self._files(), self._readme()]
+        parts = [self._facts(), self._edits(), self._scores(), self._training(), self._cost(), self._lineage(), self._files(), self._readme()]
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def _facts(self) -> str:
@@ -117,6 +118,13 @@ class Card:
         plain = [(key, value) for key, value in self.training.items() if isinstance(value, str | int | float) and not isinstance(value, bool)]
         return f"## Training\n\n{_table(('', ''), plain)}" if plain else ""
 
+    def _cost(self) -> str:
+        """What the newest finished run cost that made it; nothing for an adapter that was trained elsewhere."""
+        known = [run.cost for run in self.runs if run.status == "finished" and run.cost is not None]
+        if not known:
+            return ""
+        return f"## Cost\n\n{_table(('', ''), cost_rows(Cost.from_json(known[0])))}"
+
     def _lineage(self) -> str:
         rows = [
             (parent.name or "unknown here", f"sha256:{parent.digest}" if parent.digest else "", _figure(parent.weight)) for parent in self.parents
@@ -143,6 +151,20 @@ def escape(value: Any) -> str:
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", line)
     return re.sub(r"(?i)\b(https?|ftp|www)([:.])", r"\1&#8203;\2", line)  # some renderers link bare addresses: a zero-width space stops them
+
+
+def cost_rows(cost: Cost) -> list[tuple[str, str]]:
+    """A cost as names and figures, what is not known left out."""
+    price = price_text(cost)
+    rows = [
+        ("tokens", f"{cost.tokens:,}" if cost.tokens is not None else None),
+        ("seconds", f"{cost.seconds:,.1f}"),
+        ("CPU-seconds", f"{cost.cpu_seconds:,.1f}" if cost.cpu_seconds is not None else None),
+        ("peak memory of the process", f"{cost.peak_memory_bytes / 1e6:,.0f} MB" if cost.peak_memory_bytes else None),
+        ("energy of the processors", f"{cost.energy_joules / 3600:,.2f} Wh" if cost.energy_joules is not None else None),
+        ("price", f"{price} = {cost.formula}" if price else None),
+    ]
+    return [(name, text) for name, text in rows if text is not None]
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

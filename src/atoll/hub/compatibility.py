@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from atoll.model.adapter_files import HEAD_TENSORS
+from atoll.model.families import FIRST_LINEARS
+
 Shapes = Mapping[str, Sequence[int]]
 
 _EDIT = re.compile(r"reft\.\d+\.layers\.(\d{1,6})\.\w+\.\w+\.([rwbc])")  # a tensor of a ReFT edit, see model/adapter_files.py
@@ -120,6 +123,8 @@ def _misfit(key: str, shape: tuple[int, ...], base_shapes: Shapes) -> str:
             width = "d_in" if suffix == ".lora_A.weight" else "d_out" if suffix == ".lora_B.weight" else "width"
             return f"tensor {key}: {width} is {shape[axis]}, the base's {module} has {base[from_base]}"
         return ""
+    if path in HEAD_TENSORS:
+        return ""  # a classifier of the adapter's own
     if path.endswith(_MAGNITUDE):
         base = base_shapes.get(path.removesuffix(_MAGNITUDE) + ".weight")
         if base is None:
@@ -133,7 +138,7 @@ def _misfit(key: str, shape: tuple[int, ...], base_shapes: Shapes) -> str:
 
 def _edit_misfit(key: str, shape: tuple[int, ...], layer: int, tensor: str, base_shapes: Shapes) -> str:
     """Why one tensor of an edit does not fit: it needs the layer, and the base's hidden size where it has one."""
-    query = base_shapes.get(f"model.layers.{layer}.self_attn.q_proj.weight")
+    query = next((base_shapes[name] for path in FIRST_LINEARS if (name := f"{path.replace('*', str(layer))}.weight") in base_shapes), None)
     if query is None:
         return f"tensor {key}: the base has no layer {layer}"
     if tensor in "rw" and (len(shape) != 2 or shape[1] != query[1]):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 README_FILE = "README.md"
 # Text files have small caps: nothing that is read into memory whole may be large. Weights have one against filling the disk by mistake.
 MAX_BYTES = {CONFIG_FILE: 1 << 20, WEIGHTS_FILE: 16 << 30, MANIFEST_FILE: 1 << 20, README_FILE: 1 << 20}
+BESIDE_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")  # pickles that a Trainer writes, none of which holds the adapter
 KINDS = ("lora", "reft", "lora+reft", "composed")
 FORMAT = 1
 PYREFT_PREFIX = "intkey_"  # of the pickles in a folder that PyReFT saved
@@ -137,7 +138,7 @@ def survey(source: Path) -> tuple[str, ...]:
     if not source.is_dir():
         raise AdapterFormatError(f"there is no adapter folder at {source}", hint=f"give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in source.iterdir())
-    pickles = [name for name in names if Path(name).suffix.lower() in PICKLE_SUFFIXES]
+    pickles = [name for name in names if Path(name).suffix.lower() in PICKLE_SUFFIXES and not name.startswith(BESIDE_WEIGHTS)]
     if WEIGHTS_FILE not in names and pickles:
         save_again = f"save the adapter again as {WEIGHTS_FILE} (PEFT: model.save_pretrained(folder, safe_serialization=True))"
         raise AdapterFormatError(
@@ -146,16 +147,22 @@ def survey(source: Path) -> tuple[str, ...]:
         )
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if name not in names:
-            hint = (
-                "the adapter may be in a folder inside: give that one"
-                if any(name.endswith("/") for name in names)
-                else f"an adapter is {CONFIG_FILE} and {WEIGHTS_FILE}"
-            )
-            raise AdapterFormatError(f"{source} has no {name}", hint=hint)
+            raise AdapterFormatError(f"{source} has no {name}", hint=_elsewhere(source))
     for name, cap in MAX_BYTES.items():
         if name in names:
             _check_plain_file(source, name, cap)
     return tuple(name for name in names if name not in MAX_BYTES)
+
+
+def _elsewhere(source: Path) -> str:
+    """Where the adapter of a folder that is none may be: a Trainer's output has it in checkpoint-500/, unless it was saved there too."""
+    inside = [path.parent for path in source.glob(f"*/{CONFIG_FILE}") if (path.parent / WEIGHTS_FILE).is_file()]
+    if inside:
+        newest = max(inside, key=lambda folder: (folder / WEIGHTS_FILE).stat().st_mtime)
+        return f"the newest adapter inside is {newest}: give that folder"
+    if any(path.is_dir() for path in source.iterdir()):
+        return "the adapter may be in a folder inside: give that one"
+    return f"an adapter is {CONFIG_FILE} and {WEIGHTS_FILE}"
 
 
 def _check_plain_file(source: Path, name: str, cap: int) -> None:

@@ -46,7 +46,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Run:
-    """One training or composing. seconds is working time over all resumptions; digest is None until something was made."""
+    """One training or composing. seconds is working time over all resumptions; digest is None until something was made.
+
+    cost: train.cost.Cost as JSON; progress: steps and losses of a training; folder: where its files are on the machine that ran it.
+    """
 
     id: int
     kind: str
@@ -58,10 +61,16 @@ class Run:
     finished: datetime | None
     seconds: float | None
     message: str
+    cost: Mapping[str, Any] | None = None
+    progress: Mapping[str, Any] | None = None
+    folder: str | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values. The folder is left out: it belongs to one machine."""
         finished = self.finished.isoformat() if self.finished else None
-        return {**asdict(self), "config": dict(self.config), "started": self.started.isoformat(), "finished": finished}
+        values = {**asdict(self), "config": dict(self.config), "started": self.started.isoformat(), "finished": finished}
+        del values["folder"]
+        return values
 
 
 class Ledger:
@@ -136,6 +145,9 @@ class Ledger:
         digest: str | None = None,
         name: str | None = None,
         message: str = "",
+        cost: Mapping[str, Any] | None = None,
+        progress: Mapping[str, Any] | None = None,
+        folder: str | None = None,
         run_id: int | None = None,
     ) -> Run:
         """Add a run, or with `run_id` replace the record of one that was running."""
@@ -143,20 +155,24 @@ class Ledger:
             known = f"kinds {', '.join(RUN_KINDS)}; statuses {', '.join(RUN_STATUSES)}"
             raise HubError(f"a run of kind {kind!r} with status {status!r} cannot be recorded; known are {known}", hint="use one of those")
         facts = plain_json(config, f"config of the {kind} run")
+        spent, reached = (None if each is None else plain_json(each, f"record of the {kind} run") for each in (cost, progress))
         with self._database.write() as session:
             row = RunRow() if run_id is None else session.get(RunRow, run_id)
             if row is None or (run_id is not None and row.status == "finished"):
                 raise HubError(f"run {run_id} " + ("does not exist" if row is None else "is finished"), hint="record a new run by leaving run_id out")
             row.kind, row.name, row.digest, row.status, row.config = kind, name, digest, status, facts
             row.started_at, row.finished_at, row.seconds, row.message = started, finished, seconds, message
+            row.cost, row.progress, row.folder = spent, reached, folder
             session.add(row)
             session.flush()
             return _run(row)
 
-    def runs(self, *, digest: str | None = None, name: str | None = None, kind: str | None = None) -> tuple[Run, ...]:
-        """Runs, newest first, of a digest, a name or a kind."""
+    def runs(
+        self, *, digest: str | None = None, name: str | None = None, kind: str | None = None, status: str | None = None, run_id: int | None = None
+    ) -> tuple[Run, ...]:
+        """Runs, newest first, of a digest, a name, a kind, a status, or the one of an id."""
         query = select(RunRow).order_by(RunRow.id.desc())
-        for column, wanted in ((RunRow.digest, digest), (RunRow.name, name), (RunRow.kind, kind)):
+        for column, wanted in ((RunRow.digest, digest), (RunRow.name, name), (RunRow.kind, kind), (RunRow.status, status), (RunRow.id, run_id)):
             if wanted is not None:
                 query = query.where(column == wanted)
         with self._database.read() as session:
@@ -177,4 +193,5 @@ def _score(row: ScoreRow) -> Score:
 
 
 def _run(row: RunRow) -> Run:
-    return Run(row.id, row.kind, row.name, row.digest, row.status, row.config, row.started_at, row.finished_at, row.seconds, row.message)
+    facts = (row.id, row.kind, row.name, row.digest, row.status, row.config, row.started_at, row.finished_at, row.seconds, row.message)
+    return Run(*facts, cost=row.cost, progress=row.progress, folder=row.folder)

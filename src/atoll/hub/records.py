@@ -142,6 +142,9 @@ class RunRow(Record):
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     seconds: Mapped[float | None] = mapped_column(Float)
     message: Mapped[str] = mapped_column(Text)
+    cost: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    progress: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    folder: Mapped[str | None] = mapped_column(Text)
 
 
 @dataclass(frozen=True)

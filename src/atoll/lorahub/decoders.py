@@ -34,7 +34,6 @@ from atoll.lorahub.examples import ExampleDataset
 from atoll.lorahub.modules import Module
 from atoll.model.adapter import Adapter
 from atoll.model.adapter_files import read_adapter, write_adapter
-from atoll.model.bank import LoraBank
 from atoll.model.base import tensor_shapes
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
 from atoll.model.generic import IGNORED
@@ -121,9 +120,8 @@ class DecoderModel:
 
     @cached_property
     def _slot(self) -> Any:
-        shape = self.base.decoder.shape
         assert self.adapter is not None
-        return LoraBank(shape.linears, shape.num_layers, self.base.dtype, self.device).load(self.adapter)
+        return self.base.decoder.new_bank().load(self.adapter)
 
     def _adapters(self, num_tokens: int) -> AdapterBatch:
         return BASE_ONLY if self.adapter is None else AdapterBatch.single(self._slot, num_tokens)

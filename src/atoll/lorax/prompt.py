@@ -49,11 +49,14 @@ async def encode_in_format(base: Base, form: PromptFormat | None, inputs: str, f
     return await beside(lambda: encode_prompt(text, base.tokenizer, chat), len(text))
 
 
-def label_tokens(form: PromptFormat, prompts: Sequence[str], labels: Sequence[str], base: Base) -> list[list[tuple[int, ...]]]:
+def label_tokens(form: PromptFormat | None, prompts: Sequence[str], labels: Sequence[str], base: Base) -> list[list[tuple[int, ...]]]:
     """For each rendered prompt, the tokens of every label as training would write it after that prompt.
 
     Where one label's tokens begin another's, the shorter could never lose, so then all are followed by the end-of-text token.
     """
+    if base.decoder.classifies:  # a class is one number
+        return [[(number,) for number in range(len(labels))]] * len(prompts)
+    assert form is not None, "labels mean nothing without the prompt that they answer"
     found: dict[str, list[tuple[int, ...]]] = {}
     for prompt in prompts:
         prefix = prefix_after(form, prompt)

@@ -1,8 +1,9 @@
 """LoRAX's other routes: a text's vector, its class, its tokens; and what this server is.
 
 Classes are those of an adapter that was trained on a closed set of labels: each label's likelihood as the answer to the adapter's own prompt, over
-the sum of all, is its score. That has the form of LoRAX's entities, one for each label with the whole text as its word. Entities inside a text need
-an encoder, which is not served, so the base and other adapters answer 501 and say so.
+the sum of all, is its score. That has the form of LoRAX's entities, one for each label with the whole text as its word. Over an encoder (BERT,
+RoBERTa) they are the classes of the adapter's classifier; one that came without a prompt format is asked with the text as it is. Entities inside a
+text need a classifier of tokens, which is not served, so the base and other adapters answer 501 and say so.
 
 Made by `router`; app includes it.
 """
@@ -45,6 +46,8 @@ from atoll.lorax.types import (
 if TYPE_CHECKING:
     from atoll.http.metrics import Metrics
     from atoll.serving.service import Served, Service
+
+_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_2_SEQ_LM": "text2text-generation", "SEQ_CLS": "text-classification"}
 
 
 def router(service: Service, metrics: Metrics) -> APIRouter:
@@ -111,7 +114,7 @@ class Texts:
         for text in inputs:
             check_inputs(text)
         served = await open_adapter(self._service, http, choice, self._limits)
-        if not served.labels or served.prompt is None:
+        if not served.labels or (served.prompt is None and not self._base.decoder.classifies):
             return _without_labels(served)
         items = await self._score_requests(served, inputs, choice)
         sums = await unless_gone(http, self._service.score(items, caller_of(http)))
@@ -120,9 +123,10 @@ class Texts:
 
     async def _score_requests(self, served: Served, inputs: Sequence[str], choice: FieldsChoice) -> list[ScoreRequest]:
         form, labels = served.prompt, served.labels
-        assert form is not None and labels is not None
-        prompts = [form.render(row_of(form, text, choice.fields, "`inputs`")) for text in inputs]
-        prompt_ids = await beside(lambda: encode_prompts(prompts, self._base.tokenizer, form.chat), sum(map(len, prompts)))
+        assert labels is not None
+        prompts = list(inputs) if form is None else [form.render(row_of(form, text, choice.fields, "`inputs`")) for text in inputs]
+        chat = form is not None and form.chat
+        prompt_ids = await beside(lambda: encode_prompts(prompts, self._base.tokenizer, chat), sum(map(len, prompts)))
         options = label_tokens(form, prompts, labels, self._base)
         for token_ids, continuations in zip(prompt_ids, options, strict=True):
             check_lengths(len(token_ids), max(map(len, continuations)), self._limits)
@@ -156,7 +160,7 @@ class Texts:
             "model_sha": base.fingerprint.weights,
             "model_dtype": str(base.dtype),
             "model_device_type": base.decoder.device.type,
-            "model_pipeline_tag": "text-generation",
+            "model_pipeline_tag": _PIPELINES[base.decoder.task_type],
             "max_concurrent_requests": config.max_concurrent_requests,
             "max_best_of": config.max_best_of,
             "max_stop_sequences": config.max_stop_sequences,
@@ -186,7 +190,7 @@ def _without_labels(served: Served) -> Response:
         f"{what} {why}, so it cannot classify",
         "native",
         hint='name an adapter that was trained on a closed set of labels: "parameters": {"adapter_id": ...}; '
-        "finding entities inside a text needs an encoder model, which this server does not run",
+        "finding entities inside a text needs a classifier of tokens, which this server does not run",
     )
     return JSONResponse({**refused.body, "error_type": "classification_failure"}, 501)
 

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from atoll.errors import AdapterFormatError, BaseMismatch
+from atoll.model.families import HEADS
 from atoll.model.reft import EditSite, Intervention, ReftSpec, new_intervention, tensor_shapes
-from atoll.model.sites import TARGETS, Site, module_path
+from atoll.model.sites import TARGETS, Site, module_name, module_path
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+CLASSIFIES = "SEQ_CLS"
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,9 @@ class AdapterSpec:
 
     rank and alpha hold for every target module unless rank_pattern or alpha_pattern names the module. layers_to_transform of None means all layers.
     target_modules holds names of linears ("q_proj") or dotted ends of their paths ("layers.3.self_attn.q_proj"); none of them: no LoRA, and rank is
-    the largest of the ReFT parts (`reft_only`).
+    the largest of the ReFT parts (`reft_only`). fan_in_fan_out: what PEFT notes of linears that store their weight transposed (GPT-2's); factors are
+    the same either way. task_type: what the base does, in PEFT's words; SEQ_CLS means that the adapter has a classifier
+    head of its own.
     """
 
     base: str
@@ -40,6 +45,8 @@ class AdapterSpec:
     layers_to_transform: tuple[int, ...] | None = None
     use_dora: bool = False
     reft: tuple[ReftSpec, ...] = ()
+    fan_in_fan_out: bool = False
+    task_type: str = "CAUSAL_LM"
 
     @classmethod
     def reft_only(cls, base: str, parts: Iterable[ReftSpec]) -> AdapterSpec:
@@ -47,6 +54,11 @@ class AdapterSpec:
         reft = tuple(parts)
         rank = max(part.max_rank for part in reft)
         return cls(base, rank, float(rank), (), reft=reft)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a classifier head belongs to it."""
+        return self.task_type == CLASSIFIES
 
     @property
     def kind(self) -> str:
@@ -57,8 +69,8 @@ class AdapterSpec:
         """Every place that the ReFT parts edit in a base of `num_layers` blocks, in file order."""
         return [site for part, spec in enumerate(self.reft) for site in spec.sites(part, num_layers)]
 
-    def sites(self, num_layers: int) -> list[Site]:
-        """Every (layer, target) that this adapter changes in a base of `num_layers` blocks, in file order."""
+    def sites(self, num_layers: int, targets: Iterable[str] = TARGETS) -> list[Site]:
+        """Every (layer, target) that this adapter changes in a base of `num_layers` blocks with these linears, in file order."""
         layers = range(num_layers) if self.layers_to_transform is None else sorted(set(self.layers_to_transform))
         outside = [layer for layer in layers if not 0 <= layer < num_layers]
         if outside:
@@ -67,7 +79,8 @@ class AdapterSpec:
                 hint="leave the layer out, or use the base that the adapter was made for",
             )
         wanted = frozenset(self.target_modules)
-        return [site for layer in layers for target in TARGETS if not wanted.isdisjoint(_ends(site := Site(layer, target)))]
+        known = tuple(targets)
+        return [site for layer in layers for target in known if not wanted.isdisjoint(_ends(site := Site(layer, target)))]
 
     def rank_at(self, site: Site | str) -> int:
         """The rank at a site or at a linear's path: rank_pattern's entry that names it best, else `rank`."""
@@ -127,13 +140,15 @@ class LoraModule:
 class Adapter:
     """A spec, the factors of every linear it changes and the tensors of every place it edits.
 
-    `manifest` is what PEFT's config has no field for (prompt, base fingerprint, training).
+    `manifest` is what PEFT's config has no field for (prompt, base fingerprint, training). head: the tensors of its classifier by their names in the
+    model ("classifier.weight"), where the base is an encoder.
     """
 
     spec: AdapterSpec
     modules: Mapping[Site, LoraModule]
     manifest: Mapping[str, Any] = field(default_factory=dict)
     edits: Mapping[EditSite, Intervention] = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def max_rank(self) -> int:
@@ -141,9 +156,15 @@ class Adapter:
         return max((module.rank for module in self.modules.values()), default=0)
 
     @property
+    def num_classes(self) -> int:
+        """How many classes its classifier tells apart; 0 without one."""
+        return next((int(tensor.shape[0]) for name, tensor in self.head.items() if name in ("classifier.weight", "classifier.out_proj.weight")), 0)
+
+    @property
     def num_parameters(self) -> int:
         lora = sum(tensor.numel() for module in self.modules.values() for tensor in module.tensors)
-        return lora + sum(tensor.numel() for found in self.edits.values() for tensor in found.tensors.values())
+        edits = sum(tensor.numel() for found in self.edits.values() for tensor in found.tensors.values())
+        return lora + edits + sum(tensor.numel() for tensor in self.head.values())
 
     def check_fits(self, shapes: Mapping[str, tuple[int, int]], num_layers: int) -> None:
         """Raise BaseMismatch at the first site that does not fit a base, or that the base has and the adapter lacks.
@@ -151,7 +172,8 @@ class Adapter:
         shapes maps a target to its linear's (d_out, d_in).
         """
         hint = "use the base that the adapter was made for" + (f": {self.spec.base}" if self.spec.base else "")
-        for site in self.spec.sites(num_layers):
+        self._check_head_fits(shapes, hint)
+        for site in self.spec.sites(num_layers, shapes):
             if site not in self.modules:
                 raise BaseMismatch(
                     f"the adapter's config covers {module_path(site)}, but its file has no factors for it (the base has {num_layers} layers)",
@@ -160,6 +182,8 @@ class Adapter:
         for site, module in self.modules.items():
             if site.layer >= num_layers:
                 raise BaseMismatch(f"the adapter changes layer {site.layer}, but the base has {num_layers} layers", hint=hint)
+            if site.target not in shapes:
+                raise BaseMismatch(f"the adapter changes {module_path(site)}, which the base does not have", hint=hint)
             d_out, d_in = shapes[site.target]
             if module.a.shape[1] != d_in or module.b.shape[0] != d_out:
                 raise BaseMismatch(
@@ -172,7 +196,22 @@ class Adapter:
                 raise BaseMismatch(
                     f"layer {site.layer} {site.target}: the adapter's magnitude has shape {found}, the base needs [{d_out}]", hint=hint
                 )
-        self._check_edits_fit(shapes["q_proj"][1], num_layers, hint)
+        self._check_edits_fit(hidden_size(shapes), num_layers, hint)
+
+    def _check_head_fits(self, shapes: Mapping[str, tuple[int, int]], hint: str) -> None:
+        if not self.head:
+            return
+        expected = next((names for family, names in HEADS.items() if next(iter(shapes)).startswith(f"{family}.")), None)
+        if expected is None:
+            raise BaseMismatch("the adapter has a classifier head, but the base writes text", hint=hint)
+        if set(expected) != set(self.head):
+            raise BaseMismatch(f"the adapter's classifier has {', '.join(sorted(self.head))}; the base's family has {', '.join(expected)}", hint=hint)
+        hidden, classes = hidden_size(shapes), self.num_classes
+        for name, tensor in self.head.items():
+            rows = hidden if ".dense." in name else classes
+            wanted = (rows, hidden) if name.endswith("weight") else (rows,)
+            if tuple(tensor.shape) != wanted:
+                raise BaseMismatch(f"{name} has shape {list(tensor.shape)}, but the base needs {list(wanted)}", hint=hint)
 
     def _check_edits_fit(self, hidden: int, num_layers: int, hint: str) -> None:
         expected = self.spec.edit_sites(num_layers)
@@ -187,6 +226,11 @@ class Adapter:
                 raise BaseMismatch(f"layer {site.layer} {site.component}: the edit has tensors {shapes}, but the base needs {wanted}", hint=hint)
 
 
+def hidden_size(shapes: Mapping[str, tuple[int, int]]) -> int:
+    """D of a base whose linears have these (d_out, d_in): what its first linear reads."""
+    return shapes["q_proj" if "q_proj" in shapes else next(iter(shapes))][1]
+
+
 def new_adapter(spec: AdapterSpec, shapes: Mapping[str, tuple[int, int]], num_layers: int, generator: torch.Generator) -> Adapter:
     """A fresh adapter in float32; DoRA's magnitudes, which depend on the base, are the caller's to add.
 
@@ -197,13 +241,16 @@ def new_adapter(spec: AdapterSpec, shapes: Mapping[str, tuple[int, int]], num_la
     import torch
 
     modules: dict[Site, LoraModule] = {}
-    for site in spec.sites(num_layers):
+    for site in spec.sites(num_layers, shapes):
         d_out, d_in = shapes[site.target]
         rank, bound = spec.rank_at(site), 1 / math.sqrt(d_in)
         a = torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)
         modules[site] = LoraModule(a, torch.zeros(d_out, rank), spec.scaling_at(site))
-    hidden = shapes["q_proj"][1]
+    hidden = hidden_size(shapes)
     edits = {site: new_intervention(spec.reft[site.part], site.layer, hidden, generator) for site in spec.edit_sites(num_layers)}
     if not modules and not edits:
-        raise AdapterFormatError("the adapter changes no module", hint=f"name at least one target module of {', '.join(TARGETS)} and one layer")
+        raise AdapterFormatError(
+            "the adapter changes no module",
+            hint=f"name at least one target module of {', '.join(dict.fromkeys(map(module_name, shapes)))} and one layer",
+        )
     return Adapter(spec, modules, edits=edits)

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from atoll.errors import AdapterFormatError
 from atoll.files import write_file
 from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
+from atoll.model.families import HEADS
 from atoll.model.peft_config import peft_config, read_config
 from atoll.model.reft import EditSite, Intervention
 from atoll.model.reft_files import LORA_REFT, REFT, check_edit_shapes, edit_tensors, edits_of, is_edit_key, last_layer, read_reft_config, reft_config
 from atoll.model.safetensors_header import check_header, lora_sites
-from atoll.model.sites import MAGNITUDE, TARGETS, Site, magnitude_key, peft_key
+from atoll.model.sites import MAGNITUDE, TARGETS, Site, in_file_order, magnitude_key, peft_key
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
+HEAD_TENSORS = tuple(name for names in HEADS.values() for name in names)
+
+_PREFIX = "base_model.model."
 _CONFIG_LIMIT = 1 << 20
 
 
@@ -47,8 +51,8 @@ def read_adapter(folder: Path) -> Adapter:
     config = read_object(folder / CONFIG_FILE)
     read = read_reft_config if config.get("peft_type") in (REFT, LORA_REFT) else read_config
     spec = read(config, folder / CONFIG_FILE)
-    modules, edits = _read_tensors(folder / WEIGHTS_FILE, spec)
-    return Adapter(spec, modules, read_manifest(folder), edits)
+    modules, edits, head = _read_tensors(folder / WEIGHTS_FILE, spec)
+    return Adapter(spec, modules, read_manifest(folder), edits, head)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -69,6 +73,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         assert (module.magnitude is not None) == adapter.spec.use_dora, "the spec and the modules differ on DoRA"
         if module.magnitude is not None:
             tensors[magnitude_key(site)] = module.magnitude.detach().contiguous()
+    tensors |= {_PREFIX + name: tensor.detach().contiguous() for name, tensor in adapter.head.items()}
     write_file(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     # Not sorted: PEFT takes the first entry of rank_pattern and alpha_pattern that names a module, so their order has a meaning.
     config = reft_config(adapter.spec) if adapter.spec.reft else peft_config(adapter.spec)
@@ -112,13 +117,16 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_tensors(path: Path, spec: AdapterSpec) -> tuple[dict[Site, LoraModule], dict[EditSite, Intervention]]:
+def _read_tensors(path: Path, spec: AdapterSpec) -> tuple[dict[Site, LoraModule], dict[EditSite, Intervention], dict[str, Tensor]]:
     from safetensors.torch import load_file
 
     shapes = check_header(path)
     edits = {name: shape for name, shape in shapes.items() if is_edit_key(name)}
     magnitudes = {name: shape for name, shape in shapes.items() if name.endswith(MAGNITUDE)}
-    sites = lora_sites({name: shape for name, shape in shapes.items() if name not in edits and name not in magnitudes}, path)
+    heads = {_PREFIX + name for name in HEAD_TENSORS} & set(shapes) if spec.classifies else set()
+    if spec.classifies and not heads:
+        raise AdapterFormatError(f"{path} has no classifier head, but its config says that one was saved", hint="the file is incomplete")
+    sites = lora_sites({name: shape for name, shape in shapes.items() if name not in edits and name not in magnitudes and name not in heads}, path)
     _check_magnitudes(magnitudes, {magnitude_key(site): shapes[peft_key(site, "B")][0] for site in sites}, spec, path)
     named = (*(site.layer for site in sites), *(spec.layers_to_transform or ()), *(layer for part in spec.reft for layer in part.layers or ()))
     num_layers = 1 + max((last_layer(edits), *named))
@@ -127,7 +135,11 @@ def _read_tensors(path: Path, spec: AdapterSpec) -> tuple[dict[Site, LoraModule]
         raise AdapterFormatError(f"{path} has LoRA factors, but its config says {REFT}", hint="the file belongs to another config")
     tensors = load_file(path)
     modules = _modules_of(tensors, sites, spec, num_layers, path)
-    return modules, edits_of(tensors, spec, num_layers, path)
+    head = {name.removeprefix(_PREFIX): tensors[name] for name in sorted(heads)}
+    for name, tensor in head.items():
+        if not bool(tensor.isfinite().all()):
+            raise AdapterFormatError(f"{path}: {name} has values that are not finite (NaN or infinity)", hint="retrain the adapter")
+    return modules, edits_of(tensors, spec, num_layers, path), head
 
 
 def _check_magnitudes(found: Mapping[str, tuple[int, ...]], widths: Mapping[str, int], spec: AdapterSpec, path: Path) -> None:
@@ -145,7 +157,7 @@ def _check_magnitudes(found: Mapping[str, tuple[int, ...]], widths: Mapping[str,
 
 def _modules_of(tensors: Mapping[str, Tensor], sites: set[Site], spec: AdapterSpec, num_layers: int, path: Path) -> dict[Site, LoraModule]:
     modules: dict[Site, LoraModule] = {}
-    for site in sorted(sites, key=lambda s: (s.layer, TARGETS.index(s.target))):
+    for site in in_file_order(sites):
         a, b = tensors[peft_key(site, "A")], tensors[peft_key(site, "B")]
         rank = spec.rank_at(site)
         if a.shape[0] != rank or b.shape[1] != rank:
@@ -157,7 +169,7 @@ def _modules_of(tensors: Mapping[str, Tensor], sites: set[Site], spec: AdapterSp
             if tensor is not None and not bool(tensor.isfinite().all()):
                 raise AdapterFormatError(f"{path}: {name} has values that are not finite (NaN or infinity)", hint="retrain the adapter")
         modules[site] = LoraModule(a, b, spec.scaling_at(site), magnitude)
-    expected = set(spec.sites(num_layers))
+    expected = set(spec.sites(num_layers, {site.target for site in modules} | set(TARGETS)))
     if expected != set(modules):
         site = min(expected ^ set(modules))
         what = "has no factors for" if site in expected else "has factors, which its config does not cover, for"

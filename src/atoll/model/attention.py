@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atoll.model.batch import PackedBatch
-from atoll.model.fresh_attention import FreshAttention, causal_mask
+from atoll.model.fresh_attention import FreshAttention, attend, causal_mask
 from atoll.model.kv_cache import PAGE_TOKENS, KvCache
 
 _SHORT_ROW = 16  # new tokens up to which rows are padded to one another: a call of its own costs more than the padding
@@ -67,12 +67,12 @@ def _pages_for(num_tokens: int) -> int:
 
 
 class Attention:
-    """The attention of one forward: prepared once for a batch, then called for every layer."""
+    """The attention of one forward: prepared once for a batch, then called for every layer. softcap: see attend."""
 
-    def __init__(self, batch: PackedBatch, cache: KvCache | None) -> None:
-        self.batch, self.cache = batch, cache
+    def __init__(self, batch: PackedBatch, cache: KvCache | None, softcap: float | None = None) -> None:
+        self.batch, self.cache, self.softcap = batch, cache, softcap
         self._masks: dict[tuple[object, ...], Tensor] = {}
-        self.fresh = FreshAttention(batch) if cache is None else None
+        self.fresh = FreshAttention(batch, softcap) if cache is None else None
         if cache is None:
             return
         assert batch.pages is not None
@@ -126,7 +126,7 @@ class Attention:
         seen_keys, seen_values = (
             t.index_select(0, block.pages).view(rows, -1, kv_heads, size)[:, : block.reach].transpose(1, 2) for t in (keys, values)
         )
-        out = F.scaled_dot_product_attention(queries, seen_keys, seen_values, attn_mask=self._masks[key])
+        out = attend(queries, seen_keys, seen_values, self._masks[key], self.softcap)
         out = out.view(rows, kv_heads, shared, length, size).permute(0, 3, 1, 2, 4).reshape(rows * length, -1)
         return out if len(block.back) == rows * length else out.index_select(0, block.back)
 
@@ -135,12 +135,12 @@ class Attention:
         context = self.batch.context[row]
         tokens, heads, size = q.shape
         queries = q.transpose(0, 1)
-        if context == 0 and (window is None or window >= tokens):
+        if context == 0 and (window is None or window >= tokens) and self.softcap is None:
             out = F.scaled_dot_product_attention(queries[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], is_causal=True, enable_gqa=True)[0]
             return out.transpose(0, 1).flatten(1)
         kv_heads = k.shape[1]
         table, total = self._tables[row], context + tokens
         seen_keys, seen_values = (t.index_select(0, table).view(-1, kv_heads, size)[:total].transpose(0, 1)[None] for t in (keys, values))
         mask = self._mask_of(context, tokens, window, q).repeat(heads // kv_heads, 1)
-        out = F.scaled_dot_product_attention(queries.reshape(kv_heads, -1, size)[None], seen_keys, seen_values, attn_mask=mask)[0]
+        out = attend(queries.reshape(kv_heads, -1, size)[None], seen_keys, seen_values, mask, self.softcap)[0]
         return out.reshape(heads, tokens, size).transpose(0, 1).flatten(1)

@@ -42,6 +42,7 @@ class Slot:
     groups: frozenset[int]
     parts: tuple[EditedPart, ...] = field(default=(), compare=False, repr=False)
     gains: Mapping[Site, Tensor] = field(default_factory=dict, compare=False, repr=False)  # DoRA's, see model.dora
+    head: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def gathers(self) -> bool:
@@ -56,7 +57,7 @@ class Slot:
         if known is not None:
             return known
         parts = tuple(
-            Part(i * self.bucket, (i + 1) * self.bucket, start, stop, b[self.index], 1.0, self.gains.get(Site(layer, GROUPS[group][i])))
+            Part(i * self.bucket, (i + 1) * self.bucket, start, stop, b[self.index], 1.0, self.gains.get(Site(layer, self.bank.groups[group][i])))
             for i, (start, stop, b) in enumerate(stack.members(layer, group))
         )
         update = stack.updates[self.index, layer, group] = Update(stack.a[layer][group][self.index], parts)
@@ -65,10 +66,14 @@ class Slot:
 
 @dataclass
 class _Stack:
-    """One bucket's tensors. a[layer][group] is [capacity, members * rank, d_in]; b[layer][target] is [capacity, rank, d_out]."""
+    """One bucket's tensors. targets[group] are a group's members; a[layer][group] is [capacity, members * rank, d_in]; b[layer][target] is
+
+    [capacity, rank, d_out].
+    """
 
     rank: int
     capacity: int
+    targets: Sequence[Sequence[str]]
     a: list[list[Tensor]]
     b: list[dict[str, Tensor]]
     free: list[int] = field(default_factory=list)
@@ -78,7 +83,7 @@ class _Stack:
     def members(self, layer: int, group: int) -> list[tuple[int, int, Tensor]]:
         """(out_start, out_stop, b) of each member of a group, in fused order."""
         out, start = [], 0
-        for target in GROUPS[group]:
+        for target in self.targets[group]:
             b = self.b[layer][target]
             out.append((start, start + b.shape[2], b))
             start += b.shape[2]
@@ -86,7 +91,9 @@ class _Stack:
 
 
 class LoraBank:
-    """Stacks for every rank bucket in use. shapes maps a target to its linear's (d_out, d_in); weight gives the base's, which DoRA needs.
+    """Stacks for every rank bucket in use. shapes maps a target to its linear's (d_out, d_in); groups are the targets that share an input; weight
+
+    gives the base's linears, which DoRA needs.
 
     gathers: single-token rows of several adapters are best given as `rows`; a bank that says False wants a segment for every group of neighbours.
     """
@@ -99,9 +106,10 @@ class LoraBank:
         num_layers: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        groups: Sequence[Sequence[str]] = GROUPS,
         weight: BaseWeight | None = None,
     ) -> None:
-        self._weight = weight
+        self.groups, self._weight = groups, weight
         self.shapes, self.num_layers, self.dtype, self.device = dict(shapes), num_layers, dtype, device
         self._stacks: dict[int, _Stack] = {}
         self._stackless: set[int] = set()  # indices of the slots without LoRA modules
@@ -111,11 +119,12 @@ class LoraBank:
         return self._stacks[bucket]
 
     def slot_bytes(self, adapter: Adapter) -> int:
-        """Bytes that an adapter takes in the bank: its bucket's padded factors at every site of the base, and its fused edits."""
+        """Bytes that an adapter takes in the bank: its bucket's padded factors at every site of the base, its fused edits and its classifier."""
         edits = sum(fused_bytes(adapter.spec.reft[site.part], found) for site, found in adapter.edits.items())
+        edits += sum(tensor.numel() for tensor in adapter.head.values()) * self.dtype.itemsize
         if not adapter.modules:
             return edits
-        per_layer = sum(d_out for d_out, _ in self.shapes.values()) + sum(len(g) * self.shapes[g[0]][1] for g in GROUPS)
+        per_layer = sum(d_out for d_out, _ in self.shapes.values()) + sum(len(g) * self.shapes[g[0]][1] for g in self.groups)
         scales = sum(4 * module.b.shape[0] for module in adapter.modules.values() if module.magnitude is not None)
         return bucket_of(adapter.max_rank) * per_layer * self.num_layers * self.dtype.itemsize + edits + scales
 
@@ -140,7 +149,7 @@ class LoraBank:
         index = stack.free.pop()
         used: set[int] = set()
         for layer in range(self.num_layers):
-            for group, targets in enumerate(GROUPS):
+            for group, targets in enumerate(self.groups):
                 for member, target in enumerate(targets):
                     a = stack.a[layer][group][index, member * bucket : (member + 1) * bucket]
                     b = stack.b[layer][target][index]
@@ -152,7 +161,8 @@ class LoraBank:
                         b[: module.rank].copy_((module.b.float() * module.scaling).T)
                         used.add(group)
         found = {site: gain.to(self.device) for site, gain in gains(adapter, self._weight).items()}
-        slot = Slot(self, bucket, index, frozenset(used), parts, found)
+        head = {name: tensor.to(self.device, self.dtype) for name, tensor in adapter.head.items()}
+        slot = Slot(self, bucket, index, frozenset(used), parts, found, head)
         stack.groups[index] = slot.groups
         return slot
 
@@ -182,14 +192,14 @@ class LoraBank:
 
     def _new_stack(self, bucket: int) -> _Stack:
         a = [
-            [torch.zeros(0, len(g) * bucket, self.shapes[g[0]][1], dtype=self.dtype, device=self.device) for g in GROUPS]
+            [torch.zeros(0, len(g) * bucket, self.shapes[g[0]][1], dtype=self.dtype, device=self.device) for g in self.groups]
             for _ in range(self.num_layers)
         ]
         b = [
             {t: torch.zeros(0, bucket, d_out, dtype=self.dtype, device=self.device) for t, (d_out, _) in self.shapes.items()}
             for _ in range(self.num_layers)
         ]
-        return _Stack(bucket, 0, a, b)
+        return _Stack(bucket, 0, self.groups, a, b)
 
     def _grow(self, stack: _Stack) -> None:
         """Double a stack (from 0 to 4). Old slots keep their index; views handed out for a step are not kept beyond it."""

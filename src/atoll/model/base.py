@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.errors import BaseFormatError, ConfigError
+from atoll.model.families import ENCODERS, GENERIC, SEQ2SEQ
 from atoll.model.fingerprint import BaseFingerprint, describe_base, load_config, read_json, stored_tensors, tensor_shapes
 from atoll.model.pull import EMBEDDED, Progress, pull
 
@@ -68,7 +69,6 @@ def load_base(
     No code from the base's folder is run.
     Raises BaseNotFound, BaseFormatError, StorageError, and ConfigError for a dtype, device or package that is not there.
     """
-    from atoll.model.decoder import Decoder
     from atoll.model.quant import require_bitsandbytes
 
     if quantization is not None:
@@ -79,6 +79,8 @@ def load_base(
         progress(f"loading {name}", 0, 1)
     config = load_config(path)
     tokenizer = load_tokenizer(path)
+    if config.model_type in (*ENCODERS, *SEQ2SEQ):
+        tokenizer.reads_whole_texts = True
     if len(tokenizer) > config.vocab_size:
         raise BaseFormatError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens, but the embedding holds {config.vocab_size}",
@@ -90,14 +92,34 @@ def load_base(
         fingerprint=replace(describe_base(path, home=home), quantization=quantization.name if quantization is not None else ""),
         config=config,
         tokenizer=tokenizer,
-        decoder=Decoder.from_state_dict(config, read_tensors(path, torch_dtype), torch_dtype, torch_device, quantization),
+        decoder=load_decoder(path, config, torch_dtype, torch_device, quantization),
         dtype=torch_dtype,
         eos_ids=find_eos_ids(path, config, tokenizer),
-        context_length=int(config.max_position_embeddings),
+        context_length=context_length(config),
     )
     if progress is not None:
         progress(f"loading {name}", 1, 1)
     return base
+
+
+def load_decoder(path: Path, config: Any, dtype: torch.dtype, device: torch.device, quantization: QuantizationConfig | None = None) -> Decoder:
+    """The native forward where it computes this family, else transformers' blocks under the same contract."""
+    if config.model_type in GENERIC:
+        from atoll.model.generic_decoder import load_generic_decoder
+
+        return load_generic_decoder(path, dtype, device, quantization)
+    from atoll.model.decoder import Decoder
+
+    return Decoder.from_state_dict(config, read_tensors(path, dtype), dtype, device, quantization)
+
+
+def context_length(config: Any) -> int:
+    """The longest row that a base takes, in tokens."""
+    if config.model_type in GENERIC:
+        from atoll.model.generic_decoder import context_of
+
+        return context_of(config)
+    return int(config.max_position_embeddings)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -137,7 +159,10 @@ def find_eos_ids(path: Path, config: Any, tokenizer: Any) -> tuple[int, ...]:
     if generation is None:
         generation = getattr(config, "eos_token_id", None)
     listed = generation if isinstance(generation, list) else [generation]
-    ids = tuple(dict.fromkeys(token for token in (tokenizer.eos_token_id, *listed) if token is not None))
+    own = tokenizer.eos_token_id
+    if own is None and config.model_type in ENCODERS:
+        own = tokenizer.sep_token_id  # what ends a text for an encoder
+    ids = tuple(dict.fromkeys(token for token in (own, *listed) if token is not None))
     if not ids:
         raise BaseFormatError(f"{path} names no end-of-text token, so no answer would ever end", hint='set "eos_token" in tokenizer_config.json')
     return ids

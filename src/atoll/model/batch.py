@@ -31,7 +31,8 @@ class PackedBatch:
     output_index [N] int64, the tokens whose hidden states are wanted (None: all). Rows may share pages of their contexts, never one that a row
     writes into. final_lengths: each row's length once all of its prompt is in, where the prompt comes in chunks; rope types that depend on the
     length need it. follows, without a cache: for each row, the row whose tokens stand before its own and are `context` many (a beginning that several
-    rows share, computed once), or -1; a row that is followed follows none itself.
+    rows share, computed once), or -1; a row that is followed follows none itself. num_prompts: how many tokens of each row's sequence are its
+    prompt, for bases that read prompts apart.
     """
 
     token_ids: Tensor
@@ -42,6 +43,7 @@ class PackedBatch:
     output_index: Tensor | None = None
     final_lengths: tuple[int, ...] | None = None
     follows: tuple[int, ...] | None = None
+    num_prompts: tuple[int, ...] | None = None
 
     @classmethod
     def of(
@@ -53,6 +55,7 @@ class PackedBatch:
         outputs: str | Sequence[int] = "all",
         final_lengths: Sequence[int] | None = None,
         follows: Sequence[int] | None = None,
+        num_prompts: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> PackedBatch:
         """Pack token lists. outputs: "all", "last" (each row's last token), or indices into the packed tokens."""
@@ -74,6 +77,7 @@ class PackedBatch:
             index,
             tuple(final_lengths) if final_lengths is not None else None,
             tuple(follows) if follows is not None else None,
+            tuple(num_prompts) if num_prompts is not None else None,
         )
 
     @property

@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atoll.errors import BaseMismatch, RequestRefused
+from atoll.errors import BaseMismatch, RequestRefused, UnsupportedAdapter
 from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
 from atoll.model.composed_edits import cat_edits
 from atoll.model.dora import refuse_dora
 from atoll.model.reft import ReftSpec
-from atoll.model.sites import TARGETS, Site, module_path
+from atoll.model.sites import Site, in_block_order, in_file_order, module_path
 from atoll.model.sparsify import Merge, weighted_sum
 
 _NULL = 1e-6  # singular values below this part of the largest are rounding of float32 factors, not directions
@@ -208,10 +208,12 @@ def _composed(parents: Sequence[Adapter], weights: Sequence[float], combine: Com
 
 @torch.no_grad()
 def _combined(parents: Sequence[Adapter], weights: Sequence[float], combine: Combine) -> dict[Site, LoraModule]:
-    """combine(site, terms) -> (A, B) at every site that any parent changes, in file order."""
+    """combine(site, terms) -> (A, B) at every site that any parent changes, in file order. Raises UnsupportedAdapter for classifiers."""
+    if any(parent.head for parent in parents):
+        raise UnsupportedAdapter("adapters with classifier heads cannot be merged: their classes are not the same", hint="train one on all classes")
     refuse_dora(parents, "merging")
     modules: dict[Site, LoraModule] = {}
-    for site in sorted({site for parent in parents for site in parent.modules}, key=lambda site: (site.layer, TARGETS.index(site.target))):
+    for site in in_file_order({site for parent in parents for site in parent.modules}):
         a, b = combine(site, _terms(site, parents, weights))
         modules[site] = LoraModule(a.float().contiguous(), b.float().contiguous(), 1.0)
     return modules
@@ -249,18 +251,19 @@ def _spec_of(modules: Mapping[Site, LoraModule], parents: Sequence[AdapterSpec],
     """
     if not modules:
         return AdapterSpec.reft_only(parents[0].base, parts)
-    layers, targets = sorted({site.layer for site in modules}), [target for target in TARGETS if any(site.target == target for site in modules)]
+    layers, targets = sorted({site.layer for site in modules}), in_block_order(site.target for site in modules)
     # A parent that names targets without layers changes all layers of its base, however many there are; so does the result then.
     everywhere = any(spec.layers_to_transform is None and any("." not in name for name in spec.target_modules) for spec in parents)
-    if len(modules) == len(layers) * len(targets):
+    short = not any("*" in target for target in targets)  # a name that is a path with a star could not be written
+    if short and len(modules) == len(layers) * len(targets):
         names, chosen = tuple(targets), None if everywhere and layers == list(range(len(layers))) else tuple(layers)
     else:
-        names, chosen = tuple(_path(site) for site in sorted(modules, key=lambda site: (TARGETS.index(site.target), _path(site)))), None
+        names, chosen = tuple(_path(site) for target in targets for site in sorted(modules, key=_path) if site.target == target), None
     rank = Counter(module.rank for module in modules.values()).most_common(1)[0][0]
     pattern: dict[str, int] = {}
     for target in targets:
         ranks = {site: module.rank for site, module in modules.items() if site.target == target}
-        if len(set(ranks.values())) == 1:
+        if short and len(set(ranks.values())) == 1:
             pattern[target] = next(iter(ranks.values()))
         else:
             pattern.update({_path(site): found for site, found in ranks.items()})
@@ -274,6 +277,8 @@ def _spec_of(modules: Mapping[Site, LoraModule], parents: Sequence[AdapterSpec],
         alpha_pattern={name: float(found) for name, found in pattern.items()},
         layers_to_transform=chosen,
         reft=parts,
+        fan_in_fan_out=parents[0].fan_in_fan_out,
+        task_type=parents[0].task_type,
     )
 
 

@@ -26,6 +26,7 @@ from atoll.model.bank import LoraBank
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
 from atoll.model.kernels.training import TrainingOps, training_ops
 from atoll.model.kv_cache import KvCache
+from atoll.model.loss import label_losses
 from atoll.model.quant import QuantizedWeight, Weight, dense, fused
 from atoll.model.reft import ATTENTION_INPUT, ATTENTION_OUTPUT, BLOCK_INPUT, BLOCK_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from atoll.model.rope import RotaryTable, rotate
@@ -72,6 +73,16 @@ class DecoderShape:
         )
 
     @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The linears of a block that share an input and run as one product."""
+        return GROUPS
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base's files hold a linear's weight as [d_in, d_out], which PEFT notes in an adapter's config."""
+        return False
+
+    @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """(d_out, d_in) of each of the seven linears."""
         q, kv = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
@@ -111,7 +122,18 @@ class _Layer:
 
 
 class Decoder:
-    """A frozen base ready to run. Make it with `from_state_dict`; it owns its tensors and shares them with nobody who writes."""
+    """A frozen base ready to run. Make it with `from_state_dict`; it owns its tensors and shares them with nobody who writes.
+
+    can_enter: whether a forward may start above the first block. whole_prompts: a prompt's states depend on all of it, so it is computed at once and
+    shares nothing with others. classifies: a row's states are log-odds of its adapter's classes, and nothing is written. task_type: PEFT's word for
+    what the base does. softcap: the head's logits z become softcap * tanh(z / softcap), where it is given.
+    """
+
+    can_enter = True
+    whole_prompts = False
+    classifies = False
+    task_type = "CAUSAL_LM"
+    softcap: float | None = None
 
     def __init__(
         self, shape: DecoderShape, embedding: Tensor, layers: tuple[_Layer, ...], final_norm: Tensor, head: Tensor, rotary: RotaryTable
@@ -175,7 +197,8 @@ class Decoder:
 
     def new_bank(self) -> LoraBank:
         """An empty bank for adapters of this base, in its dtype."""
-        return LoraBank(self.shape.linears, self.shape.num_layers, self.dtype, self.device, self.weight)
+        shape = self.shape
+        return LoraBank(shape.linears, shape.num_layers, self.dtype, self.device, shape.groups, self.weight)
 
     def forward(
         self,
@@ -246,6 +269,25 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] hidden states to [N, V] float32 logits."""
         return F.linear(hidden, self.head).float()
+
+    def label_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """-log softmax(logits)[label], in nats, [N] float32 for hidden states [N, D] and labels [N] int64; differentiable in hidden."""
+        return label_losses(hidden, self.head, labels, self.softcap)
+
+    def masked_lm(self) -> Decoder:
+        """The same blocks as a model that tells hidden tokens. Raises BaseFormatError where the base has no head for that."""
+        raise BaseFormatError("the base writes text, and hides no tokens", hint="choose BERT or RoBERTa, or leave trainer.mlm_probability out")
+
+    def head_shapes(self, num_classes: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of a classifier head by their names in the model; none where the base writes text.
+
+        Raises BaseFormatError for an encoder whose files lack what its classifiers read.
+        """
+        return {}
+
+    def new_head(self, num_classes: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """A fresh classifier head in float32: weights normal with the deviation that the base began with, biases zero."""
+        return {}
 
     def best(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The largest logit [N] float32 and its token [N] int64 for each of [N, D] hidden states: all that greedy decoding asks for."""

@@ -22,6 +22,7 @@ from typing import Any
 
 from atoll.errors import BaseFormatError, StorageError
 from atoll.files import write_file
+from atoll.model.families import GENERIC, as_in_model
 
 # Bytes an element of the dtypes that a safetensors header may name.
 ITEM_BYTES = {
@@ -35,6 +36,7 @@ ARCHITECTURE_KEYS = (
     "hidden_act", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "rope_parameters",
 )  # fmt: skip
 
+_NAMES = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "task_specific_params"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 DESCRIBED_FILES = ("config.json", *TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 
@@ -130,6 +132,8 @@ def config_hash(config: Any) -> str:
     Values are taken after transformers filled its defaults, so files of different ages (`rope_theta` beside or inside `rope_parameters`) agree.
     None is left out, and 10000 equals 10000.0.
     """
+    if config.model_type in GENERIC:
+        return _sha256(json.dumps(_canonical(_all_but_names(config)), sort_keys=True, separators=(",", ":")).encode())
     values = {key: getattr(config, key, None) for key in ARCHITECTURE_KEYS}
     if values["head_dim"] is None:
         values["head_dim"] = config.hidden_size // config.num_attention_heads
@@ -137,6 +141,11 @@ def config_hash(config: Any) -> str:
     if layer_types and set(layer_types) != {"full_attention"}:
         values["layer_types"] = list(layer_types)
     return _sha256(json.dumps(_canonical(values), sort_keys=True, separators=(",", ":")).encode())
+
+
+def _all_but_names(config: Any) -> dict[str, Any]:
+    """Every value of a config of another family than Llama's: which of them decide the forward is transformers' business."""
+    return {key: value for key, value in config.to_dict().items() if key not in _NAMES and not key.endswith("_token_id")}
 
 
 def weights_hash(path: Path) -> str:
@@ -164,8 +173,13 @@ def tensor_digests(path: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """name -> shape of every tensor of the base at `path` (a folder, or one safetensors file), read from the headers only."""
-    return {name: tensor.shape for name, tensor in stored_tensors(path).items()}
+    """name -> shape of every tensor of the base at `path` (a folder, or one safetensors file), read from the headers only.
+
+    Names are those in the language model, linears are [d_out, d_in], however another family than Llama's stores them.
+    """
+    shapes = {name: tensor.shape for name, tensor in stored_tensors(path).items()}
+    model_type = read_json(path / "config.json").get("model_type") if (path / "config.json").is_file() else None
+    return as_in_model(shapes, str(model_type))
 
 
 def tokenizer_hash(path: Path) -> str:

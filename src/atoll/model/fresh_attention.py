@@ -76,15 +76,15 @@ def blocks_of(batch: PackedBatch) -> list[Block]:
 class FreshAttention:
     """The attention of one forward without a cache: prepared once for a batch, then called for every layer."""
 
-    def __init__(self, batch: PackedBatch) -> None:
-        self.blocks = blocks_of(batch)
+    def __init__(self, batch: PackedBatch, softcap: float | None = None) -> None:
+        self.blocks, self._softcap = blocks_of(batch), softcap
         longest = max(block.before + block.length for block in self.blocks)
         self.stores_scores = longest <= _STORED_SCORES_LIMIT  # for a backward pass
         self._masks: dict[tuple[object, ...], Tensor] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """q [T, H, K], k and v [T, num_kv_heads, K], all rotated; returns [T, H * K]."""
-        if torch.is_grad_enabled() and q.requires_grad and self.stores_scores:
+        if torch.is_grad_enabled() and q.requires_grad and self.stores_scores and self._softcap is None:
             out: Tensor = _StoredScores.apply(q, k, v, self.blocks, [self._mask(block, window, q) for block in self.blocks])
             return out
         return self._fused(q, k, v, window)
@@ -104,14 +104,26 @@ class FreshAttention:
             if block.before:
                 first_keys, first_values = (x[block.shared].transpose(0, 1).expand(block.num_rows, -1, -1, -1) for x in (k, v))
                 keys, values = torch.cat([first_keys, keys], 2), torch.cat([first_values, values], 2)
-            if not block.before and (window is None or window >= block.length):
+            if not block.before and (window is None or window >= block.length) and self._softcap is None:
                 out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
             else:
-                out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._mask(block, window, q), enable_gqa=True)
+                out = attend(queries, keys, values, self._mask(block, window, q), self._softcap)
             found.append(block.gather(out.transpose(1, 2).reshape(block.num_rows * block.length, -1)))
         if len(found) == 1:
             return found[0]
         return q.new_empty(q.shape[0], q.shape[1] * q.shape[2]).index_copy(0, torch.cat([block.tokens for block in self.blocks]), torch.cat(found))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None) -> Tensor:
+    """softmax(cap(Q Kᵀ / sqrt(K)) + mask) V with cap(z) = softcap * tanh(z / softcap), or z without one (Gemma 2, arXiv 2408.00118).
+
+    q [n, H, L, K], k and v [n, num_kv_heads, P, K]; query heads share key heads in order. Returns [n, H, L, K].
+    """
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) if q.shape[1] != x.shape[1] else x for x in (k, v))
+    scores = softcap * torch.tanh((q @ k.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 / softcap)) + mask.float()
+    return torch.softmax(scores, -1).to(q.dtype) @ v
 
 
 def causal_mask(places: Tensor, total: int, window: int | None, dtype: torch.dtype) -> Tensor:

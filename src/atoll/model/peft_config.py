@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from atoll.errors import AdapterFormatError, UnsupportedAdapter
-from atoll.model.adapter import AdapterSpec
-from atoll.model.sites import TARGETS
+from atoll.model.adapter import CLASSIFIES, AdapterSpec
+from atoll.model.sites import MODULE_NAMES
 
 _MAX_RANK = 1024
 _MAX_PATTERNS = 10_000  # entries of one; the deepest bases have about a thousand linears
+_HEADS = ("classifier", "score")  # what PEFT saves of its own accord for that task type
 _LITERAL = re.compile(r"[A-Za-z0-9_.]+")
 
 # What PEFT's config may hold beside the fields of AdapterSpec, and the values that change nothing. Any other value is refused by name.
 _INERT: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "modules_to_save": (None, []),
     "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
     "exclude_modules": (None, []),
     "layers_pattern": (None, "layers", []),
     "layer_replication": (None, []),
@@ -60,6 +59,8 @@ _SILENT = frozenset(
         "target_modules",
         "use_dora",
         "use_rslora",
+        "fan_in_fan_out",
+        "modules_to_save",
         "rank_pattern",
         "alpha_pattern",
         "layers_to_transform",
@@ -80,24 +81,24 @@ def peft_config(spec: AdapterSpec) -> dict[str, Any]:
         "alpha_pattern": dict(spec.alpha_pattern),
         "base_model_name_or_path": spec.base,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": spec.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_to_transform": None if spec.layers_to_transform is None else list(spec.layers_to_transform),
         "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
         "lora_dropout": spec.dropout,
-        "modules_to_save": None,
+        "modules_to_save": list(_HEADS) if spec.classifies else None,
         "peft_type": "LORA",
         "r": spec.rank,
         "rank_pattern": dict(spec.rank_pattern),
         "target_modules": list(spec.target_modules),
-        "task_type": "CAUSAL_LM",
+        "task_type": spec.task_type,
         "use_rslora": spec.use_rslora,
         **({"use_dora": True} if spec.use_dora else {}),
     }
 
 
-def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | None = TARGETS) -> AdapterSpec:
+def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | None = MODULE_NAMES) -> AdapterSpec:
     """The spec that an adapter_config.json says; `path` is for messages. known: the linears that may be targets, None for any name.
 
     Raises AdapterFormatError (a value of the wrong type or out of range) or UnsupportedAdapter (an option that would change the forward).
@@ -124,6 +125,8 @@ def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | No
         alpha=finite_number(config.get("lora_alpha", 8.0), "lora_alpha", path),
         target_modules=_targets(config.get("target_modules"), path, known),
         dropout=dropout,
+        task_type=_task_type(config, path),
+        fan_in_fan_out=flag(config.get("fan_in_fan_out") or False, "fan_in_fan_out", path),
         use_rslora=flag(config.get("use_rslora") or False, "use_rslora", path),
         rank_pattern={
             _literal(k, "rank_pattern", path): whole_rank(v, f"rank_pattern.{k}", path) for k, v in _mapping(config, "rank_pattern", path).items()
@@ -132,6 +135,20 @@ def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | No
         layers_to_transform=_layers(config.get("layers_to_transform"), path),
         use_dora=flag(config.get("use_dora") or False, "use_dora", path),
     )
+
+
+def _task_type(config: Mapping[str, Any], path: Path) -> str:
+    """CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION, or SEQ_CLS with a classifier head.
+
+    Raises UnsupportedAdapter for other modules that were saved whole.
+    """
+    saved = config.get("modules_to_save") or []
+    if saved and not (config.get("task_type") == CLASSIFIES and isinstance(saved, list) and all(name in _HEADS for name in saved)):
+        raise UnsupportedAdapter(
+            f"{path}: modules_to_save is {saved!r}, which Atoll does not apply", hint="merge or retrain the adapter without that option"
+        )
+    own = config.get("task_type")
+    return CLASSIFIES if saved else own if own in ("SEQ_2_SEQ_LM", "FEATURE_EXTRACTION") else "CAUSAL_LM"
 
 
 def _mapping(config: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.errors import AtollError, BaseFormatError, BaseNotFound, StorageError
+from atoll.model.families import GENERIC
 from atoll.model.fingerprint import cached_by_files, read_json, stored_tensors, weight_files
 from atoll.model.gguf_file import convert_gguf
 from atoll.model.sites import FAMILIES
@@ -120,9 +121,9 @@ def check_base_folder(path: Path) -> dict[str, Any]:
         )
     config = read_json(path / "config.json")
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if model_type not in (*FAMILIES, *GENERIC):
         raise BaseFormatError(
-            f"{path} has model_type {model_type!r}; Atoll runs {', '.join(FAMILIES)}", hint="choose a base of one of these families"
+            f"{path} has model_type {model_type!r}; Atoll runs {', '.join((*FAMILIES, *GENERIC))}", hint="choose a base of one of these families"
         )
     quantization = config.get("quantization_config")
     if quantization:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from atoll.errors import AdapterFormatError, UnsupportedAdapter
-from atoll.model.sites import TARGETS, Site, parse_peft_key
+from atoll.model.sites import MODULE_NAMES, Site, parse_peft_key
 
 _HEADER_LIMIT = 1 << 21  # bytes; an 80-layer base needs about 170 KB for 7 targets, and as much for every three parts of untied edits
 _DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -99,9 +99,9 @@ def _entry(name: str, entry: Any, path: Path) -> tuple[tuple[int, ...], tuple[in
 def lora_sites(shapes: Mapping[str, tuple[int, ...]], path: Path) -> set[Site]:
     """The sites whose LoRA factors these tensors are.
 
-    Refuses names that are not factors of the seven linears, a site with only one factor, factors of different rank.
+    Refuses names that are not factors of a linear that Atoll knows, a site with only one factor, factors of different rank.
     """
-    wanted = f"neither a LoRA factor of {', '.join(TARGETS)} nor part of a ReFT edit"
+    wanted = f"neither a LoRA factor of {', '.join(MODULE_NAMES)} nor part of a ReFT edit"
     return _paired(shapes, path, parse_peft_key, lambda site: f"layer {site.layer} {site.target}", wanted)
 
 

@@ -98,6 +98,8 @@ class Loader:
 
         shape = self._base.decoder.shape
         adapter.check_fits(shape.linears, shape.num_layers)
+        if adapter.head:
+            self._base.decoder.head_shapes(adapter.num_classes)
         manifest = adapter.manifest
         own = manifest.get("prompt")
         return Loaded(
@@ -105,16 +107,31 @@ class Loader:
             adapter=adapter,
             num_bytes=_num_bytes(adapter),
             prompt=PromptFormat.from_json(own) if own else None,
-            labels=labels_of(manifest, name),
+            labels=self._labels(adapter, name),
             stop_token_ids=_token_ids(manifest.get("stop_token_ids"), shape.vocabulary),
             parents=_parents(manifest.get("parents"), name),
             packed=[self.pack(adapter)] if self.pack is not None else [],
         )
 
+    def _labels(self, adapter: Adapter, name: str) -> tuple[str, ...] | None:
+        """The names of its classes; over an encoder those of its classifier, numbered as transformers does where nobody named them."""
+        found = labels_of(adapter.manifest, name)
+        if not self._base.decoder.classifies:
+            return found
+        if found is not None and adapter.head and len(found) != adapter.num_classes:
+            raise AdapterFormatError(
+                f"{name}: its manifest names {len(found)} labels, but its classifier has {adapter.num_classes} classes", hint="correct the manifest"
+            )
+        return (found or tuple(f"LABEL_{number}" for number in range(adapter.num_classes))) if adapter.head else None
+
 
 def _num_bytes(adapter: Adapter) -> int:
     lora = sum(tensor.nbytes for module in adapter.modules.values() for tensor in module.tensors)
-    return lora + sum(tensor.nbytes for found in adapter.edits.values() for tensor in found.tensors.values())
+    return (
+        lora
+        + sum(tensor.nbytes for tensor in adapter.head.values())
+        + sum(tensor.nbytes for found in adapter.edits.values() for tensor in found.tensors.values())
+    )
 
 
 def labels_of(manifest: Mapping[str, Any], name: str = "") -> tuple[str, ...] | None:

@@ -24,7 +24,7 @@ FILE = "checkpoint.safetensors"
 
 @dataclass
 class Progress:
-    """How far a job is. step counts finished optimizer steps; stale counts evaluations since the best; seconds adds up over resumed runs."""
+    """How far a job is. step counts finished optimizer steps, stale evaluations since the best; what was used (cost.py) adds up over resumed runs."""
 
     step: int = 0
     tokens: int = 0
@@ -36,6 +36,9 @@ class Progress:
     stopped_early: bool = False
     train_loss: float | None = None
     evaluations: list[tuple[int, float]] = field(default_factory=list)
+    cpu_seconds: float = 0.0
+    energy_joules: float | None = 0.0
+    peak_memory_bytes: int = 0
 
 
 @dataclass(frozen=True)

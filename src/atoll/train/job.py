@@ -10,11 +10,11 @@ The loss is the mean over the label tokens of the whole effective batch, however
 from __future__ import annotations
 
 import math
-import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +22,13 @@ from torch import Tensor
 from atoll.config import TrainerConfig
 from atoll.data.batches import epoch_batches, micro_batches
 from atoll.data.encode import EncodedRow
+from atoll.data.masking import Masking
 from atoll.errors import TrainingError
 from atoll.model.adapter import Adapter, LoraModule
 from atoll.model.decoder import Decoder
 from atoll.model.sites import Site
 from atoll.train.checkpoint import Progress, read_checkpoint, save_checkpoint
+from atoll.train.cost import Spent, charge
 from atoll.train.entering import EnteringStates, Room
 from atoll.train.log import RunLog
 from atoll.train.optimizer import make_optimizer
@@ -56,7 +58,7 @@ def total_steps(num_rows: int, config: TrainerConfig) -> int:
 
 def entering_states(decoder: Decoder, first_layer: int, num_rows: int, config: TrainerConfig, room: Room | None = None) -> EnteringStates | None:
     """Where a job that changes nothing below block first_layer keeps what enters there; None where rows are seen once and keeping pays nothing."""
-    if not first_layer or total_steps(num_rows, config) <= math.ceil(num_rows / config.batch_size):
+    if not first_layer or not decoder.can_enter or total_steps(num_rows, config) <= math.ceil(num_rows / config.batch_size):
         return None
     return EnteringStates(decoder, first_layer, config.reuse_mib * MIB, room)
 
@@ -64,8 +66,9 @@ def entering_states(decoder: Decoder, first_layer: int, num_rows: int, config: T
 class TrainingJob:
     """One adapter's training: make it, `open` it, and let loop.train_jobs step it. `folder` receives checkpoint.safetensors, log.jsonl, tensorboard/.
 
-    removed: a start that is taken out of the base (train.start); b_ratio: LoRA+'s, see TrainableAdapter. team: the processes that train it together;
-    each has a share of every batch's rows, and the first alone uses the folder. room: shared with the process's other jobs (train.entering).
+    removed: a start that is taken out of the base (train.start); b_ratio: LoRA+'s, see TrainableAdapter; masking: rows are texts, of which tokens are
+    hidden. team: the processes that train it together; each has a share of every batch's rows, and the first alone uses the folder. room: shared with
+    the process's other jobs (train.entering). title, settings: for loggers.
 
     A step is begin_step, an `add` for each of its groups, finish_step. Between two steps it may be left for as long as one likes.
     """
@@ -82,17 +85,23 @@ class TrainingJob:
         *,
         removed: Mapping[Site, LoraModule] | None = None,
         b_ratio: float | None = None,
+        masking: Masking | None = None,
         team: Team = ALONE,
         room: Room | None = None,
+        title: str = "",
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         if not train_rows:
             raise TrainingError("there are no training rows", hint="check the data file and its split column")
         if (refused := nothing_taught(train_rows, adapter.spec, decoder.shape.num_layers)) is not None:
             raise refused
         self.decoder, self.config, self.folder, self._digest, self.team = decoder, config, folder, job_digest, team
-        self._train, self._validation = list(train_rows), list(validation_rows)
+        self._told = title, settings
+        self._train, self._validation, self._masking = list(train_rows), list(validation_rows), masking
         self._lengths = [len(row.token_ids) for row in self._train]
-        self.weights = TrainableAdapter(adapter, decoder.shape.linears, decoder.device, b_ratio=b_ratio, weight=decoder.weight, removed=removed)
+        self.weights = TrainableAdapter(
+            adapter, decoder.shape.linears, decoder.device, decoder.shape.groups, b_ratio=b_ratio, weight=decoder.weight, removed=removed
+        )
         self._optimizer = make_optimizer(self.weights, config)
         self.total_steps = total_steps(len(self._train), config)
         self._steps_an_epoch = math.ceil(len(self._train) / config.batch_size)
@@ -100,7 +109,8 @@ class TrainingJob:
         self._entering = None if has_noise else entering_states(decoder, self.weights.first_layer, len(self._train), config, room)
         self._eval_every = config.eval_every or self._steps_an_epoch
         self._positions = tuple(spec.positions for spec in adapter.spec.reft)
-        self._shares = not (has_noise or adapter.spec.dropout or any(spec.dropout for spec in adapter.spec.reft) or decoder.rotary.by_length)
+        dropout = adapter.spec.dropout or any(spec.dropout for spec in adapter.spec.reft)
+        self._shares = not (has_noise or dropout or decoder.rotary.by_length or decoder.whole_prompts)
         self._best: Tensor | None = None
         self.progress = Progress()
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
@@ -115,7 +125,7 @@ class TrainingJob:
             self.weights.changed()
         if self.team.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._log = RunLog(self.folder, self.progress.step)
+            self._log = RunLog(self.folder, self.progress.step, self.config.log_to, title=self._told[0], settings=self._told[1])
         if self.team.count > 1:  # a start computed on another machine may differ in its last bits
             self.team.copy_first(self.weights.values.detach())
             self.weights.changed()
@@ -166,9 +176,10 @@ class TrainingJob:
         """
         indices = self._rows_of_step(self.progress.step)
         self.weights.grads.zero_()
-        self._step = _Step(labels=sum(self._train[index].num_labels for index in indices))
+        rows = {index: self._shown(self._train[index], f"{self.progress.step} {index}") for index in indices}
+        self._step = _Step(labels=sum(row.num_labels for row in rows.values()))
         micros = micro_batches(self.team.share(indices, self._lengths), self._lengths, self.config.micro_batch_tokens)
-        return [self._group([self._train[index] for index in micro]) for micro in micros]
+        return [self._group([rows[index] for index in micro]) for micro in micros]
 
     def enter(self, group: RowGroup, place: int | None) -> tuple[int, Tensor] | None:
         """To be called before the forward of a group: sets the dropout of the step's group number `place` (None: none, for evaluation), and returns
@@ -196,18 +207,18 @@ class TrainingJob:
         """A group's part in the loss of the whole step, of which the gradient is taken; `loss` is summed over its labels."""
         return loss / self._step.labels
 
-    def add(self, loss: float, num_tokens: int, seconds: float) -> None:
-        """Book a group: its summed loss in nats, its rows' tokens, the time it took."""
+    def add(self, loss: float, num_tokens: int, spent: Spent) -> None:
+        """Book a group: its summed loss in nats, its rows' tokens, its share of the time it took."""
         self._step.loss += loss
         self._step.tokens += num_tokens
-        self._step.seconds += seconds
+        self._step.spent += spent
 
     def finish_step(self) -> None:
         """Sum over the team, clip, move, log. Raises TrainingError when the loss is not finite."""
-        progress, config, started, step = self.progress, self.config, time.perf_counter(), self._step
+        progress, config, started, step = self.progress, self.config, Spent.now(), self._step
         self.weights.dropout_seed = None
         self.team.add_up(self.weights.grads)
-        summed, tokens = self.team.sums(step.loss, step.tokens)
+        summed, tokens, of_all = self.team.sums(step.loss, step.tokens, step.spent.cpu_seconds)
         loss = summed / step.labels
         norm = float(torch.linalg.vector_norm(self.weights.grads))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -219,12 +230,13 @@ class TrainingJob:
             group["lr"] = rate * group["share"]
         self._optimizer.step()
         self.weights.retract()
-        seconds = step.seconds + time.perf_counter() - started
+        spent = Spent(step.spent.seconds, of_all) + (Spent.now() - started).of_each(self.team.count)
         progress.step += 1
         progress.tokens, progress.label_tokens = progress.tokens + int(tokens), progress.label_tokens + step.labels
-        progress.seconds, progress.train_loss = progress.seconds + seconds, loss
+        progress.train_loss = loss
+        charge(progress, spent)
         if progress.step % config.logging_every == 0:
-            self._write(loss=loss, learning_rate=rate, grad_norm=norm, tokens_per_s=tokens / seconds)
+            self._write(loss=loss, learning_rate=rate, grad_norm=norm, tokens_per_s=tokens / spent.seconds)
 
     @property
     def validation_is_due(self) -> bool:
@@ -241,9 +253,9 @@ class TrainingJob:
         """This process's share of the validation rows, in groups each small enough for one forward."""
         lengths = [len(row.token_ids) for row in self._validation]
         micros = micro_batches(self.team.share(range(len(lengths)), lengths), lengths, self.config.micro_batch_tokens)
-        return [self._group([self._validation[index] for index in micro]) for micro in micros]
+        return [self._group([self._shown(self._validation[index], f"validation {index}") for index in micro]) for micro in micros]
 
-    def validated(self, loss: float, seconds: float) -> None:
+    def validated(self, loss: float, spent: Spent) -> None:
         """Take in the validation loss a label token: keep the values of the best, stop after `early_stop_patience` measurements without one.
 
         Raises TrainingError when it is not finite.
@@ -258,8 +270,12 @@ class TrainingJob:
         else:
             progress.stale += 1
             progress.stopped_early = config.early_stop_patience is not None and progress.stale >= config.early_stop_patience
-        progress.seconds += seconds
+        charge(progress, spent)
         self._write(validation_loss=loss)
+
+    def _shown(self, row: EncodedRow, draw: str) -> EncodedRow:
+        """The row as the forward sees it."""
+        return row if self._masking is None else self._masking.hide(row, draw)
 
     def _group(self, rows: list[EncodedRow]) -> RowGroup:
         return RowGroup(rows, shared_beginning(rows, self._positions) if self._shares else 0)
@@ -287,4 +303,4 @@ class _Step:
     labels: int = 1
     loss: float = 0.0
     tokens: int = 0
-    seconds: float = 0.0
+    spent: Spent = field(default_factory=Spent)

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from atoll.errors import AtollError, Interrupted, TrainingError
 from atoll.model.decoder import Decoder
-from atoll.model.loss import label_losses
 from atoll.model.memory import keep_freed_memory, release_memory
+from atoll.train.cost import Meter, Spent, charge
 from atoll.train.interrupt import interruptible
 from atoll.train.job import Report, TrainingJob, TrainResult
 from atoll.train.rows import LabelledBatch, RowGroup, adapter_batch, pack_groups
@@ -97,6 +97,7 @@ def train_jobs(
     and ends with Interrupted. team: the jobs'; all of its processes end each round alike.
     """
     keep_freed_memory()
+    meter = Meter()
     running: dict[int, _Running] = {}
     waiting = iter(enumerate(makers))
     try:
@@ -109,7 +110,8 @@ def train_jobs(
                     raise
                 if not running:
                     return
-                _round([entry.job for entry in running.values()], {id(entry.job): entry for entry in running.values()})
+                with meter.round([entry.job.progress for entry in running.values()]):
+                    _round([entry.job for entry in running.values()], {id(entry.job): entry for entry in running.values()})
                 try:
                     statuses = [entry.status() for entry in running.values()]
                     if report is not None:
@@ -157,9 +159,12 @@ def _admit(
     """Fill the places that are free. A job that cannot begin, or has nothing left to do, ends at once."""
     while len(running) < at_once and (following := next(waiting, None)) is not None:
         index, make = following
+        started = Spent.now()
         try:
             job = make()
+            making = Spent.now() - started
             job.open()
+            charge(job.progress, making)
         except Exception as error:
             on_result(index, _as_training_error(error))
             continue
@@ -267,7 +272,7 @@ def _joined(items: Sequence[_Item]) -> list[list[_Item]]:
             continue
         for place, (batch, taken) in enumerate(open_batches):
             most = min(_JOINED_TOKENS, *(member.job.config.micro_batch_tokens for member in (item, *batch)))
-            if taken + size <= most and all(other.job is not item.job for other in batch):
+            if taken + size <= most and all(other.job is not item.job and other.job.decoder is item.job.decoder for other in batch):
                 batch.append(item)
                 open_batches[place] = (batch, taken + size)
                 break
@@ -281,15 +286,15 @@ def _forward_backward(items: Sequence[_Item]) -> None:
     """One forward of all items and its backward; each job is told what its rows added."""
     if not items:
         return
-    started = time.perf_counter()
+    started = Spent.now()
     losses = _losses(items, training=True)
     parts = [item.job.mean(loss) for item, loss in zip(items, losses, strict=True)]
     if losses[0].requires_grad:  # not where none of the rows' prompts has a token that is edited
         torch.stack(parts).sum().backward()
-    seconds = time.perf_counter() - started
+    spent = Spent.now() - started
     num_tokens = [sum(len(row.token_ids) - 1 for row in item.group.rows) for item in items]
     for item, loss, tokens in zip(items, losses, num_tokens, strict=True):
-        item.job.add(float(loss.detach()), tokens, seconds * tokens / sum(num_tokens))
+        item.job.add(float(loss.detach()), tokens, spent.share(tokens / sum(num_tokens)))
 
 
 def _losses(items: Sequence[_Item], *, training: bool) -> list[Tensor]:
@@ -300,7 +305,7 @@ def _losses(items: Sequence[_Item], *, training: bool) -> list[Tensor]:
     adapters = adapter_batch(packed, [item.job.weights for item in items])
     noise = _noise(packed, items) if training else None
     hidden = decoder.forward(packed.batch, adapters, entering=entering[0] if len(items) == 1 else None, noise=noise)
-    each = label_losses(hidden, decoder.head, packed.labels)
+    each = decoder.label_losses(hidden, packed.labels)
     return [each[start:stop].sum() for start, stop in packed.label_spans]
 
 
@@ -319,11 +324,13 @@ def _noise(packed: LabelledBatch, items: Sequence[_Item]) -> Tensor | None:
 def _after_gradients(job: TrainingJob) -> None:
     job.finish_step()
     if job.validation_is_due:
-        started = time.perf_counter()
+        started = Spent.now()
         total, labels = job.team.sums(*job.team.together(functools.partial(_validation, job)))
-        job.validated(total / labels, time.perf_counter() - started)
+        job.validated(total / labels, (Spent.now() - started).of_each(job.team.count))
     if job.checkpoint_is_due:
+        started = Spent.now()
         job.team.together(job.checkpoint)
+        charge(job.progress, Spent.now() - started)
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ and are made again after each optimizer step. Used by weights.py.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,14 +16,17 @@ from torch import Tensor
 from atoll.model.adapter import Adapter, LoraModule
 from atoll.model.apply import Part, Update
 from atoll.model.dora import BaseWeight, NormsOfJob
-from atoll.model.sites import GROUPS, TARGETS, Site
+from atoll.model.sites import Site, in_file_order
 from atoll.train.flat import FlatVector
+
+Groups: TypeAlias = Sequence[Sequence[str]]  # the targets of each fused linear
 
 
 class LoraMasters:
     """An adapter's A and B as leaves of a flat vector: site by site, or all A's before all B's (`apart`); DoRA's magnitudes come last.
 
-    weight gives the base's linears, which DoRA needs. removed: a start that is taken out of the base (train.start), not trained.
+    groups are the targets of each fused linear. weight gives the base's linears, which DoRA needs. removed: a start that is taken out of the base
+    (train.start), not trained.
     """
 
     def __init__(
@@ -30,19 +34,20 @@ class LoraMasters:
         adapter: Adapter,
         linears: Mapping[str, tuple[int, int]],
         flat: FlatVector,
+        groups: Groups,
         *,
         apart: bool = False,
         weight: BaseWeight | None = None,
         removed: Mapping[Site, LoraModule] | None = None,
     ) -> None:
-        self._flat, self._weight, self._stale = flat, weight, True
+        self._flat, self._groups, self._weight, self._stale = flat, groups, weight, True
         self._norms: dict[Site, NormsOfJob] = {}
         self._magnitudes: dict[Site, Tensor] = {}
-        self._removed = _constant(adapter, removed, linears) if removed is not None else None
-        self._sites = sorted(adapter.modules, key=lambda site: (site.layer, TARGETS.index(site.target)))
+        self._removed = _constant(adapter, removed, linears, groups) if removed is not None else None
+        self._sites = in_file_order(adapter.modules)
         self._updates: dict[tuple[int, int], Update] = {}
         self._slices: dict[Site, tuple[Tensor, Tensor, float]] = {}
-        places = _places(adapter)
+        places = _places(adapter, groups)
         first_a = {place: self._leaf_a(adapter, place, members) for place, members in places.items()} if apart else {}
         self.first_b = flat.taken  # where B's begin, if they stand apart
         for place, members in places.items():
@@ -59,7 +64,7 @@ class LoraMasters:
         return a
 
     def _fuse(self, adapter: Adapter, linears: Mapping[str, tuple[int, int]], place: tuple[int, int], members: list[str], a: Tensor) -> None:
-        layer, starts = place[0], _starts(linears, place[1])
+        layer, starts = place[0], _starts(linears, self._groups[place[1]])
         parts, row = [], 0
         for target in members:
             module = adapter.modules[Site(layer, target)]
@@ -89,7 +94,7 @@ class LoraMasters:
         assert self._weight is not None or not self._norms
         norms = {site: of_job.of(self._weight(site), *self._slices[site]) for site, of_job in self._norms.items() if self._weight is not None}
         for (layer, group), update in self._updates.items() if norms else ():
-            sites = [site for site in (Site(layer, target) for target in GROUPS[group]) if site in self._slices]
+            sites = [site for site in (Site(layer, target) for target in self._groups[group]) if site in self._slices]
             parts = [part._replace(magnitude=self._magnitudes[site], norm=norms[site]) for site, part in zip(sites, update.parts, strict=True)]
             self._updates[layer, group] = update._replace(parts=tuple(parts))
 
@@ -117,27 +122,29 @@ class LoraMasters:
         }
 
 
-def _places(adapter: Adapter) -> dict[tuple[int, int], list[str]]:
+def _places(adapter: Adapter, groups: Groups) -> dict[tuple[int, int], list[str]]:
     """The members of each (layer, group) that an adapter changes, in order."""
     found = {}
     for layer in sorted({site.layer for site in adapter.modules}):
-        for group, targets in enumerate(GROUPS):
+        for group, targets in enumerate(groups):
             if members := [target for target in targets if Site(layer, target) in adapter.modules]:
                 found[layer, group] = members
     return found
 
 
-def _starts(linears: Mapping[str, tuple[int, int]], group: int) -> dict[str, int]:
-    """The first column of each member in a group's fused output."""
-    widths = [linears[target][0] for target in GROUPS[group]]
-    return {target: sum(widths[:place]) for place, target in enumerate(GROUPS[group])}
+def _starts(linears: Mapping[str, tuple[int, int]], targets: Sequence[str]) -> dict[str, int]:
+    """The first column of each of a group's targets in its fused output."""
+    widths = [linears[target][0] for target in targets]
+    return {target: sum(widths[:place]) for place, target in enumerate(targets)}
 
 
-def _constant(adapter: Adapter, modules: Mapping[Site, LoraModule], linears: Mapping[str, tuple[int, int]]) -> dict[tuple[int, int], Update]:
+def _constant(
+    adapter: Adapter, modules: Mapping[Site, LoraModule], linears: Mapping[str, tuple[int, int]], groups: Groups
+) -> dict[tuple[int, int], Update]:
     """Updates that nobody trains, by (layer, group)."""
     found = {}
-    for (layer, group), members in _places(adapter).items():
-        here, starts, row, parts = [modules[Site(layer, target)] for target in members], _starts(linears, group), 0, []
+    for (layer, group), members in _places(adapter, groups).items():
+        here, starts, row, parts = [modules[Site(layer, target)] for target in members], _starts(linears, groups[group]), 0, []
         for target, module in zip(members, here, strict=True):
             b = module.b.detach().T.contiguous()
             parts.append(Part(row, row + module.rank, starts[target], starts[target] + b.shape[1], b, module.scaling))

@@ -1,6 +1,6 @@
 """What a training job will do, before it does it: its rows, its prompts, its steps, its identity, and what it will cost.
 
-A plan is made from a config and a base; `--dry-run` shows it, `run_plan` carries it out, and loop.train_jobs its `training_job` among others. What
+A plan is made from a config and a base; `--dry-run` shows it, and loop.train_jobs carries out its `training_job`, alone or among others. What
 it costs is measured on the machine at hand, with a forward and backward on some of the job's own rows, because no table of speeds stays true.
 
 Used by workflows and the command line.
@@ -8,11 +8,12 @@ Used by workflows and the command line.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,32 +23,38 @@ from atoll.config_adapter import LoraAdapterConfig
 from atoll.config_quantization import QuantizationConfig
 from atoll.data.batches import epoch_batches, micro_batches
 from atoll.data.encode import Encoded, encode_examples
+from atoll.data.masking import Masking
 from atoll.data.prompt import PromptFormat
 from atoll.data.task import TaskData
 from atoll.model.adapter import AdapterSpec
 from atoll.model.reft import tensor_shapes
-from atoll.train.spec import adapter_spec, edited_places, first_layer
+from atoll.train.classes import check_texts, class_labels
+from atoll.train.spec import edited_places, first_layer, spec_over
 
 if TYPE_CHECKING:
     from atoll.model.base import Base
+    from atoll.model.decoder import Decoder
     from atoll.train.entering import Room
-    from atoll.train.job import Report, TrainingJob, TrainResult
+    from atoll.train.job import TrainingJob, TrainResult
     from atoll.train.team import Team
 
 _MEASURED_TOKENS = 1000
 _FORWARD_SHARE = 0.4  # of a training step's time: what a validation pass costs a token
 _PROCESS_BYTES = 500 << 20  # python, torch and transformers as loaded
-_NO_MATTER = {"checkpoint_every", "logging_every", "device", "reuse_mib"}  # the trainer's keys that do not decide the weights,
+_NO_MATTER = {"checkpoint_every", "logging_every", "device", "reuse_mib", "log_to"}  # the trainer's keys that do not decide the weights,
 _OF_REFT = {"reft_learning_rate", "reft_weight_decay"}  # and those that do not where there is no ReFT
 _LATER_ADAPTER = ("reft", "use_dora", "init_lora_weights", "loraplus_lr_ratio")
-_LATER_TRAINER = ("neftune_noise_alpha", "optimizer", "momentum", "warmup_steps", "final_fraction", "cycles", "decay_fraction")
+_LATER_TRAINER = ("neftune_noise_alpha", "mlm_probability", "optimizer", "momentum", "warmup_steps", "final_fraction", "cycles", "decay_fraction")
 _MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1, "adafactor": 0}  # vectors of an optimizer's state; Adafactor's are small
 _FORMAT = 2  # raise when the same config would train other weights than before, so that old checkpoints are not resumed
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A job ready to run. digest identifies everything that decides its weights: config, rows, prompts, base."""
+    """A job ready to run. digest identifies everything that decides its weights: config, rows, prompts, base.
+
+    labels: the classes in the order of the classifier's outputs, where the base is an encoder. masking: rows are texts, of which tokens are hidden.
+    """
 
     config: TrainConfig
     base: Base
@@ -57,6 +64,13 @@ class TrainingPlan:
     prompt: PromptFormat
     spec: AdapterSpec
     digest: str
+    labels: tuple[str, ...] = ()
+    masking: Masking | None = None
+
+    @property
+    def decoder(self) -> Decoder:
+        """What is trained over: the base's, or its blocks as a model that tells hidden tokens."""
+        return self.base.decoder if self.masking is None else self.base.decoder.masked_lm()
 
     @property
     def total_steps(self) -> int:
@@ -91,16 +105,17 @@ class TrainingPlan:
     def num_parameters(self) -> int:
         """Trainable parameters: r (d_in + d_out) a site of LoRA, d_out more under DoRA, and each ReFT site's tensors."""
         shape = self.base.decoder.shape
-        sites = self.spec.sites(shape.num_layers)
+        sites = self.spec.sites(shape.num_layers, shape.linears)
         lora = sum(self.spec.rank_at(site) * sum(shape.linears[site.target]) for site in sites)
         lora += sum(shape.linears[site.target][0] for site in sites) if self.spec.use_dora else 0
         shapes = [tensor_shapes(self.spec.reft[site.part], site.layer, shape.hidden) for site in self.spec.edit_sites(shape.num_layers)]
-        return int(lora + sum(math.prod(size) for tensors in shapes for size in tensors.values()))
+        head = self.base.decoder.head_shapes(len(self.labels)).values() if self.labels else ()
+        return int(lora + sum(map(math.prod, head)) + sum(math.prod(size) for tensors in shapes for size in tensors.values()))
 
     @property
     def first_layer(self) -> int:
         """The first block that the adapter changes."""
-        return first_layer(self.spec, self.base.decoder.shape.num_layers)
+        return first_layer(self.spec, self.base.decoder.shape.num_layers, self.base.decoder.shape.linears)
 
 
 @dataclass(frozen=True)
@@ -119,6 +134,11 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
     Raises DataError and ConfigError as encode_examples does, and BaseMismatch when layers_to_transform names a layer that the base lacks.
     """
     trainer = config.trainer
+    masking, decoder = None, base.decoder
+    if trainer.mlm_probability is not None:
+        check_texts(data, config)
+        decoder, masking = decoder.masked_lm(), Masking.of(base.tokenizer, trainer.mlm_probability, trainer.seed)
+    classes = class_labels(data, config) if decoder.classifies else ()
     encoded = [
         encode_examples(
             examples,
@@ -128,11 +148,14 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
             chat=data.task.chat,
             context=base.context_length,
             eos_ids=base.eos_ids,
+            classes=classes,
+            whole=masking is not None,
         )
         for examples, max_length in ((data.train, trainer.max_length), (data.validation, None if trainer.max_length == "p95" else trainer.max_length))
     ]
     prompt = data.task.prompt_format(stop)
-    spec = adapter_spec(base.name, config.adapter, base.decoder.shape.num_layers, base.decoder.shape.hidden)
+    shape = base.decoder.shape
+    spec = spec_over(base.name, config.adapter, decoder)
     identity: dict[str, Any] = {
         "format": _FORMAT,
         "base": base.fingerprint.digest,
@@ -141,11 +164,13 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
         "prompt": prompt.to_json(),
         "rows": [[row.token_ids, row.first_label, *([row.num_prompt] if spec.reft else [])] for part in encoded for row in part.rows],
     }
-    lowest = first_layer(spec, base.decoder.shape.num_layers)
-    if lowest:  # then rows enter there one by one (train.entering), which decides last bits
+    lowest = first_layer(spec, shape.num_layers, shape.linears)
+    if lowest and decoder.can_enter:  # then rows enter there one by one (train.entering), which decides last bits
         identity["first_layer"] = lowest
+    if classes:
+        identity["labels"] = classes
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    return TrainingPlan(config, base, data, encoded[0], encoded[1], prompt, spec, digest)
+    return TrainingPlan(config, base, data, encoded[0], encoded[1], prompt, spec, digest, classes, masking)
 
 
 def _without_defaults(section: Section, later: Collection[str], excluded: set[str] | None = None) -> dict[str, Any]:
@@ -164,32 +189,17 @@ def training_job(plan: TrainingPlan, folder: Path, team: Team | None = None, roo
     from atoll.train.start import start_adapter
     from atoll.train.team import ALONE
 
-    decoder, trainer, adapter = plan.base.decoder, plan.config.trainer, plan.config.adapter
+    decoder, trainer, adapter = plan.decoder, plan.config.trainer, plan.config.adapter
     of_lora = (adapter.init_lora_weights, adapter.loraplus_lr_ratio) if isinstance(adapter, LoraAdapterConfig) else ("default", None)
-    start = start_adapter(plan.spec, decoder, trainer.seed, of_lora[0])
+    start = start_adapter(plan.spec, decoder, trainer.seed, of_lora[0], num_classes=len(plan.labels))
     rows = plan.train.rows, plan.validation.rows
-    given = decoder, start.adapter, *rows, trainer, folder, plan.digest
-    return TrainingJob(*given, removed=start.removed, b_ratio=of_lora[1], team=team or ALONE, room=room)
-
-
-def run_plan(
-    plan: TrainingPlan,
-    folder: Path,
-    report: Report | None = None,
-    *,
-    cancelled: Callable[[], bool] = lambda: False,
-    team: Team | None = None,
-) -> TrainResult:
-    """Train (or go on training) in `folder`, alone; the result's adapter carries its manifest. Raises as loop.train does."""
-    from atoll.train.loop import train
-
-    return with_manifest(plan, train(training_job(plan, folder, team), report, cancelled))
+    more: dict[str, Any] = {"removed": start.removed, "b_ratio": of_lora[1], "masking": plan.masking, "team": team or ALONE, "room": room}
+    told: dict[str, Any] = {"title": plan.config.name or plan.data.task.name, "settings": plan.config.model_dump(mode="json")}
+    return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, **more, **told)
 
 
 def with_manifest(plan: TrainingPlan, result: TrainResult) -> TrainResult:
     """The result of the plan's job, its adapter with the manifest."""
-    import dataclasses
-
     return dataclasses.replace(result, adapter=dataclasses.replace(result.adapter, manifest=_manifest(plan, result)))
 
 
@@ -206,8 +216,9 @@ def _manifest(plan: TrainingPlan, result: TrainResult) -> dict[str, Any]:
         "prompt": plan.prompt.to_json(),
         "quantization": QuantizationConfig.named(rounded).record() if (rounded := plan.base.fingerprint.quantization) else None,
         "parents": [],
+        **({"labels": list(plan.labels)} if plan.labels else {}),
         "training": {
-            "config": plan.config.model_dump(mode="json", exclude={"base", "name"}),
+            "config": plan.config.model_dump(mode="json", exclude={"base": True, "name": True, "cost": True, "trainer": {"log_to"}}),
             "job": plan.digest,
             "data": {"task": task.name, "version": plan.data.version, **plan.train.report()},
             "steps": progress.step,
@@ -229,29 +240,29 @@ def estimate_cost(plan: TrainingPlan) -> CostEstimate:
     memory_bytes = process + base + float32 vectors of the adapter (values, gradient, best, the optimizer's) + activations of the largest micro-batch
     + what is kept.
     """
-    from atoll.model.loss import label_loss
     from atoll.train.job import entering_states
     from atoll.train.rows import adapter_batch, label_batch
     from atoll.train.start import start_adapter
     from atoll.train.weights import TrainableAdapter
 
-    decoder, trainer = plan.base.decoder, plan.config.trainer
+    decoder, trainer = plan.decoder, plan.config.trainer
     shape = decoder.shape
-    start = start_adapter(plan.spec, decoder, 0).adapter
+    start = start_adapter(plan.spec, decoder, 0, num_classes=len(plan.labels)).adapter
     in_base = isinstance(plan.config.adapter, LoraAdapterConfig) and plan.config.adapter.starts_in_base
-    weights = TrainableAdapter(start, shape.linears, decoder.device, weight=decoder.weight, removed=start.modules if in_base else None)
+    removed = start.modules if in_base else None
+    weights = TrainableAdapter(start, shape.linears, decoder.device, shape.groups, weight=decoder.weight, removed=removed)
     kept = entering_states(decoder, plan.first_layer, len(plan.train.rows), trainer)
     lengths = [len(row.token_ids) for row in plan.train.rows]
     steps = epoch_batches(lengths, trainer.batch_size, trainer.seed, 0)
     seconds, once, tokens, warm = 0.0, 0.0, 0, False
     for micro in [micro for step in steps for micro in micro_batches(step, lengths, trainer.micro_batch_tokens)]:
-        rows = [plan.train.rows[index] for index in micro]
+        rows = [row if plan.masking is None else plan.masking.hide(row, "") for row in (plan.train.rows[index] for index in micro)]
         packed = label_batch(rows, decoder.device)
         started = time.perf_counter()
         entering = kept.of(rows) if kept is not None else None
         entered = time.perf_counter()
         hidden = decoder.forward(packed.batch, adapter_batch(packed, [weights]), entering=entering)
-        loss = label_loss(hidden, decoder.head, packed.labels)
+        loss = decoder.label_losses(hidden, packed.labels).sum()
         if loss.requires_grad:
             loss.backward()
         if warm:

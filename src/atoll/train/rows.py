@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from atoll.data.encode import EncodedRow
+from atoll.data.masking import MaskedRow
 from atoll.model.apply_edits import edit_rows
 from atoll.model.batch import AdapterBatch, PackedBatch, Segment
 
@@ -76,7 +77,7 @@ def label_batch(rows: Sequence[EncodedRow], device: torch.device | str, shared: 
 
 
 def pack_groups(groups: Sequence[RowGroup], device: torch.device | str) -> LabelledBatch:
-    """Pack rows without their last token (nothing follows it); the state at i predicts token i + 1."""
+    """Pack rows without their last token (nothing follows it); the state at i predicts token i + 1, or a hidden token its own place's."""
     packed: list[Sequence[int]] = []
     context, follows, num_prompts, owners, outputs, labels = [], [], [], [], [], []  # type: ignore[var-annotated]
     spans, start = [], 0
@@ -95,13 +96,21 @@ def pack_groups(groups: Sequence[RowGroup], device: torch.device | str) -> Label
             add(rows[0].token_ids[:shared], 0, -1, rows[0].num_prompt, owner)
             start += shared
         for row in rows:
+            if isinstance(row, MaskedRow):
+                outputs.extend(start + place for place in row.places)
+                labels.extend(row.hidden)
+                add(row.token_ids, 0, -1, row.num_prompt, owner)
+                start += len(row.token_ids)
+                continue
             first, count = row.first_label - shared, len(row.token_ids) - 1 - shared
             outputs.extend(range(start + first - 1, start + count))
             labels.extend(row.token_ids[row.first_label :])
             add(row.token_ids[shared:-1], shared, beginning, row.num_prompt, owner)
             start += count
         spans.append((first_label, len(labels)))
-    batch = PackedBatch.of(packed, context=context, outputs=outputs, follows=follows if max(follows) >= 0 else None, device=device)
+    batch = PackedBatch.of(
+        packed, context=context, outputs=outputs, follows=follows if max(follows) >= 0 else None, num_prompts=num_prompts, device=device
+    )
     return LabelledBatch(batch, torch.tensor(labels, dtype=torch.int64, device=device), tuple(num_prompts), tuple(owners), tuple(spans))
 
 
@@ -114,7 +123,7 @@ def adapter_batch(packed: LabelledBatch, weights: Sequence[TrainableAdapter]) ->
     for (start, stop), job in zip(pairwise(batch.row_starts), jobs, strict=True):
         if segments and segments[-1].weights is job and segments[-1].stop == start:
             segments[-1] = segments[-1]._replace(stop=stop)
-        elif job.has_lora:
+        elif job.has_lora or job.head:
             segments.append(Segment(start, stop, job))
     places = zip(batch.row_starts, batch.context, batch.lengths, packed.num_prompts, jobs, strict=False)
     rows = [(start, context, count, num_prompt, parts[id(job)]) for start, context, count, num_prompt, job in places]

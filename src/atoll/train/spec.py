@@ -5,44 +5,55 @@ Used by plan.py, and by loop.py and the dry run to know which tokens a spec edit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from atoll.config_adapter import AdapterConfig, ReftAdapterConfig
+from atoll.config_adapter import AdapterConfig, LoraAdapterConfig, ReftAdapterConfig
 from atoll.errors import ConfigError, TrainingError
 from atoll.model.adapter import AdapterSpec, names
 from atoll.model.positions import Positions
 from atoll.model.reft import ReftSpec
-from atoll.model.sites import TARGETS, Site
+from atoll.model.sites import TARGETS, Site, module_name
 
 if TYPE_CHECKING:
     from atoll.data.encode import EncodedRow
+    from atoll.model.decoder import Decoder
 
 _BEHIND_KEYS = ("attention_output", "mlp_input", "mlp_output", "block_output")  # components behind what other tokens of the block see
 
 
-def adapter_spec(base_name: str, config: AdapterConfig, num_layers: int, hidden: int) -> AdapterSpec:
-    """The AdapterSpec that a config asks for over a base of num_layers blocks and hidden states of that size.
+def adapter_spec(
+    base_name: str, config: AdapterConfig, num_layers: int, hidden: int, targets: Sequence[str] = TARGETS, *, fan_in_fan_out: bool = False
+) -> AdapterSpec:
+    """The AdapterSpec that a config asks for over a base of num_layers blocks, hidden states of that size and a block's linears `targets`.
 
     Raises ConfigError for what this base does not have: layers, modules that a pattern names, as many dimensions as a ReFT rank; BaseMismatch for
     layers_to_transform.
     """
-    spec = _spec(base_name, config, num_layers)
-    _check_patterns(spec, spec.sites(num_layers))
+    spec = _spec(base_name, config, num_layers, targets, fan_in_fan_out)
+    _check_patterns(spec, spec.sites(num_layers, targets))
     for part in spec.reft:
         if part.max_rank > hidden:  # no more rows of that length can be orthonormal, and no method's edit would be low in rank
             raise ConfigError(f"the ReFT rank is {part.max_rank}, but the base's hidden states have {hidden} dimensions", hint="4 is a good start")
     return spec
 
 
-def _spec(base_name: str, config: AdapterConfig, num_layers: int) -> AdapterSpec:
+def spec_over(base_name: str, config: AdapterConfig, decoder: Decoder) -> AdapterSpec:
+    """adapter_spec over a base that is loaded, with what PEFT notes of it."""
+    shape = decoder.shape
+    spec = adapter_spec(base_name, config, shape.num_layers, shape.hidden, tuple(shape.linears), fan_in_fan_out=shape.fan_in_fan_out)
+    return replace(spec, task_type=decoder.task_type)
+
+
+def _spec(base_name: str, config: AdapterConfig, num_layers: int, targets: Sequence[str], fan_in_fan_out: bool) -> AdapterSpec:
     if isinstance(config, ReftAdapterConfig):
         return AdapterSpec.reft_only(base_name, [reft_spec(config, num_layers)])
     return AdapterSpec(
         base=base_name,
         rank=config.r,
         alpha=config.scaling_alpha,
-        target_modules=tuple(target for target in TARGETS if target in config.targets),
+        target_modules=_target_modules(config, targets),
         dropout=config.dropout,
         use_rslora=config.use_rslora,
         rank_pattern=dict(config.rank_pattern),
@@ -50,7 +61,21 @@ def _spec(base_name: str, config: AdapterConfig, num_layers: int) -> AdapterSpec
         layers_to_transform=config.layers_to_transform,
         use_dora=config.use_dora,
         reft=() if config.reft is None else (reft_spec(config.reft, num_layers),),
+        fan_in_fan_out=fan_in_fan_out,
     )
+
+
+def _target_modules(config: LoraAdapterConfig, targets: Sequence[str]) -> tuple[str, ...]:
+    """The names of linears that a config asks for, in the order of a block. Raises ConfigError for one that the base's blocks do not have."""
+    known = tuple(dict.fromkeys(module_name(target) for target in targets))
+    if config.target_modules == "all-linear":
+        return known
+    for name in config.target_modules:
+        if name not in known:
+            raise ConfigError(
+                f"adapter.target_modules names {name!r}, but a block of this base has {', '.join(known)}", hint="name some of these, or all-linear"
+            )
+    return tuple(name for name in known if name in config.target_modules)
 
 
 def reft_spec(config: ReftAdapterConfig, num_layers: int) -> ReftSpec:
@@ -96,9 +121,9 @@ def _check_patterns(spec: AdapterSpec, sites: list[Site]) -> None:
                 )
 
 
-def first_layer(spec: AdapterSpec, num_layers: int) -> int:
+def first_layer(spec: AdapterSpec, num_layers: int, targets: Iterable[str] = TARGETS) -> int:
     """The first block that an adapter changes."""
-    return min([site.layer for site in spec.sites(num_layers)] + [site.layer for site in spec.edit_sites(num_layers)])
+    return min([site.layer for site in spec.sites(num_layers, targets)] + [site.layer for site in spec.edit_sites(num_layers)])
 
 
 def edited_places(row: EncodedRow, spec: AdapterSpec) -> list[int]:

@@ -34,11 +34,16 @@ class Start(NamedTuple):
     removed: Mapping[Site, LoraModule] | None = None
 
 
-def start_adapter(spec: AdapterSpec, decoder: Decoder, seed: int, init: str = DEFAULT) -> Start:
-    """A fresh adapter of a spec over a base; init as in config_adapter. Raises ConfigError for more rank than a linear has dimensions."""
+def start_adapter(spec: AdapterSpec, decoder: Decoder, seed: int, init: str = DEFAULT, *, num_classes: int = 0) -> Start:
+    """A fresh adapter of a spec over a base, with a fresh classifier head where the base is an encoder; init as in config_adapter.
+
+    Raises ConfigError for more rank than a linear has dimensions.
+    """
     shape = decoder.shape
     generator = torch.Generator().manual_seed(seed)
     adapter = new_adapter(spec, shape.linears, shape.num_layers, generator)
+    if num_classes:
+        adapter = replace(adapter, head=decoder.new_head(num_classes, generator))
     if init == GAUSSIAN:
         modules = {
             site: replace(module, a=torch.empty_like(module.a).normal_(0, 1 / module.rank, generator=generator))

@@ -16,9 +16,9 @@ from atoll.model.adapter import Adapter, LoraModule
 from atoll.model.apply import Update
 from atoll.model.apply_edits import EditedPart
 from atoll.model.dora import BaseWeight
-from atoll.model.sites import Site
+from atoll.model.sites import GROUPS, Site
 from atoll.train.flat import FlatVector
-from atoll.train.lora_masters import LoraMasters
+from atoll.train.lora_masters import Groups, LoraMasters
 from atoll.train.reft_masters import ReftMasters
 from atoll.train.start import converted
 
@@ -26,11 +26,11 @@ from atoll.train.start import converted
 class TrainableAdapter:
     """One adapter's masters. Implements model.apply.AdapterWeights.
 
-    values and grads are flat float32 vectors [P]: LoRA's factors, DoRA's magnitudes, ReFT's W's, then its other tensors. `values.grad` is `grads`, so
-    an optimizer over `[values]` trains the adapter; after its step, `retract` is due.
+    values and grads are flat float32 vectors [P]: LoRA's factors, DoRA's magnitudes, ReFT's W's, then its other tensors, then a classifier's.
+    `values.grad` is `grads`, so an optimizer over `[values]` trains the adapter; after its step, `retract` is due.
 
-    b_ratio: LoRA+'s (Hayou et al. 2024, arXiv 2402.12354), the learning rate of B over that of A; None for one rate. weight, which DoRA needs, and
-    removed are those of LoraMasters.
+    groups are the targets of each fused linear. b_ratio: LoRA+'s (Hayou et al. 2024, arXiv 2402.12354), the learning rate of B over that of A; None
+    for one rate. weight, which DoRA needs, and removed are those of LoraMasters.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class TrainableAdapter:
         adapter: Adapter,
         linears: Mapping[str, tuple[int, int]],
         device: torch.device | str = "cpu",
+        groups: Groups = GROUPS,
         *,
         b_ratio: float | None = None,
         weight: BaseWeight | None = None,
@@ -49,9 +50,16 @@ class TrainableAdapter:
         self.values, self.grads = self._flat.values, self._flat.grads
         self.dropout_seed: int | None = None  # set by the loop before each training forward; None: no dropout (evaluation)
         self.first_layer = min([site.layer for site in adapter.modules] + [site.layer for site in adapter.edits])
-        self._lora = LoraMasters(adapter, linears, self._flat, apart=b_ratio is not None, weight=weight, removed=removed) if adapter.modules else None
+        apart = b_ratio is not None
+        self._lora = LoraMasters(adapter, linears, self._flat, groups, apart=apart, weight=weight, removed=removed) if adapter.modules else None
         self._num_lora = self._flat.taken
         self._reft = ReftMasters(adapter, self._flat) if adapter.edits else None
+        self._num_adapter = self._flat.taken
+        self.head: dict[str, Tensor] = {}
+        for name, tensor in adapter.head.items():
+            leaf = self.head[name] = self._flat.leaf(*tensor.shape)
+            with torch.no_grad():
+                leaf.copy_(tensor)
 
     @property
     def has_lora(self) -> bool:
@@ -85,7 +93,7 @@ class TrainableAdapter:
         config.learning_rate, by which schedules scale. Beside a LoRA, ReFT has a rate of its own. by_tensor: each of the adapter's tensors in its
         own shape instead, A and B of every site apart.
         """
-        size, share = self.values.numel(), 1.0
+        size, share = self._num_adapter, 1.0
         wanted: list[tuple[int, int, float, float]] = []
         if self._lora is not None:
             of_b, first_b = self._b_ratio or 1.0, self._lora.first_b if self._b_ratio is not None else 0
@@ -94,6 +102,7 @@ class TrainableAdapter:
         if self._reft is not None:
             share = config.reft_learning_rate / config.learning_rate if self.has_lora else 1.0
             wanted += [(self._num_lora, self._reft.first_kept, share, config.reft_weight_decay), (self._reft.first_kept, size, share, 0.0)]
+        wanted.append((size, self.values.numel(), 1.0, config.weight_decay))  # a classifier head learns as LoRA does
         merged: list[tuple[int, int, float, float]] = []
         for start, stop, *settings in wanted:
             if stop == start:
@@ -116,5 +125,6 @@ class TrainableAdapter:
         """A copy of the tensors as they are now, or as they were in `values` [P] (the best step's)."""
         modules = {} if self._lora is None else self._lora.modules(values)
         edits = {} if self._reft is None else self._reft.edits(values)
-        found = Adapter(self.spec, modules, self._manifest, edits)
+        head = {name: self._flat.copy_of(leaf, values) for name, leaf in self.head.items()}
+        found = Adapter(self.spec, modules, self._manifest, edits, head)
         return found if self._removed is None else converted(found, {site: self._removed[site] for site in modules})

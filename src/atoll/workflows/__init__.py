@@ -6,6 +6,8 @@
     many.py       train and publish many at once, over bases.py; cancelling.py ends one of them
     measuring.py  evaluate
     landing.py    land
+    sweeping.py   train every point of a sweep
+    comparing.py  runs: found, followed, set side by side
     compose.py    compose: compose_plan, compose_search, compose_controls, compose_lines and compose_advice are its parts, compose_report its result
 
 Everything is kept as it is done: an adapter is in the hub the moment its training ends, a score is a file before the next task is asked, and each is
@@ -20,6 +22,7 @@ from atoll.workflows.landing import land
 from atoll.workflows.many import JobLine, train_many
 from atoll.workflows.measuring import LandOutcome, evaluate
 from atoll.workflows.start import Progress, locked
+from atoll.workflows.sweeping import SweepOutcome, sweep
 from atoll.workflows.training import RESULT_FILE, TrainOutcome, make_plan, prompt_ids, run_plan_in, train_and_publish
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ __all__ = [
     "JobLine",
     "LandOutcome",
     "Progress",
+    "SweepOutcome",
     "TrainOutcome",
     "compose_and_publish",
     "evaluate",
@@ -39,6 +43,7 @@ __all__ = [
     "make_plan",
     "prompt_ids",
     "run_plan_in",
+    "sweep",
     "train_and_publish",
     "train_many",
 ]

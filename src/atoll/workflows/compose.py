@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.compose.controls import COMPOSED
 from atoll.config_compose import ComposeConfig
+from atoll.config_cost import CostConfig
 from atoll.data.task import TaskData
 from atoll.errors import AtollError, StorageError
 from atoll.files import write_file
 from atoll.model.adapter import Adapter
 from atoll.model.adapter_files import read_adapter, write_adapter
+from atoll.train.cost import Cost, Meter, Used
 from atoll.train.interrupt import interruptible
 from atoll.workflows.compose_clock import Clock
 from atoll.workflows.compose_controls import Measured, held_out_losses, test_scores
@@ -106,6 +108,7 @@ def compose_and_publish(
     Raises Interrupted where it is stopped before a first search has begun, Busy, and what plan_composition, rank, search and publishing raise.
     """
     hub, clock, asked = hub or open_hub(), Clock(), stop_asked or _never
+    used, rates = Used(), CostConfig().rates()
     with clock.part("reading"):
         plan = plan_composition(config, hub, root=root, base=base, data=data, progress=progress)
     folder = out or Path("runs") / "compose" / plan.name
@@ -113,9 +116,10 @@ def compose_and_publish(
         done = _finished(folder, plan, hub if publish else None)
         if done is not None:
             return done
-        with recorded_run(hub if publish else None, "compose", plan.name, config.model_dump(mode="json")) as record:
-            outcome = _composed(plan, hub, folder, publish, clock, progress, asked)
-            record.update(seconds=clock.total, digest=outcome.version.digest if outcome.version else None)
+        with recorded_run(hub if publish else None, "compose", plan.name, config.model_dump(mode="json"), folder) as record:
+            with Meter().round([used]):
+                outcome = _composed(plan, hub, folder, publish, clock, progress, asked)
+            record.update(seconds=clock.total, cost=Cost.of(None, used, rates).to_json(), digest=outcome.version.digest if outcome.version else None)
     return outcome
 
 

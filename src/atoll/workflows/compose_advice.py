@@ -1,7 +1,8 @@
 """What the figures of a composition say one should do, in plain sentences.
 
-A difference counts as one where it is clear (Gain.is_clear: beyond about two of its standard errors); else the sentence says that the figures cannot
-tell the two apart, and of two that cannot be told apart the simpler one is recommended.
+A difference counts as one where it is clear (Gain.is_clear: beyond about two of its standard errors, and of scores on enough rows); else the sentence
+says that the figures cannot tell the two apart, and of two that cannot be told apart the simpler one is recommended. Nothing is recommended that is
+not itself clearly better than the base, and no cause is named that was not measured.
 
 Used by compose_lines.py.
 """
@@ -13,39 +14,60 @@ from atoll.workflows.compose_report import Gain, Report
 
 MAJORITY = "majority"
 
+_ALL = (BASE, BEST_SINGLE, UNIFORM, RANDOM, TRAINED, IN_CONTEXT)  # what must have been met for "use it"
+_INSTEAD = {  # what may be used in place of the composition, the simplest first
+    BEST_SINGLE: "{name} alone is better ({gain}): use it.",
+    UNIFORM: "Equal weights are better ({gain}): use the method uniform.",
+    IN_CONTEXT: "The base with the examples in its prompt is better ({gain}): put them there, if longer prompts are affordable.",
+    TRAINED: "LoRA trained on the same examples is better ({gain}): train instead{seconds}.",
+}
+_FEWEST_ROWS = 20  # test rows; of fewer a standard error says little
+_KNOWS_MORE = 0.15  # by how much the likeliest label must be right more often than the written answer, to be worth a sentence
+
 
 def advice(report: Report) -> tuple[str, ...]:
     """The sentences, the most important first; none where nothing was compared."""
     over_base = report.versus.get(BASE)
     if over_base is None:
         return ()
-    if not _is_better(over_base):
-        worse = _is_worse(over_base)
-        first = (
-            f"The composition is worse than the base ({_shown(report, over_base)}): use the base as it is."
-            if worse
-            else f"The figures cannot tell the composition from the base ({_shown(report, over_base)}): give more examples or test rows, or train."
-        )
-        return (first, *_better_ones(report))
-    return (*_verdict(report), *_simpler_ones(report), *_better_ones(report), *_format_only(report))
+    if report.measure == "score" and report.test_rows < _FEWEST_ROWS:
+        rows = f"There {'is' if report.test_rows == 1 else 'are'} {report.test_rows} test row{'' if report.test_rows == 1 else 's'}"
+        return (f"{rows}, too few to tell contestants apart: give {_FEWEST_ROWS} or more.", *_by_loss(report))
+    if _none_right(report):
+        where = "look at the form of the answers (template, label_set, max_new_tokens, stop)"
+        return (f"No contestant gets a single test row right, so the scores tell nothing: {where}.", *_by_loss(report))
+    if _is_better(over_base):
+        return (*_verdict(report), *_as_good(report), *_better_ones(report), *_form_and_knowledge(report))
+    if _is_worse(over_base):
+        first = f"The composition is worse than the base ({_shown(report, over_base)}): use the base as it is."
+        instead = _better_than_base(report)
+        first = first if not instead else first.replace(": use the base as it is.", ".")
+    else:
+        instead = _better_than_base(report)
+        way_out = "." if instead else ": give more examples or test rows."
+        first = f"The figures cannot tell the composition from the base ({_shown(report, over_base)}){way_out}"
+    return (first, *instead, *_form_and_knowledge(report))
 
 
 def _verdict(report: Report) -> list[str]:
     """Against all: only a composition that is clearly better than every control is recommended without an if."""
-    over_base = report.versus[BASE]
     others = {name: gain for name, gain in report.versus.items() if name != BASE}
-    if others and all(_is_better(gain) for gain in others.values()):
-        nearest = min(others, key=lambda name: others[name].value)
-        return [f"Use it: the composition is better than every control. The nearest is {_name(report, nearest)} ({_shown(report, others[nearest])})."]
-    return [f"The composition is better than the base ({_shown(report, over_base)})."]
+    if not others or not all(_is_better(gain) for gain in others.values()):
+        return [f"The composition is better than the base ({_shown(report, report.versus[BASE])})."]
+    nearest = min(others, key=lambda name: others[name].value)
+    which = f"The nearest is {_name(report, nearest)} ({_shown(report, others[nearest])})."
+    missing = [name for name in _ALL if name not in report.versus]
+    if missing:
+        return [f"The composition is better than all that was measured. {which} Not measured: {', '.join(missing)}."]
+    return [f"Use it: the composition is better than every control. {which}"]
 
 
-def _simpler_ones(report: Report) -> list[str]:
+def _as_good(report: Report) -> list[str]:
     """Controls that do as well as far as the figures can tell."""
     words = {
-        BEST_SINGLE: "{name} alone does as well{tell} ({gain}): use it instead, it is one adapter and not several.",
+        BEST_SINGLE: "{name} alone does as well{tell} ({gain}): use it instead, it is simpler.",
         UNIFORM: "Equal weights do as well{tell} ({gain}): the search has added nothing that shows.",
-        RANDOM: "Random adapters of the same shapes do as well{tell} ({gain}): what is gained is not what the adapters know.",
+        RANDOM: "Random adapters of the same shapes do as well{tell} ({gain}): that it helps what these adapters know is not shown.",
         TRAINED: "LoRA trained on the same examples does as well{tell} ({gain}){seconds}.",
         IN_CONTEXT: "The base with the examples in its prompt does as well{tell} ({gain}), at the price of longer prompts.",
         MAJORITY: "Always giving the most common answer does as well{tell} ({gain}): nothing has been learned that counts.",
@@ -59,13 +81,10 @@ def _simpler_ones(report: Report) -> list[str]:
 
 
 def _better_ones(report: Report) -> list[str]:
-    """Controls that are clearly better."""
+    """Controls that are clearly better than a composition that is better than the base."""
     words = {
-        BEST_SINGLE: "{name} alone is better ({gain}): use it.",
-        UNIFORM: "Equal weights are better ({gain}): use the method uniform; the search has fitted the examples too closely.",
-        RANDOM: "Random adapters of the same shapes are better ({gain}): these adapters have nothing to give to this task.",
-        TRAINED: "LoRA trained on the same examples is better ({gain}): train instead{seconds}.",
-        IN_CONTEXT: "The base with the examples in its prompt is better ({gain}): put them there, if longer prompts are affordable.",
+        **_INSTEAD,
+        RANDOM: "Random adapters of the same shapes are better ({gain}): what helps here is not what these adapters know.",
         MAJORITY: "Always giving the most common answer is better ({gain}).",
     }
     return [
@@ -75,18 +94,50 @@ def _better_ones(report: Report) -> list[str]:
     ]
 
 
-def _format_only(report: Report) -> list[str]:
-    """Whether the gain is in the form of the answers: then the base chooses the likeliest label as well."""
-    by_options = report.options_gain
-    if report.measure != "score" or by_options is None or _is_better(by_options):
+def _better_than_base(report: Report) -> list[str]:
+    """What is clearly better than the base, where the composition is not: the best of it alone."""
+    found = {name: line.gain for name in _INSTEAD if (line := report.line(name)) is not None and line.gain is not None and _is_better(line.gain)}
+    if not found:
         return []
+    best = max(found, key=lambda name: found[name].value)
+    gain = f"over the base: {_shown(report, found[best])}"
+    return [_INSTEAD[best].format(name=_name(report, best), gain=gain, seconds=_seconds(report, best))]
+
+
+def _form_and_knowledge(report: Report) -> list[str]:
+    """What the likeliest label says beside the written answer."""
+    mine, base, gain = report.line(COMPOSED), report.line(BASE), report.options_gain
+    if report.measure != "score" or gain is None or mine is None or base is None or mine.option is None or base.option is None:
+        return []
+    said = []
+    figures = f"{base.option:.3f} against {mine.option:.3f}"
+    if _is_worse(gain):
+        said.append(f"Choosing the likeliest label, the composition is worse than the base ({figures}): it has lost some of what the base knows.")
+    elif _is_better(report.versus[BASE]) and not _is_better(gain):
+        said.append(
+            f"The gain is in the form of the answers: choosing the likeliest label, the base is as good ({figures}). "
+            "A clearer prompt or a constrained answer may do as much."
+        )
+    if mine.score is not None and mine.option - mine.score > _KNOWS_MORE:
+        said.append(
+            f"It knows more than it writes: its likeliest label is right in {mine.option:.0%} of the rows, its written answer in {mine.score:.0%}. "
+            "Constrain answers to the labels, or train for their form."
+        )
+    return said
+
+
+def _by_loss(report: Report) -> list[str]:
+    """The held-out losses of composition and base, where scores say nothing."""
     mine, base = report.line(COMPOSED), report.line(BASE)
-    if mine is None or base is None or mine.option is None or base.option is None:
+    if mine is None or base is None or mine.loss is None or base.loss is None:
         return []
-    return [
-        f"The gain is in the form of the answers: choosing the likeliest label, the base is as good ({base.option:.3f} against {mine.option:.3f}). "
-        "A clearer prompt or a constrained answer may do as much."
-    ]
+    errors = "" if mine.loss_stderr is None or base.loss_stderr is None else f" (± {mine.loss_stderr:.3f} and {base.loss_stderr:.3f})"
+    return [f"By held-out loss the composition has {mine.loss:.3f} nats a label token, the base {base.loss:.3f}{errors}."]
+
+
+def _none_right(report: Report) -> bool:
+    scores = [score for line in report.lines if line.name != MAJORITY for score in line.scores]
+    return report.measure == "score" and bool(scores) and not any(scores)
 
 
 def _is_better(gain: Gain) -> bool:
@@ -98,8 +149,11 @@ def _is_worse(gain: Gain) -> bool:
 
 
 def _name(report: Report, name: str) -> str:
+    """A contestant in a sentence: the best single adapter by its own name, or names where seeds differ."""
     line = report.line(name)
-    return line.what if name == BEST_SINGLE and line is not None and line.what else name
+    if name != BEST_SINGLE or line is None or not line.what:
+        return name
+    return line.what if ", " not in line.what else f"The best single adapter ({line.what}: seeds differ)"
 
 
 def _seconds(report: Report, name: str) -> str:

@@ -120,6 +120,11 @@ def plan_composition(
     check_composable(config, data)
     versions, left_out = _named(config, hub)
     base = base or load_base(config.base, dtype=settings.dtype, device=settings.device, progress=progress)
+    if base.decoder.classifies:
+        raise ConfigError(
+            f"{base.name} is an encoder: its adapters have classifiers of their own, which cannot be composed",
+            hint="train one adapter on all classes, or compose over a base that writes text",
+        )
     versions, more = _fitting(versions, hub, base, named=bool(settings.adapters))
     max_new_tokens, stop = limits(config.generation, data, base.tokenizer)
     num_seeds = settings.seeds or (3 if data.test and config.controls else 1)

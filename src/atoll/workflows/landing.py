@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from atoll.config import LandConfig
 from atoll.data.task import load_task
-from atoll.errors import AtollError, Busy, Interrupted, StorageError
+from atoll.errors import AtollError, Busy, ConfigError, Interrupted, StorageError
 from atoll.eval.arena import Arena, note_of
 from atoll.eval.leaderboard import RowNote
 from atoll.eval.score import Score
@@ -53,6 +53,10 @@ def land(
         plans = [make_plan(job, base=bases.of(job), data=data[job.name]) for job in jobs]
         for plan in plans:
             check_name(plan_name(plan))
+            if plan.masking is not None:
+                raise ConfigError(
+                    f"task {plan_name(plan)!r} has trainer.mlm_probability: it learns texts, and a land measures answers", hint="use atoll train"
+                )
         folders = [out / "tasks" / plan_name(plan) / plan.digest[:12] for plan in plans]
         trained = run_plans_in(list(zip(folders, plans, strict=True)), hub, at_once=at_once, progress=progress, table=table)
         versions: dict[str, Version] = {}
@@ -72,7 +76,7 @@ def land(
                 continue
             try:
                 measured = arenas[id(plan.base)].measure(plan.data, [versions[name]], plan.config.generation, stage)
-                notes[plan.data.task.name] = note_of(plan.data, measured, config.eval, [versions[name]])
+                notes[plan.data.task.name] = note_of(plan.data, measured, config.eval, [versions[name]], hub)
                 scores += measured
             except KeyboardInterrupt:
                 raise Interrupted(f"stopped while task {name!r} was measured", hint="run the same command again to go on from there") from None

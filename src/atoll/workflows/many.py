@@ -20,7 +20,7 @@ from atoll.workflows.bases import Bases
 from atoll.workflows.cancelling import announce, is_cancelled, withdraw
 from atoll.workflows.runs import recorded_run
 from atoll.workflows.start import Progress, locked, open_hub, silent
-from atoll.workflows.training import TrainOutcome, finished, keep, make_plan, plan_name
+from atoll.workflows.training import TrainOutcome, finished, keep, make_plan, plan_name, reached
 
 if TYPE_CHECKING:
     from atoll.hub.store import Hub
@@ -120,6 +120,7 @@ class _Jobs:
         self._room = Room()
         self._found: dict[int, TrainOutcome | AtollError] = {}
         self._records: dict[int, tuple[ExitStack, dict[str, Any]]] = {}
+        self._running: dict[int, TrainingJob] = {}
         self._lines = [JobLine(plan_name(plan), "waiting", total_steps=plan.total_steps) for _, plan in work]
         for index, (folder, plan) in enumerate(work):
             try:
@@ -152,8 +153,10 @@ class _Jobs:
             if is_cancelled(folder):
                 raise Interrupted("cancelled before its first step", hint="run the same command again to train it")
             stack = ExitStack()
-            self._records[index] = stack, stack.enter_context(recorded_run(self._hub, "train", plan_name(plan), plan.config.model_dump(mode="json")))
-            return training_job(plan, folder, room=self._room)
+            run = recorded_run(self._hub, "train", plan_name(plan), plan.config.model_dump(mode="json"), folder)
+            self._records[index] = stack, stack.enter_context(run)
+            self._running[index] = training_job(plan, folder, room=self._room)
+            return self._running[index]
 
         return make
 
@@ -167,7 +170,7 @@ class _Jobs:
 
         index = group[place]
         folder, plan = self._work[index]
-        stack, record = self._records.pop(index, (ExitStack(), {}))  # none where the hub could not even write that it runs
+        stack, record = self._close(index)
         try:
             with stack:
                 if isinstance(outcome, Exception):
@@ -191,9 +194,17 @@ class _Jobs:
         for index, (folder, _) in enumerate(self._work):
             if index not in self._found:
                 withdraw(folder)
-        for stack, _ in self._records.values():
+        for stack, _ in [self._close(index) for index in list(self._records)]:
             with contextlib.suppress(AtollError), stack:
                 raise Interrupted(str(error) if isinstance(error, Interrupted) else f"stopped because everything did: {error}")
+
+    def _close(self, index: int) -> tuple[ExitStack, dict[str, Any]]:
+        """A job's open record, with how far it got; an empty one where the hub could not even write that it runs."""
+        stack, record = self._records.pop(index, (ExitStack(), {}))
+        job = self._running.pop(index, None)
+        if job is not None:
+            record.update(reached(self._work[index][1], job))
+        return stack, record
 
     def outcomes(self) -> list[TrainOutcome | AtollError]:
         return [self._found[index] for index in range(len(self._work))]

@@ -66,7 +66,7 @@ def evaluate(
     with locked(out):
         arena = Arena(base, hub, settings, out / "scores", ignore_quantization=ignore_quantization)
         scores = arena.measure(task, versions, generation, progress)
-        note = {task.task.name: note_of(task, scores, settings, versions)}
+        note = {task.task.name: note_of(task, scores, settings, versions, hub)}
         return write_board(base, scores, note, out, {}, arena.warnings)
 
 

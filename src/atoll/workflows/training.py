@@ -19,6 +19,8 @@ from atoll.errors import TrainingError
 from atoll.eval.arena import limits
 from atoll.files import write_file
 from atoll.model.adapter_files import read_adapter, write_adapter
+from atoll.train.cost import Cost
+from atoll.train.loggers import check_installed
 from atoll.workflows.cancelling import announced, is_cancelled
 from atoll.workflows.runs import recorded_run
 from atoll.workflows.start import Progress, locked, open_hub, silent
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from atoll.hub.store import Hub
     from atoll.model.adapter import Adapter
     from atoll.model.base import Base
-    from atoll.train.job import TrainResult
+    from atoll.train.job import TrainingJob, TrainResult
     from atoll.train.plan import TrainingPlan
     from atoll.train.team import Team
 
@@ -39,7 +41,7 @@ RESULT_FILE = "result.json"
 class TrainOutcome:
     """A trained adapter: its folder, its version in the hub (None if not published), its training record.
 
-    reused: found finished, not trained now. warnings: sentences that the user should see.
+    reused: found finished, not trained now. warnings: sentences that the user should see. cost: None for one from before costs were recorded.
     """
 
     adapter_folder: Path
@@ -47,6 +49,7 @@ class TrainOutcome:
     training: Mapping[str, Any]
     reused: bool = False
     warnings: tuple[str, ...] = ()
+    cost: Cost | None = None
 
 
 def make_plan(
@@ -65,6 +68,8 @@ def make_plan(
     from atoll.model.base import load_base
     from atoll.train.plan import plan_training
 
+    config.cost.rates()  # one that cannot be read is found now, not when there is something to record
+    check_installed(config.trainer.log_to)
     data = data or load_task(config.require_data(), name=config.name, root=root)
     trainer = config.trainer
     if base is None:
@@ -111,7 +116,8 @@ def run_plan_in(folder: Path, plan: TrainingPlan, hub: Hub | None, *, progress: 
 
     team: the processes that do so together; the first alone has a hub.
     """
-    from atoll.train.plan import run_plan
+    from atoll.train.loop import train
+    from atoll.train.plan import training_job, with_manifest
     from atoll.train.team import ALONE
 
     team = team or ALONE
@@ -123,11 +129,15 @@ def run_plan_in(folder: Path, plan: TrainingPlan, hub: Hub | None, *, progress: 
     def report(headline: str, step: int, total: int) -> None:
         progress(f"train {name}: {headline}", step, total)
 
-    with recorded_run(hub, "train", name, plan.config.model_dump(mode="json")) as record, ExitStack() as stack:
+    with recorded_run(hub, "train", name, plan.config.model_dump(mode="json"), folder) as record, ExitStack() as stack:
         if team.is_first:
             stack.enter_context(announced(folder, name))
-        result = run_plan(plan, folder, report, cancelled=lambda: team.is_first and is_cancelled(folder), team=team)
-        return team.from_first(lambda: keep(folder, plan, result, hub, record))
+        job = training_job(plan, folder, team)
+        try:
+            result = train(job, report, lambda: team.is_first and is_cancelled(folder))
+        finally:
+            record.update(reached(plan, job))
+        return team.from_first(lambda: keep(folder, plan, with_manifest(plan, result), hub, record))
 
 
 def keep(folder: Path, plan: TrainingPlan, result: TrainResult, hub: Hub | None, record: dict[str, Any]) -> TrainOutcome:
@@ -138,11 +148,23 @@ def keep(folder: Path, plan: TrainingPlan, result: TrainResult, hub: Hub | None,
     write_adapter(target, result.adapter)
     version = hub.publish(target, name, message=f"trained {result.progress.step} steps on {plan.data.task.name}") if hub else None
     digest = version.digest if version else None
-    record.update(seconds=result.progress.seconds, digest=digest)
-    write_file(folder / RESULT_FILE, (json.dumps({"job": plan.digest, "digest": digest}, indent=2) + "\n").encode())
+    record.update(digest=digest)
+    cost = Cost.of(result.progress.tokens, result.progress, plan.config.cost.rates())
+    write_file(folder / RESULT_FILE, (json.dumps({"job": plan.digest, "digest": digest, "cost": cost.to_json()}, indent=2) + "\n").encode())
     (folder / CHECKPOINT).unlink(missing_ok=True)  # the adapter is safe, and a checkpoint is four times its size
     training = {**result.adapter.manifest["training"], "seconds": round(result.progress.seconds, 1)}
-    return TrainOutcome(target, version, training, warnings=plan.warnings)
+    return TrainOutcome(target, version, training, warnings=plan.warnings, cost=cost)
+
+
+def reached(plan: TrainingPlan, job: TrainingJob) -> dict[str, Any]:
+    """How far a job is and what it has cost, for the hub's record of its run; a job that went on from a checkpoint counts from its start."""
+    progress = job.progress
+    keys = ("step", "train_loss", "best_loss", "best_step", "stopped_early")
+    return {
+        "seconds": progress.seconds,
+        "cost": Cost.of(progress.tokens, progress, plan.config.cost.rates()).to_json(),
+        "progress": {**{key: getattr(progress, key) for key in keys}, "total_steps": job.total_steps},
+    }
 
 
 def finished(folder: Path, plan: TrainingPlan, hub: Hub | None) -> TrainOutcome | None:
@@ -157,10 +179,11 @@ def finished(folder: Path, plan: TrainingPlan, hub: Hub | None) -> TrainOutcome 
             hint="choose another --out folder, or delete this one to train again",
         )
     adapter = read_adapter(folder / "adapter")
+    cost = Cost.from_json(written["cost"]) if written.get("cost") else None
     version = None
     if hub is not None:
         version = hub.publish(folder / "adapter", plan_name(plan))  # the same content is the same version; new only if it is no longer there
-    return TrainOutcome(folder / "adapter", version, adapter.manifest["training"], reused=True, warnings=plan.warnings)
+    return TrainOutcome(folder / "adapter", version, adapter.manifest["training"], reused=True, warnings=plan.warnings, cost=cost)
 
 
 def prompt_ids(base: Base, adapter: Adapter, **fields: Any) -> list[int]:

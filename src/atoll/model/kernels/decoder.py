@@ -189,7 +189,9 @@ class CompiledDecoder:
 
 def compiled(decoder: Decoder) -> CompiledDecoder | None:
     """The compiled version of a decoder, made once and kept with it; None where plain torch has to do (another dtype or device, no compiler, …)."""
-    if decoder.dtype != torch.bfloat16 or decoder.device.type != "cpu" or decoder.holds_blocks:  # its own copy of the base would undo the saving
+    if decoder.dtype != torch.bfloat16 or decoder.device.type != "cpu" or not decoder.layers:
+        return None
+    if decoder.holds_blocks:  # its own copy of the base would undo the saving
         return None
     if decoder.shape.head_size % 2 or decoder.shape.head_size > _MOST_HEAD_SIZE:
         return None

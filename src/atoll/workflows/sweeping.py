@@ -1,0 +1,184 @@
+"""A sweep: train every point of it over one base in memory, say which was best, and publish that under the sweep's own name.
+
+Each training has a folder of its values' name and its job's digest, so that a sweep that was stopped goes on, and one with more values trains only
+those. Best is by validation loss, or by the task's metric on the validation rows: test rows choose nothing.
+
+Used by the command line and the library.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atoll.config import EvalConfig
+from atoll.config_sweep import LoadedSweep
+from atoll.data.task import TaskData, load_task
+from atoll.errors import AtollError, ConfigError, Interrupted
+from atoll.files import write_file
+from atoll.workflows.bases import Bases
+from atoll.workflows.many import Table, run_plans_in
+from atoll.workflows.start import Progress, locked, open_hub, require, silent
+from atoll.workflows.training import TrainOutcome, make_plan
+
+if TYPE_CHECKING:
+    from atoll.hub.records import Version
+    from atoll.hub.store import Hub
+    from atoll.train.plan import TrainingPlan
+
+RESULT_FILE = "sweep.json"
+_METRIC_SETTINGS = EvalConfig(option_scoring=False, chat_base=False)
+
+
+@dataclass(frozen=True)
+class SweepLine:
+    """One training of a sweep. best_loss: its lowest validation loss; score: the task's metric on the validation rows, where that was asked for.
+
+    error: why there is none of this.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    steps: int | None = None
+    train_loss: float | None = None
+    best_loss: float | None = None
+    score: float | None = None
+    cost: Mapping[str, Any] | None = None
+    adapter: str | None = None
+    folder: str | None = None
+    reused: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """The lines of a sweep, best first and failed ones last. best: the name of the best, None where nothing tells; version: as it was published."""
+
+    name: str
+    keys: tuple[str, ...]
+    best_by: str
+    lines: tuple[SweepLine, ...]
+    best: str | None
+    version: Version | None
+    path: Path
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of sweep.json."""
+        lines = [{**asdict(line), "values": dict(line.values)} for line in self.lines]
+        published = self.version.ref if self.version is not None else None
+        return {"name": self.name, "keys": list(self.keys), "best_by": self.best_by, "best": self.best, "published": published, "trainings": lines}
+
+
+def plan_sweep(loaded: LoadedSweep, *, progress: Progress = silent) -> list[TrainingPlan]:
+    """Every training of the sweep, planned over shared bases and data. Raises what loading raises; nothing is written."""
+    bases, tasks, plans = Bases(progress), dict[str, TaskData](), list[Any]()
+    for point in loaded.points:
+        config = point.loaded.config
+        key = config.require_data().model_dump_json()
+        if key not in tasks:
+            tasks[key] = load_task(config.data, name=loaded.name, root=loaded.root)
+        plans.append(make_plan(config, base=bases.of(config), data=tasks[key], progress=progress))
+    return plans
+
+
+def sweep(
+    loaded: LoadedSweep,
+    *,
+    out: Path | None = None,
+    hub: Hub | None = None,
+    publish: bool = True,
+    at_once: int | None = None,
+    progress: Progress = silent,
+    table: Table | None = None,
+) -> SweepOutcome:
+    """Train every point into `out` (default: runs/<name>), at most `at_once` together, and write sweep.json there.
+
+    With publish, every adapter is published under its own name and the best under the sweep's. A training that fails is a line with an error.
+    Raises Interrupted on Ctrl-C (run again, what is done is found), ConfigError where best_by: metric is asked for without publishing.
+    """
+    by_metric = loaded.best_by == "metric"
+    if by_metric:
+        require("scipy", "rouge_score")
+        if not publish:
+            raise ConfigError("best_by: metric measures published adapters, and --no-publish asks for none", hint="use best_by: validation_loss")
+    plans = plan_sweep(loaded, progress=progress)
+    if by_metric and not all(plan.data.validation for plan in plans):
+        raise ConfigError("best_by: metric needs validation rows, and there are none", hint="give data.validation, or a share in data.ratios")
+    folder = out or Path("runs") / loaded.name
+    hub = hub or open_hub() if publish else None
+    with locked(folder):
+        folders = [folder / point.name / plan.digest[:12] for point, plan in zip(loaded.points, plans, strict=True)]
+        outcomes = run_plans_in(list(zip(folders, plans, strict=True)), hub, at_once=at_once, progress=progress, table=table)
+        scores = _scores(plans, outcomes, hub, folder, progress) if by_metric and hub is not None else {}
+        lines = _ranked(
+            [
+                _line(point.name, point.values, place, outcome, scores.get(index))
+                for index, (point, place, outcome) in enumerate(zip(loaded.points, folders, outcomes, strict=True))
+            ],
+            by_metric,
+        )
+        best = lines[0] if (lines[0].score if by_metric else lines[0].best_loss) is not None else None
+        version = None
+        if best is not None and hub is not None:
+            assert best.folder is not None
+            version = hub.publish(Path(best.folder) / "adapter", loaded.name, message=f"best of {len(lines)} by {loaded.best_by}: {best.name}")
+        warnings = (*loaded.warnings, *dict.fromkeys(warning for plan in plans for warning in plan.warnings))
+        if best is None and any(line.error is None for line in lines):
+            warnings += ("there are no validation rows, so nothing says which training was best",)
+        name = best.name if best is not None else None
+        outcome = SweepOutcome(loaded.name, loaded.keys, loaded.best_by, tuple(lines), name, version, folder / RESULT_FILE, warnings)
+        write_file(outcome.path, json.dumps(outcome.to_json(), indent=2, ensure_ascii=False) + "\n")
+        return outcome
+
+
+def _line(name: str, values: Mapping[str, Any], folder: Path, outcome: TrainOutcome | AtollError, score: float | None) -> SweepLine:
+    if isinstance(outcome, AtollError):
+        return SweepLine(name, values, folder=str(folder), error=outcome.message)
+    training = outcome.training
+    best = min((loss for _, loss in training["validation_losses"]), default=None)
+    return SweepLine(
+        name,
+        values,
+        training["steps"],
+        training["train_loss"],
+        best,
+        score,
+        outcome.cost.to_json() if outcome.cost is not None else None,
+        outcome.version.ref if outcome.version is not None else None,
+        str(folder),
+        outcome.reused,
+    )
+
+
+def _ranked(lines: Sequence[SweepLine], by_metric: bool) -> list[SweepLine]:
+    """Best first: all metrics are better when higher, losses when lower."""
+
+    def place(line: SweepLine) -> tuple[bool, float]:
+        figure = line.score if by_metric else line.best_loss
+        return figure is None, 0.0 if figure is None else -figure if by_metric else figure
+
+    return sorted(lines, key=lambda line: (line.error is not None, *place(line)))
+
+
+def _scores(
+    plans: Sequence[TrainingPlan], outcomes: Sequence[TrainOutcome | AtollError], hub: Hub, folder: Path, progress: Progress
+) -> dict[int, float]:
+    """By number, the task's metric of each trained adapter on the validation rows. They are not recorded as scores: those are of test rows."""
+    from atoll.eval.arena import Arena
+
+    found: dict[int, float] = {}
+    arenas: dict[int, Arena] = {}
+    for index, (plan, outcome) in enumerate(zip(plans, outcomes, strict=True)):
+        if isinstance(outcome, AtollError) or outcome.version is None:
+            continue
+        arena = arenas.setdefault(id(plan.base), Arena(plan.base, hub, _METRIC_SETTINGS, folder / "scores", record=False))
+        try:
+            measured = arena.measure(replace(plan.data, test=plan.data.validation), [outcome.version], plan.config.generation, progress)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped while the trainings were measured", hint="run the same command again to go on from there") from None
+        found[index] = next(score.value for score in measured if score.digest == outcome.version.digest)
+    return found
