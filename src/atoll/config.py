@@ -246,7 +246,7 @@ class TrainerConfig(Section):
         default=1024,
         ge=0,
         description="Most memory in MiB for what the blocks below the first changed one make of each row, which is the same in every epoch. "
-        "Rows beyond it are computed again, to the same numbers.",
+        "Jobs that train at once share it. Rows beyond it are computed again, to the same numbers.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the adapter's start, the order of rows, and dropout.")
     device: str = Field(default="cpu", min_length=1, description="Where to compute: cpu, or cuda (cuda:1, …) on a machine that has it.")

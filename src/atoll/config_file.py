@@ -109,7 +109,7 @@ def load_parsed(
         data = {**data, "base": os.path.normpath(root / Path(base).expanduser())}
 
     origins = foreign.origins if foreign is not None else {}
-    blame = _Blame(file, origins, frozenset(overrides or {}), frozenset(swept or {}), options or {})
+    blame = _Blame(file, origins, frozenset(overrides or {}), frozenset(swept or {}), options=options or {})
     if found == "land":
         land = _checked(LandConfig, data, blame)
         jobs = _jobs(land, file)
@@ -124,7 +124,7 @@ def load_parsed(
 def load_compose(values: Mapping[str, Any], options: Mapping[str, str] | None = None) -> LoadedConfig[ComposeConfig]:
     """The composition that options alone describe: values by dotted key, and how they are spelled, as of `load_config`. Raises ConfigError."""
     nowhere = YamlFile(Path("the command line"), {}, {})
-    config = _checked(ComposeConfig, _overridden({}, values), _Blame(nowhere, {}, frozenset(values), options or {}))
+    config = _checked(ComposeConfig, _overridden({}, values), _Blame(nowhere, {}, frozenset(values), options=options or {}))
     return LoadedConfig(config, nowhere.path, Path.cwd(), (), "atoll")
 
 

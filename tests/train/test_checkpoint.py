@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from atoll.errors import StorageError, TrainingError
 from atoll.train.checkpoint import FILE, Progress, load_checkpoint, save_checkpoint
@@ -101,3 +104,34 @@ def test_what_a_kill_left_of_a_write_is_removed(tmp_path: Path) -> None:
     (tmp_path / f".{FILE}.x1y2z3").write_bytes(b"half")
     assert load_checkpoint(tmp_path, "job", *state(0)) is not None
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_fused_optimizer_goes_on_where_its_parameters_are(tmp_path: Path) -> None:
+    """On CUDA a fused AdamW refuses a step count that lies in main memory."""
+    values = torch.nn.Parameter(torch.ones(4, device="cuda"))
+    optimizer = torch.optim.AdamW([values], fused=True)
+    values.grad = torch.ones_like(values)
+    optimizer.step()
+    save_checkpoint(tmp_path, "job", Progress(step=1), values, optimizer, None)
+    fresh = torch.nn.Parameter(torch.zeros(4, device="cuda"))
+    other = torch.optim.AdamW([fresh], fused=True)
+    assert load_checkpoint(tmp_path, "job", fresh, other) is not None
+    fresh.grad = torch.ones_like(fresh)
+    other.step()
+    assert int(other.state[fresh]["step"]) == 2
+
+
+def test_a_checkpoint_from_before_optimizers_could_be_chosen_is_read(tmp_path: Path) -> None:
+    """Its header says nothing of the optimizer: it is AdamW's, both moments of the values' shape."""
+    values, optimizer = state()
+    moments = {name: optimizer.state[values][name] for name in ("exp_avg", "exp_avg_sq")}
+    header = {"job": "job", "progress": json.dumps(asdict(Progress(step=3)))}
+    save_file({"values": values.detach(), **moments}, tmp_path / FILE, metadata=header)
+    fresh, fresh_optimizer = state(0, seed=1)
+    assert load_checkpoint(tmp_path, "job", fresh, fresh_optimizer) is not None
+    for parameter, one in ((values, optimizer), (fresh, fresh_optimizer)):
+        parameter.grad = torch.linspace(-1, 1, 10)
+        one.step()
+    assert torch.equal(fresh, values)

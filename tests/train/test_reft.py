@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.adapters import decoder_of, packed_logits, random_adapter, random_reft
 from tests.conftest import tiny_model
-from tests.train.jobs import log_lines, toy_decoder, toy_job, toy_reft, toy_rows
+from tests.train.jobs import log_lines, toy_config, toy_decoder, toy_job, toy_reft, toy_rows
 from tests.written_reft import EVERY_FORM, hooked, moved_intervention
 from torch import Tensor
 
@@ -23,7 +23,9 @@ from atoll.model.decoder import Decoder
 from atoll.model.loss import label_loss
 from atoll.model.positions import PREFIX, Positions
 from atoll.model.reft import COMPONENTS, METHODS, ORTHONORMAL, EditSite, Intervention, ReftSpec
-from atoll.train.job import TrainingJob
+from atoll.train.entering import Room
+from atoll.train.job import TrainingJob, TrainResult
+from atoll.train.loop import train, train_jobs
 from atoll.train.reft_masters import ReftMasters
 from atoll.train.rows import RowGroup, adapter_batch, label_batch, pack_groups
 from atoll.train.weights import TrainableAdapter
@@ -381,3 +383,27 @@ def test_nothing_is_kept_where_it_does_not_pay(decoder: Decoder, tmp_path: Path)
     assert toy_job(tmp_path, adapter=toy_reft())._entering is None
     assert toy_job(tmp_path, adapter=toy_reft(layers=(1,)), epochs=1)._entering is None
     assert toy_job(tmp_path, adapter=toy_reft(layers=(1,)), epochs=2)._entering is not None
+
+
+def test_jobs_that_train_at_once_share_the_room_for_kept_rows(tmp_path: Path) -> None:
+    """Eight jobs with a budget of 1 GiB each would take 8 GiB; what one that has ended kept is free again, and no weight depends on it."""
+    room, decoder, most = Room(), toy_decoder(), list[int]()
+    one_row = 64 * 4 * 9  # more than the longest has
+
+    def job(name: str, given: Room | None) -> TrainingJob:
+        adapter = toy_reft(layers=(2,))
+        made = TrainingJob(decoder, adapter, toy_rows(), [], toy_config(epochs=3), tmp_path / name, name, room=given)
+        assert made._entering is not None
+        made._entering._budget = 3 * one_row
+        return made
+
+    found: dict[int, TrainResult | Exception] = {}
+    train_jobs([lambda name=name: job(name, room) for name in "abc"], found.__setitem__, at_once=2, report=lambda _: most.append(room.taken))  # type: ignore[misc]
+    assert 0 < max(most) <= 3 * one_row
+    assert room.taken == 0
+    alone = train(job("alone", None)).adapter
+    for outcome in found.values():
+        assert isinstance(outcome, TrainResult)
+        for site, edit in alone.edits.items():
+            for name, tensor in edit.tensors.items():
+                torch.testing.assert_close(outcome.adapter.edits[site].tensors[name], tensor, rtol=1e-4, atol=1e-5)

@@ -18,12 +18,29 @@ from atoll.model.batch import PackedBatch
 from atoll.model.decoder import Decoder
 
 
-class EnteringStates:
-    """The residual streams [t, D] float32 that enter block `layer`, kept in up to budget_bytes, first come, first kept."""
+class Room:
+    """What the jobs of a process keep in all, in bytes."""
 
-    def __init__(self, decoder: Decoder, layer: int, budget_bytes: int) -> None:
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def take(self, num_bytes: int, most: int) -> bool:
+        """Take some, where all jobs together then hold no more than `most`; whether that was so."""
+        if self.taken + num_bytes > most:
+            return False
+        self.taken += num_bytes
+        return True
+
+
+class EnteringStates:
+    """The residual streams [t, D] float32 that enter block `layer`, first come, first kept.
+
+    They are kept while all that share the room hold up to budget_bytes together; without a room, these alone.
+    """
+
+    def __init__(self, decoder: Decoder, layer: int, budget_bytes: int, room: Room | None = None) -> None:
         self._decoder, self._layer = decoder, layer
-        self._room = budget_bytes
+        self._budget, self._room = budget_bytes, room or Room()
         self._kept: dict[tuple[int, ...], Tensor] = {}
 
     def of(self, rows: Sequence[EncodedRow], shared: int = 0) -> tuple[int, Tensor]:
@@ -35,7 +52,11 @@ class EnteringStates:
         found = self._kept.get(token_ids)
         if found is None:
             found = self._decoder.residual_before(self._layer, PackedBatch.of([token_ids], device=self._decoder.device))
-            if found.nbytes <= self._room:
-                self._room -= found.nbytes
+            if self._room.take(found.nbytes, self._budget):
                 self._kept[token_ids] = found
         return found
+
+    def forget(self) -> None:
+        """Make room for others."""
+        self._room.taken -= sum(state.nbytes for state in self._kept.values())
+        self._kept.clear()

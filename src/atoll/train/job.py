@@ -29,7 +29,7 @@ from atoll.model.decoder import Decoder
 from atoll.model.sites import Site
 from atoll.train.checkpoint import Progress, read_checkpoint, save_checkpoint
 from atoll.train.cost import Spent, charge
-from atoll.train.entering import EnteringStates
+from atoll.train.entering import EnteringStates, Room
 from atoll.train.log import RunLog
 from atoll.train.optimizer import make_optimizer
 from atoll.train.rows import RowGroup, shared_beginning
@@ -56,19 +56,19 @@ def total_steps(num_rows: int, config: TrainerConfig) -> int:
     return config.max_steps or max(1, math.ceil(config.epochs * math.ceil(num_rows / config.batch_size)))
 
 
-def entering_states(decoder: Decoder, first_layer: int, num_rows: int, config: TrainerConfig) -> EnteringStates | None:
+def entering_states(decoder: Decoder, first_layer: int, num_rows: int, config: TrainerConfig, room: Room | None = None) -> EnteringStates | None:
     """Where a job that changes nothing below block first_layer keeps what enters there; None where rows are seen once and keeping pays nothing."""
     if not first_layer or not decoder.can_enter or total_steps(num_rows, config) <= math.ceil(num_rows / config.batch_size):
         return None
-    return EnteringStates(decoder, first_layer, config.reuse_mib * MIB)
+    return EnteringStates(decoder, first_layer, config.reuse_mib * MIB, room)
 
 
 class TrainingJob:
     """One adapter's training: make it, `open` it, and let loop.train_jobs step it. `folder` receives checkpoint.safetensors, log.jsonl, tensorboard/.
 
     removed: a start that is taken out of the base (train.start); b_ratio: LoRA+'s, see TrainableAdapter; masking: rows are texts, of which tokens are
-    hidden. team: the processes that train it together; each has a share of every batch's rows, and the first alone uses the folder. title and
-    settings are for loggers.
+    hidden. team: the processes that train it together; each has a share of every batch's rows, and the first alone uses the folder. room: shared with
+    the process's other jobs (train.entering). title, settings: for loggers.
 
     A step is begin_step, an `add` for each of its groups, finish_step. Between two steps it may be left for as long as one likes.
     """
@@ -87,6 +87,7 @@ class TrainingJob:
         b_ratio: float | None = None,
         masking: Masking | None = None,
         team: Team = ALONE,
+        room: Room | None = None,
         title: str = "",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
@@ -105,7 +106,7 @@ class TrainingJob:
         self.total_steps = total_steps(len(self._train), config)
         self._steps_an_epoch = math.ceil(len(self._train) / config.batch_size)
         has_noise = config.neftune_noise_alpha is not None  # each row has its own in every step: nothing is kept or shared
-        self._entering = None if has_noise else entering_states(decoder, self.weights.first_layer, len(self._train), config)
+        self._entering = None if has_noise else entering_states(decoder, self.weights.first_layer, len(self._train), config, room)
         self._eval_every = config.eval_every or self._steps_an_epoch
         self._positions = tuple(spec.positions for spec in adapter.spec.reft)
         dropout = adapter.spec.dropout or any(spec.dropout for spec in adapter.spec.reft)
@@ -130,7 +131,9 @@ class TrainingJob:
             self.weights.changed()
 
     def close(self) -> None:
-        """Close the log. The job's tensors stay as they are."""
+        """Close the log, and forget what was kept of rows. The job's weights stay as they are."""
+        if self._entering is not None:
+            self._entering.forget()
         if self._log is not None:
             self._log.close()
 

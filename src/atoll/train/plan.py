@@ -34,6 +34,7 @@ from atoll.train.spec import edited_places, first_layer, spec_over
 if TYPE_CHECKING:
     from atoll.model.base import Base
     from atoll.model.decoder import Decoder
+    from atoll.train.entering import Room
     from atoll.train.job import TrainingJob, TrainResult
     from atoll.train.team import Team
 
@@ -179,8 +180,11 @@ def _without_defaults(section: Section, later: Collection[str], excluded: set[st
     return {name: value for name, value in values.items() if name not in later or value != fields[name].default}
 
 
-def training_job(plan: TrainingPlan, folder: Path, team: Team | None = None) -> TrainingJob:
-    """The job of a plan, from its start; team: the processes that share it. Raises ConfigError for a start that the base's linears cannot give."""
+def training_job(plan: TrainingPlan, folder: Path, team: Team | None = None, room: Room | None = None) -> TrainingJob:
+    """The job of a plan, from its start; team: the processes that share it; room: shared with other jobs (train.entering).
+
+    Raises ConfigError for a start that the base's linears cannot give.
+    """
     from atoll.train.job import TrainingJob
     from atoll.train.start import start_adapter
     from atoll.train.team import ALONE
@@ -189,7 +193,7 @@ def training_job(plan: TrainingPlan, folder: Path, team: Team | None = None) -> 
     of_lora = (adapter.init_lora_weights, adapter.loraplus_lr_ratio) if isinstance(adapter, LoraAdapterConfig) else ("default", None)
     start = start_adapter(plan.spec, decoder, trainer.seed, of_lora[0], num_classes=len(plan.labels))
     rows = plan.train.rows, plan.validation.rows
-    more: dict[str, Any] = {"removed": start.removed, "b_ratio": of_lora[1], "masking": plan.masking, "team": team or ALONE}
+    more: dict[str, Any] = {"removed": start.removed, "b_ratio": of_lora[1], "masking": plan.masking, "team": team or ALONE, "room": room}
     more |= {"title": plan.config.name or plan.data.task.name, "settings": plan.config.model_dump(mode="json")}
     return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, **more)
 

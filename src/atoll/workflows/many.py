@@ -114,7 +114,10 @@ class _Jobs:
     """The jobs of one call: what has become of each, and the hub's open records of those that run."""
 
     def __init__(self, work: Sequence[tuple[Path, TrainingPlan]], hub: Hub | None, progress: Progress, table: Table | None) -> None:
+        from atoll.train.entering import Room
+
         self._work, self._hub, self._progress, self._table = work, hub, progress, table
+        self._room = Room()
         self._found: dict[int, TrainOutcome | AtollError] = {}
         self._records: dict[int, tuple[ExitStack, dict[str, Any]]] = {}
         self._running: dict[int, TrainingJob] = {}
@@ -152,7 +155,7 @@ class _Jobs:
             stack = ExitStack()
             run = recorded_run(self._hub, "train", plan_name(plan), plan.config.model_dump(mode="json"), folder)
             self._records[index] = stack, stack.enter_context(run)
-            self._running[index] = training_job(plan, folder)
+            self._running[index] = training_job(plan, folder, room=self._room)
             return self._running[index]
 
         return make
