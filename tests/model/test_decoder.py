@@ -13,7 +13,8 @@ from tests.conftest import tiny_config, tiny_model
 
 from atoll.errors import BaseFormatError
 from atoll.model.batch import PackedBatch
-from atoll.model.decoder import Decoder, DecoderShape
+from atoll.model.decoder import Decoder
+from atoll.model.decoder_shape import DecoderShape
 from atoll.model.kernels.decoder import compiled
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

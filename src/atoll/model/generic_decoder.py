@@ -28,7 +28,8 @@ from atoll.model.apply import linear
 from atoll.model.apply_edits import apply_edits
 from atoll.model.attention import Attention
 from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
-from atoll.model.decoder import Decoder, DecoderShape
+from atoll.model.decoder import Decoder
+from atoll.model.decoder_shape import DecoderShape
 from atoll.model.families import ENCODERS, GENERIC, SEQ2SEQ, Family
 from atoll.model.kv_cache import KvCache
 from atoll.model.pretrained import loaded
