@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tests.train.jobs import toy_decoder, toy_job, toy_rows
 
+from atoll.config import LandConfig
 from atoll.config_cost import CURRENCY, PER_CPU_HOUR, PER_HOUR, CostConfig, Rates
 from atoll.errors import ConfigError
 from atoll.train.checkpoint import Progress
@@ -191,3 +192,13 @@ def test_a_shared_forward_is_charged_by_tokens(tmp_path: Path, monkeypatch: pyte
     small, large = found[0], found[1]
     assert small.seconds < large.seconds and large.cpu_seconds == pytest.approx(2 * large.seconds)
     assert small.seconds + large.seconds == pytest.approx(int(small.seconds + large.seconds + 0.5))  # whole ticks: nothing got lost
+
+
+def test_a_lands_rate_is_that_of_every_task_and_no_part_of_what_they_are() -> None:
+    """One machine, one rate; and a cheaper hour trains no other adapter, so it is no key of what an adapter's manifest says of its training."""
+    land = LandConfig.model_validate(
+        {"base": "tiny", "tasks": ["builtin:dates", "builtin:clauses"], "cost": {"price_per_hour": 1.5, "currency": "EUR"}}
+    )
+    assert [job.cost.rates({}) for job in land.jobs()] == [Rates(1.5, None, "EUR")] * 2
+    with pytest.raises(ConfigError, match=r"cost\.price_per_cpu_hours is not a key"):
+        LandConfig(base="tiny", tasks=["builtin:dates"], cost={"price_per_cpu_hours": 1})
