@@ -192,10 +192,10 @@ def training_job(plan: TrainingPlan, folder: Path, team: Team | None = None, roo
     decoder, trainer, adapter = plan.decoder, plan.config.trainer, plan.config.adapter
     of_lora = (adapter.init_lora_weights, adapter.loraplus_lr_ratio) if isinstance(adapter, LoraAdapterConfig) else ("default", None)
     start = start_adapter(plan.spec, decoder, trainer.seed, of_lora[0], num_classes=len(plan.labels))
-    rows = plan.train.rows, plan.validation.rows
+    train_rows, validation_rows = plan.train.rows, plan.validation.rows
     more: dict[str, Any] = {"removed": start.removed, "b_ratio": of_lora[1], "masking": plan.masking, "team": team or ALONE, "room": room}
-    more |= {"title": plan.config.name or plan.data.task.name, "settings": plan.config.model_dump(mode="json")}
-    return TrainingJob(decoder, start.adapter, *rows, trainer, folder, plan.digest, **more)
+    told: dict[str, Any] = {"title": plan.config.name or plan.data.task.name, "settings": plan.config.model_dump(mode="json")}
+    return TrainingJob(decoder, start.adapter, train_rows, validation_rows, trainer, folder, plan.digest, **more, **told)
 
 
 def with_manifest(plan: TrainingPlan, result: TrainResult) -> TrainResult:
