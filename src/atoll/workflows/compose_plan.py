@@ -162,10 +162,10 @@ def _check_examples(config: ComposeConfig, num: int) -> None:
     """Settings that the number of examples does not allow, before any work."""
     settings = config.compose
     if settings.k is not None and settings.k > num:
-        raise DataError(f"k is {settings.k}, but there are {num} examples", hint="give more examples, or a smaller k")
+        raise DataError(f"k is {settings.k}, but there {'is' if num == 1 else 'are'} {counted(num, 'example')}", hint="give more examples, or a smaller k")
     k = settings.k or num
     if settings.takes_folds and settings.folds is not None and settings.folds > k:
-        raise ConfigError(f"{k} examples cannot be cut into {settings.folds} folds", hint=f"set folds to {k} or less, or give more examples")
+        raise ConfigError(f"{counted(k, 'example')} cannot be cut into {settings.folds} folds", hint=f"set folds to {k} or less, or give more examples")
     if settings.hold_out is not None and k < 2:
         raise ConfigError("one example cannot be held out of one", hint="give more examples, or leave hold_out away")
     if settings.folds == 1:
