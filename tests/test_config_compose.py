@@ -70,6 +70,8 @@ def test_options_alone_are_a_configuration(tmp_path: Path, monkeypatch: pytest.M
     assert loaded.config.data.train == str(tmp_path / "few.jsonl") and loaded.config.compose.adapters == ("a", "b@2")
     with pytest.raises(ConfigError, match=r"--set compose\.method: compose\.method is 'magic'"):
         load_compose({"base": "tiny", "compose.method": "magic"})
+    with pytest.raises(ConfigError, match=r"^--method: compose\.method is 'magic'"):
+        load_compose({"base": "tiny", "compose.method": "magic"}, {"compose.method": "--method"})
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,15 @@ def test_regularisers_are_means() -> None:
     assert torch.equal(unregularised()(weights), torch.zeros(2))
 
 
+def test_layers_that_an_adapter_lacks_do_not_thin_out_the_regulariser() -> None:
+    """Weights of layers without an update mean nothing, whatever they are."""
+    acts = torch.tensor([[True, True, False], [True, False, False]])
+    weights = torch.tensor([[[1.0, -2.0, 9.0], [3.0, 9.0, 9.0]]])
+    torch.testing.assert_close(l1(0.1, acts)(weights), torch.tensor([0.2]))
+    torch.testing.assert_close(l1(0.1, acts)(weights[:, :, 0]), torch.tensor([0.2]))
+    torch.testing.assert_close(l1(0.1, torch.ones(2, 3, dtype=torch.bool))(weights), l1(0.1)(weights))
+
+
 def test_lorahubs_scaling_divides_by_the_examples_twice() -> None:
     """lorahub 0.1.0: sum over batches of the token-mean loss, divided by the number of examples."""
     rows = examples(5)

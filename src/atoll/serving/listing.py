@@ -89,9 +89,13 @@ class Listing:
         own = {version.digest for version in hub.list(base=base.fingerprint.weights)}
         found = [version for version in hub.list() if version.digest in own or self._fits(version)]
         for version in found:
-            if version.kind == "composed" and version.digest not in self._parents:
-                self._parents[version.digest] = tuple(parent.to_json() for parent in hub.show(version.ref).parents)
+            self._read_parents(version)
         return found, frozenset(version.ref for version in hub.list(all_versions=True))
+
+    def _read_parents(self, version: Version) -> None:
+        """In a thread: of a composed adapter, what the hub knows of its parents."""
+        if version.kind == "composed" and version.digest not in self._parents and self._service.hub is not None:
+            self._parents[version.digest] = tuple(parent.to_json() for parent in self._service.hub.show(version.ref).parents)
 
     def _fits(self, version: Version) -> bool:
         """Whether the shapes of an adapter that records no such base fit ours; asked once a version. Files that are elsewhere stay there."""
@@ -104,6 +108,7 @@ class Listing:
     async def _info(self, located: Located) -> AdapterInfo:
         engine = await self._engine_stats()
         if located.source == "hub":
+            await asyncio.to_thread(self._read_parents, located.detail)
             return self._of_version(located.detail, engine)
         entry = self._registry.entries.get(self._key_of(located))
         if entry is not None:

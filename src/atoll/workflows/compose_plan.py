@@ -162,10 +162,14 @@ def _check_examples(config: ComposeConfig, num: int) -> None:
     """Settings that the number of examples does not allow, before any work."""
     settings = config.compose
     if settings.k is not None and settings.k > num:
-        raise DataError(f"k is {settings.k}, but there are {num} examples", hint="give more examples, or a smaller k")
+        raise DataError(
+            f"k is {settings.k}, but there {'is' if num == 1 else 'are'} {counted(num, 'example')}", hint="give more examples, or a smaller k"
+        )
     k = settings.k or num
     if settings.takes_folds and settings.folds is not None and settings.folds > k:
-        raise ConfigError(f"{k} examples cannot be cut into {settings.folds} folds", hint=f"set folds to {k} or less, or give more examples")
+        raise ConfigError(
+            f"{counted(k, 'example')} cannot be cut into {settings.folds} folds", hint=f"set folds to {k} or less, or give more examples"
+        )
     if settings.hold_out is not None and k < 2:
         raise ConfigError("one example cannot be held out of one", hint="give more examples, or leave hold_out away")
     if settings.folds == 1:
@@ -267,8 +271,12 @@ def _cut(drawn: Draws, base: Base) -> tuple[str, ...]:
 
 def _leaks(data: TaskData) -> tuple[str, ...]:
     """A sentence about test rows that are examples too: what is scored on them was learned by heart."""
-    known = {(example.turns, example.completion) for example in data.train}
-    leaked = [row.where for row in data.test if (row.turns, row.completion) in known]
+
+    def content(row: Example) -> str:
+        return json.dumps([row.turns, row.completion])
+
+    known = {content(example) for example in data.train}
+    leaked = [row.where for row in data.test if content(row) in known]
     if not leaked:
         return ()
     what = "1 test row equals an example" if len(leaked) == 1 else f"{len(leaked)} of {len(data.test)} test rows equal examples"
