@@ -74,7 +74,7 @@ def _chosen_by(plan: ComposePlan, searched: Sequence[Searched]) -> str:
 
 def _listed(pool: Pool, best: Searched, place: int) -> Listed:
     ranked, weights = best.shortlist[place], in_force(pool, best.found.weights)[place]
-    layers = {"layer_weights": tuple(weights.tolist()), "layers": own_layers(pool, place)} if weights.dim() else {}
+    layers: dict[str, Any] = {"layer_weights": tuple(weights.tolist()), "layers": own_layers(pool, place)} if weights.dim() else {}
     mean = mean_weight(pool, place, weights)
     return Listed(pool.names[place], pool.digests[place], mean, ranked.loss, ranked.slope, ranked.similarity, **layers)
 
