@@ -49,6 +49,7 @@ CONFIG_FILES = (
     "config_quantization",
     "config_section",
     "config_sweep",
+    "config_trainer",
     "ludwig",
     "ludwig_keys",
     "model_errors",

@@ -247,7 +247,7 @@ def test_what_would_change_the_result_is_refused_in_the_files_own_words(tmp_path
         ("{type: lora, bias_type: all}", "adapter.bias_type is known but not supported"),
         ("{type: lora, pretrained_adapter_weights: a}", "known but not supported"),
         ("{type: lora, r: 0}", "adapter.r is 0: must be at least 1"),
-        ("{type: lora, target_modules: [query]}", "'query' is not a linear layer"),
+        ("{type: lora, target_modules: [queries]}", "'queries' is not a linear layer"),
         ("{type: lora, lora_alpha: 3}", "adapter.lora_alpha is not a key"),
         ("null", "adapter is missing; without one, Ludwig trains the whole base"),
     ],
