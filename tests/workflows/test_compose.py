@@ -355,5 +355,6 @@ def test_two_compositions_in_one_folder_are_refused(base: Base, hub: Hub, exampl
 def test_one_example_is_enough_and_has_no_held_out_loss(base: Base, hub: Hub, tmp_path: Path) -> None:
     one = write_rows(tmp_path / "one.jsonl", rows(1))
     outcome = compose_and_publish(config_of(base, one, compose={"folds": None}), out=tmp_path / "out", hub=hub)
-    assert outcome.version is not None and outcome.report.lines == () and outcome.report.advice == ()
+    assert outcome.version is not None and outcome.report.lines == ()
+    assert "Nothing was compared" in outcome.report.advice[0]
     assert any("no held-out losses" in warning for warning in outcome.warnings)
