@@ -22,9 +22,9 @@ _INSTEAD = {  # what may be used in place of the composition, the simplest first
     TRAINED: "LoRA trained on the same examples is better ({gain}): train instead{seconds}.",
 }
 _EXPERIENCE = (  # docs/notebook.md, "composing, what it is worth"
-    "Nothing was compared. With 5 examples, composing was far better than training on them where the hub held the task's skills (56 % against 25 % over "
-    "16 generated tasks), and a little worse where it did not (34 % against 37 % over 17 real ones). Measure which this is: with controls, and with test "
-    "rows or two examples at least."
+    "Nothing was compared. With 5 examples, composing was far better than training on them where the hub held the task's skills (56 % against "
+    "25 % over 16 generated tasks), and a little worse where it did not (34 % against 37 % over 17 real ones). Measure which this is: with "
+    "controls, and with test rows or two examples at least."
 )
 _FEWEST_ROWS = 20  # test rows; of fewer a standard error says little
 _KNOWS_MORE = 0.15  # by how much the likeliest label must be right more often than the written answer, to be worth a sentence
