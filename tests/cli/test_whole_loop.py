@@ -29,6 +29,8 @@ def test_train_publish_find_generate_evaluate_and_rank(atoll, job, tmp_path):
 
     board = atoll("leaderboard", "runs/eval/rows", "--json").json()
     assert [entry["kind"] for entry in board["rows"][0]["entries"]] == ["base", "lora"]
+    [cost] = board.pop("costs").values()
+    assert cost["tokens"] > 0 and cost["seconds"] > 0 and cost["price"] is None
     assert board == json.loads((tmp_path / "runs/eval/rows/leaderboard.json").read_text())
 
     again = atoll("train", job, "--out", "run", "--json")
@@ -63,7 +65,9 @@ def test_a_land_prints_its_leaderboard_and_writes_it(atoll, land_file, tmp_path)
     assert "runs/small/leaderboard.json" in result.err
 
     again = atoll("land", land_file, "--json")
-    assert again.json() == json.loads((tmp_path / "runs/small/leaderboard.json").read_text())
+    board = again.json()
+    assert all(cost["seconds"] > 0 for cost in board.pop("costs").values())
+    assert board == json.loads((tmp_path / "runs/small/leaderboard.json").read_text())
     assert "train date_format" not in again.err
 
     merged = atoll("leaderboard")
