@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,4 +114,7 @@ def test_wandb_itself_writes_offline_beside_the_log(tmp_path: Path, monkeypatch:
     for name in ("a", "b"):
         run_id = json.loads((tmp_path / name / loggers.FILE).read_text())["wandb"]
         [written] = (tmp_path / name).glob(f"wandb/offline-run-*/run-{run_id}.wandb")
+        until = time.monotonic() + 60
+        while written.stat().st_size <= 500 and time.monotonic() < until:  # W&B's own process writes it, soon after the run has ended
+            time.sleep(0.05)
         assert written.stat().st_size > 500
