@@ -122,3 +122,18 @@ def test_paths_among_the_values_start_at_the_file(tmp_path: Path) -> None:
     """As they do outside the sweep."""
     loaded = load(tmp_path, "data.path: [one.jsonl, two.jsonl]", "base: tiny\nname: a\ndata: x.jsonl\n")
     assert [point.loaded.config.data.path for point in loaded.points] == ["one.jsonl", "two.jsonl"] and loaded.root == tmp_path
+
+
+@pytest.mark.parametrize("given", ["adapter.r", "adapter", "adapter.r.x"])
+def test_a_value_for_a_swept_key_is_refused(given: str, tmp_path: Path) -> None:
+    """It would be lost in silence: the sweep's own values stand in every training."""
+    with pytest.raises(ConfigError, match="sweeps over it") as refused:
+        load(tmp_path, "adapter.r: [4, 8]", **{given: 32})
+    assert "sweep.adapter" in refused.value.hint
+
+
+def test_losses_over_other_hidden_tokens_are_doubted(tmp_path: Path) -> None:
+    """Fewer hidden tokens are an easier task; and the metric, which needs answers, is no way out."""
+    [doubt] = load(tmp_path, "trainer.mlm_probability: [0.05, 0.5]").warnings
+    assert "trainer.mlm_probability" in doubt and "metric" not in doubt
+    assert load(tmp_path, "trainer.seed: [0, 1]").warnings == ()

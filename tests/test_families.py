@@ -20,6 +20,7 @@ from atoll.errors import BaseMismatch, ConfigError
 from atoll.hub.store import Hub
 from atoll.model.adapter_files import read_adapter
 from atoll.model.base import load_base
+from atoll.model.fingerprint import config_hash
 from atoll.workflows import land, train_and_publish
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")  # PEFT says so of every Conv1D
@@ -115,3 +116,26 @@ def test_the_example_of_each_kind_of_family_trains(example: str, task_type: str,
     config = loaded.config.model_copy(update={"base": str(write[example](tmp_path / "base")), "trainer": trainer})
     outcome = train_and_publish(config, root=loaded.root, out=tmp_path / "out")
     assert outcome.version is not None and read_adapter(outcome.adapter_folder).spec.task_type == task_type
+
+
+def test_ids_that_a_forward_reads_are_part_of_a_base(tmp_path: Path) -> None:
+    """Two T5s that start their answers from different tokens are two bases; what every config of transformers has is not part of one."""
+    from transformers import AutoConfig
+
+    def t5(**changes: Any) -> str:
+        return config_hash(AutoConfig.for_model("t5", decoder_start_token_id=changes.pop("start", 0), **changes))
+
+    assert t5() != t5(start=5)
+    assert t5() == t5(problem_type="regression", output_hidden_states=True, eos_token_id=7)
+    assert t5() != t5(d_ff=64)
+    roberta = [config_hash(AutoConfig.for_model("roberta", pad_token_id=pad)) for pad in (1, 2)]
+    assert roberta[0] != roberta[1]
+
+
+def test_an_encoder_does_not_learn_its_own_prompt(tmp_path: Path) -> None:
+    """Its states have seen the tokens that they would be asked for."""
+    folder = write_tiny_t5(tmp_path / "base")
+    trainer = {"train_on_prompt": True, "max_steps": 1}
+    given = {"base": str(folder), "name": "x", "data": {"path": "builtin:support_intents", **ROWS}, "trainer": trainer}
+    with pytest.raises(ConfigError, match="train_on_prompt"):
+        train_and_publish(TrainConfig.model_validate(given), out=tmp_path / "out")

@@ -102,6 +102,9 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         raise ConfigError(f"{file.where((SWEEP,))}: sweep names no key to sweep over", hint="for example  adapter.r: [4, 8, 16]")
     if twice := sorted(key for key in axes for other in axes if key.startswith(f"{other}.")):
         raise ConfigError(f"{file.where((SWEEP, twice[0]))}: sweep.{twice[0]} is inside another swept key", hint="sweep one of the two")
+    if both := sorted(key for key in given for axis in axes if f"{key}.".startswith(f"{axis}.") or f"{axis}.".startswith(f"{key}.")):
+        way_out = f"leave it out, or change the sweep: --set 'sweep.{both[0]}=[...]'"
+        raise ConfigError(f"{both[0]} is given, but {file.path} sweeps over it", hint=way_out)
     best_by = section.get("best_by", BEST_BY[0])
     if best_by not in BEST_BY:
         guess = nearest(str(best_by), BEST_BY)
@@ -115,7 +118,8 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         swept = {**values, "name": own}
         points.append(SweepPoint(own, values, cast("LoadedConfig[TrainConfig]", load_parsed(plain, "train", given, swept))))
     warnings = tuple(dict.fromkeys(warning for point in points for warning in point.loaded.warnings))
-    return LoadedSweep(name, tuple(points), tuple(axes), best_by, file.path, first.root, warnings + _doubts(axes, best_by))
+    masked = any(point.loaded.config.trainer.mlm_probability is not None for point in points)
+    return LoadedSweep(name, tuple(points), tuple(axes), best_by, file.path, first.root, warnings + _doubts(axes, best_by, masked))
 
 
 def _axis(file: YamlFile, key: str, value: Any) -> Sequence[Any] | _Range:
@@ -249,9 +253,11 @@ def _slug(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-") or "empty"
 
 
-def _doubts(axes: Mapping[str, Any], best_by: BestBy) -> tuple[str, ...]:
-    """A validation loss is a mean over label tokens: of other rows, texts or tokens it is another quantity."""
-    touched = [key for key, other in itertools.product(axes, _OTHER_LOSSES) if key == other or key.startswith(f"{other}.")]
+def _doubts(axes: Mapping[str, Any], best_by: BestBy, masked: bool) -> tuple[str, ...]:
+    """A validation loss is a mean over label tokens: of other rows, texts or tokens it is another quantity. masked: the labels are hidden tokens."""
+    others = (*_OTHER_LOSSES, *(("trainer.mlm_probability", "trainer.seed") if masked else ()))
+    touched = [key for key, other in itertools.product(axes, others) if key == other or key.startswith(f"{other}.")]
     if best_by != "validation_loss" or not touched:
         return ()
-    return (f"validation losses are compared across values of {', '.join(touched)}, which may change what they are of; best_by: metric is safer",)
+    safer = "" if masked else "; best_by: metric is safer"
+    return (f"validation losses are compared across values of {', '.join(touched)}, which may change what they are of{safer}",)

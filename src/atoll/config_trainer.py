@@ -55,7 +55,9 @@ class TrainerConfig(Section):
     decay_fraction: float = Field(default=0.2, gt=0, le=1, description="Share of the steps after the warmup in which warmup_stable_decay falls.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of sgd.")
     weight_decay: float = Field(
-        default=0.0, ge=0, description="Weight decay of LoRA's factors: decoupled (AdamW), but for sgd, where it joins the gradient."
+        default=0.0,
+        ge=0,
+        description="Weight decay of LoRA's factors and of a classifier: decoupled (AdamW), but for sgd, where it joins the gradient.",
     )
     reft_weight_decay: float = Field(default=0.0, ge=0, description="The same for ReFT's W; its projection R and its biases are never decayed.")
     neftune_noise_alpha: float | None = Field(

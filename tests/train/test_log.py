@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from atoll.train.log import LOG_FILE, RunLog
+from atoll.train.log import LOG_FILE, RunLog, follow_log
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -64,3 +64,23 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert [event.value for event in events.Scalars("learning_rate")] == [0.5, 0.5]
+
+
+def test_who_follows_a_log_sees_each_step_once_over_a_resumption(tmp_path: Path) -> None:
+    """A resumed run begins before the last step that was seen; its lines there come again, and more than one poll later."""
+    seen: list[float] = []
+    writes = [lambda: rewrite((5,)), lambda: append(6), lambda: append(7), lambda: append(8)]
+
+    def rewrite(steps: tuple[int, ...]) -> None:
+        new = tmp_path / "new"
+        new.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+        new.replace(tmp_path / LOG_FILE)
+
+    def append(step: int) -> None:
+        with (tmp_path / LOG_FILE).open("a") as file:
+            file.write(json.dumps({"step": step}) + "\n")
+
+    rewrite((1, 2, 3, 4, 5, 6, 7))
+    for numbers in follow_log(tmp_path, lambda: not writes, sleep=lambda _: writes.pop(0)()):
+        seen.append(numbers["step"])
+    assert seen == [1, 2, 3, 4, 5, 6, 7, 8]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from atoll.model.adapter_files import WEIGHTS_FILE
 from atoll.train.job import TrainingJob
 from atoll.workflows import JobLine, TrainOutcome, land, train_and_publish, train_many
 from atoll.workflows.cancelling import CANCEL_FILE, announce, cancel, running_jobs
+from atoll.workflows.start import locked
 
 
 @pytest.fixture
@@ -118,3 +120,13 @@ def test_who_does_not_run_cannot_be_cancelled(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no training named 'dates' is running"):
         cancel("dates", tmp_path)
     assert not (tmp_path / "dates" / CANCEL_FILE).exists()
+
+
+def test_a_mark_of_a_dead_process_below_a_land_that_runs_is_no_job(tmp_path: Path) -> None:
+    """A land that was killed and runs again with one task changed has two folders of that task, one of them dead."""
+    for folder in ("old", "new"):
+        announce(tmp_path / folder, "dates")
+    mark = json.loads((tmp_path / "old" / ".job.json").read_text())
+    (tmp_path / "old" / ".job.json").write_text(json.dumps({**mark, "pid": 2**22 + 1}))
+    with locked(tmp_path):
+        assert cancel("dates", tmp_path) == tmp_path / "new"

@@ -38,7 +38,7 @@ def run_sweep(loaded: LoadedSweep, out: Path | None, publish: bool, at_once: int
     write_json(outcome.to_json()) if as_json else _show(outcome)
     for line in outcome.lines:
         if line.error is not None:
-            warn(f"{line.name} failed: {line.error}")
+            warn(f"{line.name} {'was cancelled' if line.cancelled else 'failed'}: {line.error}")
     if any(line.error is not None for line in outcome.lines):
         raise typer.Exit(1)
 
@@ -51,7 +51,9 @@ def _show(outcome: SweepOutcome) -> None:
     columns += [Column("score", right=True), Column("cost", right=True, spare=1), Column("", spare=4)]
     rows = []
     for line in outcome.lines:
-        mark = "failed" if line.error else "best" if line.name == outcome.best else "found" if line.reused else None
+        mark = (
+            "cancelled" if line.cancelled else "failed" if line.error else "best" if line.name == outcome.best else "found" if line.reused else None
+        )
         cost = cost_text(Cost.from_json(line.cost)) if line.cost else None
         figures = (line.steps, *map(_figure, (line.train_loss, line.best_loss, line.score)), cost, mark)
         rows.append([line.name, *(value_text(line.values.get(key)) for key in outcome.keys), *figures])

@@ -144,8 +144,21 @@ def config_hash(config: Any) -> str:
 
 
 def _all_but_names(config: Any) -> dict[str, Any]:
-    """Every value of a config of another family than Llama's: which of them decide the forward is transformers' business."""
-    return {key: value for key, value in config.to_dict().items() if key not in _NAMES and not key.endswith("_token_id")}
+    """Every value of a config of another family than Llama's that the family itself has: which of them decide the forward is transformers' business.
+
+    Left out is what every config has (it comes and goes with transformers' versions) but for what a forward reads, and ids of tokens but for those
+    that one reads: where a decoder starts, and RoBERTa's padding, from which its positions count.
+    """
+    from transformers import PreTrainedConfig
+
+    common = set(PreTrainedConfig().to_dict())
+    values = {key: value for key, value in config.to_dict().items() if not (key in _NAMES or key in common or key.endswith("_token_id"))}
+    read = [
+        "model_type",
+        *(["decoder_start_token_id"] if config.is_encoder_decoder else []),
+        *(["pad_token_id"] if config.model_type == "roberta" else []),
+    ]
+    return values | {key: getattr(config, key, None) for key in read}
 
 
 def weights_hash(path: Path) -> str:

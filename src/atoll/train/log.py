@@ -61,6 +61,7 @@ def follow_log(folder: Path, ended: Callable[[], bool], *, sleep: Callable[[floa
     A log that begins again, or was cut by a resumption, is read on from the step that was read last.
     """
     path, place, identity, last, rest = folder / LOG_FILE, 0, -1, -1.0, b""
+    skip_to = -1.0  # until a step beyond it: these have been read, of the file that stood here before
     while True:
         over = ended()  # asked first: what was written before it said so is read below
         try:
@@ -69,12 +70,10 @@ def follow_log(folder: Path, ended: Callable[[], bool], *, sleep: Callable[[floa
                 if about.st_ino != identity or about.st_size < place:  # another file in its place
                     place, rest, identity = 0, b"", about.st_ino
                     skip_to = last
-                else:
-                    skip_to = -1.0
                 file.seek(place)
                 read = file.read()
         except FileNotFoundError:
-            read, skip_to = b"", -1.0
+            read = b""
         place += len(read)
         *lines, rest = (rest + read).split(b"\n")
         for line in lines:
@@ -84,6 +83,7 @@ def follow_log(folder: Path, ended: Callable[[], bool], *, sleep: Callable[[floa
             except (ValueError, KeyError, TypeError):
                 continue
             if step > skip_to:
+                skip_to = -1.0
                 yield numbers
                 last = step
         if over:

@@ -26,6 +26,7 @@ from atoll.data.encode import Encoded, encode_examples
 from atoll.data.masking import Masking
 from atoll.data.prompt import PromptFormat
 from atoll.data.task import TaskData
+from atoll.errors import ConfigError
 from atoll.model.adapter import AdapterSpec
 from atoll.model.reft import tensor_shapes
 from atoll.train.classes import check_texts, class_labels
@@ -138,6 +139,10 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
     if trainer.mlm_probability is not None:
         check_texts(data, config)
         decoder, masking = decoder.masked_lm(), Masking.of(base.tokenizer, trainer.mlm_probability, trainer.seed)
+    if trainer.train_on_prompt and decoder.whole_prompts and not decoder.classifies:
+        raise ConfigError(
+            "trainer.train_on_prompt is on, but this base's encoder reads prompts and predicts none of their tokens", hint="leave it out"
+        )
     classes = class_labels(data, config) if decoder.classifies else ()
     encoded = [
         encode_examples(

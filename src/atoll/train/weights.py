@@ -89,9 +89,9 @@ class TrainableAdapter:
     def parameter_groups(self, config: TrainerConfig, *, by_tensor: bool = False) -> list[dict[str, object]]:
         """An optimizer's groups: slices of the vector, in its order, that differ in learning rate or weight decay.
 
-        Only LoRA's factors and ReFT's W decay. LoRA+'s rate is for B and for magnitudes, as in PEFT. Each group has its "lr" and its "share" of
-        config.learning_rate, by which schedules scale. Beside a LoRA, ReFT has a rate of its own. by_tensor: each of the adapter's tensors in its
-        own shape instead, A and B of every site apart.
+        Only LoRA's factors, a classifier and ReFT's W decay. LoRA+'s rate is for B and for magnitudes, as in PEFT. Each group has its "lr" and its
+        "share" of config.learning_rate, by which schedules scale. Beside a LoRA, ReFT has a rate of its own. by_tensor: each of the adapter's tensors
+        in its own shape instead, A and B of every site apart.
         """
         size, share = self._num_adapter, 1.0
         wanted: list[tuple[int, int, float, float]] = []

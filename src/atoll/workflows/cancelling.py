@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +26,7 @@ _LOCK = ".lock"
 
 def announce(folder: Path, name: str) -> None:
     """Say that a job is about to be trained in `folder`, which the caller holds. An older `cancel` is forgotten. Raises StorageError."""
-    write_file(folder / _MARK, json.dumps({"name": name}))
+    write_file(folder / _MARK, json.dumps({"name": name, "pid": os.getpid(), "host": socket.gethostname()}))
     (folder / CANCEL_FILE).unlink(missing_ok=True)
 
 
@@ -55,10 +57,11 @@ def running_jobs(out: Path) -> list[tuple[str, Path]]:
     found = []
     for mark in sorted(out.rglob(_MARK)) if out.is_dir() else ():
         try:
-            name = str(json.loads(mark.read_text(encoding="utf-8"))["name"])
+            told = json.loads(mark.read_text(encoding="utf-8"))
+            name = str(told["name"])
         except (OSError, ValueError, KeyError, TypeError):
             continue  # just gone, or not ours
-        if _is_held(mark.parent):
+        if _lives(told) and _is_held(mark.parent):
             found.append((name, mark.parent))
     return found
 
@@ -81,13 +84,28 @@ def cancel(name: str, out: Path) -> Path:
     return folders[0]
 
 
+def _lives(told: dict[str, object]) -> bool:
+    """Whether the process that wrote a mark is still there, as far as this machine can tell."""
+    pid = told.get("pid")
+    if told.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
 def _is_held(folder: Path) -> bool:
-    """Whether a process holds the folder, or the nearest one above it that has a lock."""
+    """Whether a process holds the folder, or one above it."""
+    return any(_is_locked(each / _LOCK) for each in (folder, *folder.absolute().parents) if (each / _LOCK).exists())
+
+
+def _is_locked(lock: Path) -> bool:
     from filelock import FileLock, Timeout
 
-    lock = next((each / _LOCK for each in (folder, *folder.absolute().parents) if (each / _LOCK).exists()), None)
-    if lock is None:
-        return False
     try:
         with FileLock(lock, timeout=0):
             return False

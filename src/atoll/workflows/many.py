@@ -76,7 +76,8 @@ def train_many(
     with ExitStack() as stack:
         for folder in folders:
             stack.enter_context(locked(folder))
-        return run_plans_in(list(zip(folders, plans, strict=True)), hub or open_hub() if publish else None, at_once=at_once, table=table)
+        work = list(zip(folders, plans, strict=True))
+        return run_plans_in(work, hub or open_hub() if publish else None, at_once=at_once, progress=progress, table=table)
 
 
 def run_plans_in(

@@ -34,7 +34,7 @@ def recorded_run(hub: Hub | None, kind: str, name: str, config: Mapping[str, Any
 
     place = str(folder.absolute()) if folder is not None else None
     for run in hub.runs(name=name, kind=kind):
-        if run.status == "running" and run.config == config:
+        if run.status == "running" and run.config == config and run.folder in (None, place):
             record("interrupted", run.id, message="ended without a word")
     run_id = record("running")
     try:

@@ -37,7 +37,7 @@ _METRIC_SETTINGS = EvalConfig(option_scoring=False, chat_base=False)
 class SweepLine:
     """One training of a sweep. best_loss: its lowest validation loss; score: the task's metric on the validation rows, where that was asked for.
 
-    error: why there is none of this.
+    error: why there is none of this; cancelled: because somebody asked for its end.
     """
 
     name: str
@@ -51,6 +51,7 @@ class SweepLine:
     folder: str | None = None
     reused: bool = False
     error: str | None = None
+    cancelled: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ def sweep(
     plans = plan_sweep(loaded, progress=progress)
     if by_metric and not all(plan.data.validation for plan in plans):
         raise ConfigError("best_by: metric needs validation rows, and there are none", hint="give data.validation, or a share in data.ratios")
+    if by_metric and any(plan.masking is not None for plan in plans):
+        raise ConfigError("best_by: metric needs answers to score, and mlm_probability trains on hidden tokens", hint="use best_by: validation_loss")
     folder = out or Path("runs") / loaded.name
     hub = hub or open_hub() if publish else None
     with locked(folder):
@@ -137,7 +140,7 @@ def sweep(
 
 def _line(name: str, values: Mapping[str, Any], folder: Path, outcome: TrainOutcome | AtollError, score: float | None) -> SweepLine:
     if isinstance(outcome, AtollError):
-        return SweepLine(name, values, folder=str(folder), error=outcome.message)
+        return SweepLine(name, values, folder=str(folder), error=outcome.message, cancelled=isinstance(outcome, Interrupted))
     training = outcome.training
     best = min((loss for _, loss in training["validation_losses"]), default=None)
     return SweepLine(
