@@ -35,7 +35,7 @@ class Fake:
             raise ConnectionError("no network")
         self.told[self._id].append((step, dict(numbers)))
 
-    def close(self) -> None:
+    def close(self, whole: bool) -> None:
         raise OSError("cannot say good-bye")
 
 
@@ -95,6 +95,9 @@ def test_mlflow_itself_takes_the_curve_over_a_resumption(tmp_path: Path, monkeyp
     assert [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "loss")] == [(1, 1.0), (2, 0.5)]
     assert run.data.params["adapter.r"] == "4" and run.data.metrics["validation_loss"] == 2.0
     assert run.info.run_name == "tickets" and run.info.status == "FINISHED"
+    with pytest.raises(KeyboardInterrupt), RunLog(tmp_path, 2, ["mlflow"], title="tickets", settings=SETTINGS):
+        raise KeyboardInterrupt
+    assert client.get_run(run.info.run_id).info.status == "KILLED"
 
 
 @pytest.mark.slow

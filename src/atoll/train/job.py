@@ -135,7 +135,7 @@ class TrainingJob:
         if self._entering is not None:
             self._entering.forget()
         if self._log is not None:
-            self._log.close()
+            self._log.close(whole=self.finished)
 
     @property
     def enters_above(self) -> bool:

@@ -39,15 +39,16 @@ class RunLog:
         self._file.flush()
         tell(self._loggers, step, numbers)
 
-    def close(self) -> None:
+    def close(self, whole: bool = True) -> None:
+        """whole: whether the run has come to its end."""
         self._file.close()
-        close_all(self._loggers)
+        close_all(self._loggers, whole)
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(whole=kind is None)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -36,8 +36,8 @@ class Logger(Protocol):
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Take the numbers of a step."""
 
-    def close(self) -> None:
-        """The run is over, or stops for now."""
+    def close(self, whole: bool) -> None:
+        """The run is over, or, where it is not whole, failed or stopped for now."""
 
 
 def check_installed(names: Sequence[str]) -> None:
@@ -77,11 +77,11 @@ def tell(loggers: list[Logger], step: int, numbers: Mapping[str, float]) -> None
             _log.warning("%s failed at step %d and gets no more: %s", type(logger).__name__.lstrip("_"), step, error)
 
 
-def close_all(loggers: Sequence[Logger]) -> None:
+def close_all(loggers: Sequence[Logger], whole: bool) -> None:
     """Close each, whatever the others do."""
     for logger in loggers:
         try:
-            logger.close()
+            logger.close(whole)
         except Exception as error:
             _log.warning("%s could not be closed: %s", type(logger).__name__.lstrip("_"), error)
 
@@ -96,7 +96,7 @@ class _TensorBoard:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, whole: bool) -> None:
         self._writer.close()
 
 
@@ -121,8 +121,8 @@ class _WandB:
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, whole: bool) -> None:
+        self._run.finish(exit_code=0 if whole else 1)
 
 
 def _logged_in(wandb: Any) -> bool:
@@ -153,8 +153,8 @@ class _MLflow:
         now = int(time.time() * 1000)
         self._client.log_batch(self._run_id, metrics=[self._metric(name, float(value), now, step) for name, value in numbers.items()])
 
-    def close(self) -> None:
-        self._client.set_terminated(self._run_id)
+    def close(self, whole: bool) -> None:
+        self._client.set_terminated(self._run_id, status="FINISHED" if whole else "KILLED")
 
 
 _WEIGHTS_OR_FLOW: Mapping[str, Any] = {"wandb": _WandB, "mlflow": _MLflow}
