@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from atoll.config import Schedule, TrainerConfig
+from atoll.config_trainer import Schedule, TrainerConfig
 from atoll.train.schedule import learning_rate
 
 
