@@ -1,11 +1,11 @@
 """What every part of a configuration shares: frozen, no unknown keys, no NaN, errors as one sentence.
 
-Used by config.py and config_adapter.py.
+Used by all files of the configuration, and by loggers and comparisons of runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -52,3 +52,12 @@ def given(section: Section) -> Mapping[str, Any]:
 
 def _holds_number(annotation: Any) -> bool:
     return annotation in (int, float) or any(_holds_number(part) for part in get_args(annotation))
+
+
+def by_dotted_key(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A config's values by dotted key; lists are values, and so are empty mappings."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from by_dotted_key(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

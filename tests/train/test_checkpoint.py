@@ -6,13 +6,20 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from atoll.errors import StorageError, TrainingError
-from atoll.train.checkpoint import FILE, Progress, load_checkpoint, save_checkpoint
+from atoll.train.checkpoint import FILE, Progress, read_checkpoint, save_checkpoint
+
+
+def restored_from(folder: Path, job: str, values: torch.Tensor, optimizer: torch.optim.Optimizer) -> Any:
+    """(progress, best values) of a checkpoint, restored as a job does; None where there is none."""
+    found = read_checkpoint(folder, job, values.numel())
+    return None if found is None else found.restore(values, optimizer)
 
 
 def state(num_steps: int = 3, size: int = 10, seed: int = 0) -> tuple[torch.nn.Parameter, torch.optim.AdamW]:
@@ -34,7 +41,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "job", progress, values, optimizer, best)
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
     fresh, fresh_optimizer = state(0, seed=1)
-    restored = load_checkpoint(tmp_path, "job", fresh, fresh_optimizer)
+    restored = restored_from(tmp_path, "job", fresh, fresh_optimizer)
     assert restored is not None
     assert restored[0] == progress
     assert restored[1] is not None and torch.equal(restored[1], best)
@@ -48,7 +55,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
 def test_no_checkpoint_is_a_start(tmp_path: Path) -> None:
     """A first run, and a run that was killed before its first checkpoint."""
     values, optimizer = state(0)
-    assert load_checkpoint(tmp_path, "job", values, optimizer) is None
+    assert restored_from(tmp_path, "job", values, optimizer) is None
 
 
 def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path) -> None:
@@ -57,7 +64,7 @@ def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "job", Progress(), values, optimizer, None)
     untouched = values.detach().clone()
     with pytest.raises(TrainingError, match="holds a checkpoint of another job: its config, data or base differ") as found:
-        load_checkpoint(tmp_path, "other", values, optimizer)
+        restored_from(tmp_path, "other", values, optimizer)
     assert str(tmp_path) in found.value.message
     assert "--out" in found.value.hint
     assert torch.equal(values, untouched)
@@ -67,7 +74,7 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path: Path) -> None:
     """Equal digests and other shapes mean a changed program; the sentence must say so before torch does."""
     save_checkpoint(tmp_path, "job", Progress(), *state(size=10), None)
     with pytest.raises(TrainingError, match="holds 10 parameters, but the job trains 12"):
-        load_checkpoint(tmp_path, "job", *state(0, size=12))
+        restored_from(tmp_path, "job", *state(0, size=12))
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1], ids=["empty", "no header", "half a header", "a byte short"])
@@ -76,7 +83,7 @@ def test_a_damaged_checkpoint_is_named(size: int, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "job", Progress(), *state(), None)
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:size])
     with pytest.raises(TrainingError, match=r"checkpoint\.safetensors is damaged") as found:
-        load_checkpoint(tmp_path, "job", *state(0))
+        restored_from(tmp_path, "job", *state(0))
     assert "delete" in found.value.hint
 
 
@@ -93,7 +100,7 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path: Path, monkeypat
         with pytest.raises(StorageError, match="No space left on device"):
             save_checkpoint(tmp_path, "job", Progress(step=4), values, optimizer, None)
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
-    restored = load_checkpoint(tmp_path, "job", *state(0))
+    restored = restored_from(tmp_path, "job", *state(0))
     assert restored is not None
     assert restored[0].step == 3
 
@@ -102,7 +109,7 @@ def test_what_a_kill_left_of_a_write_is_removed(tmp_path: Path) -> None:
     """A machine that is taken away every hour would fill the disk with halves of checkpoints."""
     save_checkpoint(tmp_path, "job", Progress(step=3), *state(), None)
     (tmp_path / f".{FILE}.x1y2z3").write_bytes(b"half")
-    assert load_checkpoint(tmp_path, "job", *state(0)) is not None
+    assert restored_from(tmp_path, "job", *state(0)) is not None
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
@@ -117,7 +124,7 @@ def test_a_fused_optimizer_goes_on_where_its_parameters_are(tmp_path: Path) -> N
     save_checkpoint(tmp_path, "job", Progress(step=1), values, optimizer, None)
     fresh = torch.nn.Parameter(torch.zeros(4, device="cuda"))
     other = torch.optim.AdamW([fresh], fused=True)
-    assert load_checkpoint(tmp_path, "job", fresh, other) is not None
+    assert restored_from(tmp_path, "job", fresh, other) is not None
     fresh.grad = torch.ones_like(fresh)
     other.step()
     assert int(other.state[fresh]["step"]) == 2
@@ -130,7 +137,7 @@ def test_a_checkpoint_from_before_optimizers_could_be_chosen_is_read(tmp_path: P
     header = {"job": "job", "progress": json.dumps(asdict(Progress(step=3)))}
     save_file({"values": values.detach(), **moments}, tmp_path / FILE, metadata=header)
     fresh, fresh_optimizer = state(0, seed=1)
-    assert load_checkpoint(tmp_path, "job", fresh, fresh_optimizer) is not None
+    assert restored_from(tmp_path, "job", fresh, fresh_optimizer) is not None
     for parameter, one in ((values, optimizer), (fresh, fresh_optimizer)):
         parameter.grad = torch.linspace(-1, 1, 10)
         one.step()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from atoll.compose.losses import LabelLosses, check_rows
 from atoll.compose.objective import Scores
-from atoll.compose.pool import Pool
+from atoll.compose.pool import Pool, why_not
 from atoll.compose.run import Report
 from atoll.data.encode import EncodedRow
 from atoll.errors import AtollError, Interrupted
@@ -162,10 +162,9 @@ class Measuring:
         why = ""
         try:
             adapter = candidate.load()
-            if adapter.edits:
-                why = f"it is {adapter.spec.kind}: it edits hidden states, and the search weights LoRA factors only"
-            elif adapter.spec.use_dora:
-                why = "it is DoRA's: its update depends on all of the layer's weight, so it has no weighted sum"
+            reason, _ = why_not(adapter)
+            if reason:
+                why = f"it is {reason}"
             else:
                 adapter.check_fits(shape.linears, shape.num_layers)
                 if not all(bool(torch.isfinite(factor).all()) for module in adapter.modules.values() for factor in (module.a, module.b)):

@@ -51,6 +51,16 @@ class Factors(NamedTuple):
     out_stop: int
 
 
+def why_not(adapter: Adapter) -> tuple[str, str]:
+    """(why an adapter cannot be weighed by the search, the way out), or two empty strings where it can."""
+    if adapter.edits:
+        way_out = "leave it out of the search; edits can be added to the result with fixed weights (merge strategy cat)"
+        return f"{adapter.spec.kind}: it edits hidden states, and the search weights LoRA factors only", way_out
+    if adapter.spec.use_dora:
+        return "DoRA's: its magnitudes belong to its own update, which has no weighted sum", "leave it out of the search, or train it as a plain LoRA"
+    return "", ""
+
+
 @dataclass(frozen=True)
 class Pool:
     """Adapters of one base, checked against it. stacks holds what stands at (layer, group); linears is the base's {target: (d_out, d_in)},
@@ -86,16 +96,9 @@ class Pool:
         shape = decoder.shape
         known = tuple(names) if names is not None else tuple(f"adapter {index}" for index in range(1, len(adapters) + 1))
         for name, adapter in zip(known, adapters, strict=True):
-            if adapter.edits:
-                raise UnsupportedAdapter(
-                    f"adapter {name!r} is {adapter.spec.kind}: it edits hidden states, and the search weights LoRA factors only",
-                    hint="leave it out of the search; edits can be added to the result with fixed weights (merge strategy cat)",
-                )
-            if adapter.spec.use_dora:
-                raise UnsupportedAdapter(
-                    f"adapter {name!r} is DoRA's: its magnitudes belong to its own update, and cannot be weighted with others",
-                    hint="leave it out of the search, or train it as a plain LoRA",
-                )
+            reason, way_out = why_not(adapter)
+            if reason:
+                raise UnsupportedAdapter(f"adapter {name!r} is {reason}", hint=way_out)
             try:
                 adapter.check_fits(shape.linears, shape.num_layers)
             except BaseMismatch as error:

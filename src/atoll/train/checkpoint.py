@@ -113,11 +113,5 @@ def read_checkpoint(folder: Path, job_digest: str, num_values: int) -> Saved | N
     return Saved(progress, tensors, json.loads(header.get("optimizer", "{}")))
 
 
-def load_checkpoint(folder: Path, job_digest: str, values: Tensor, optimizer: torch.optim.Optimizer) -> tuple[Progress, Tensor | None] | None:
-    """Read and restore at once; None where there is no checkpoint. Raises as read_checkpoint."""
-    found = read_checkpoint(folder, job_digest, values.numel())
-    return None if found is None else found.restore(values, optimizer)
-
-
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

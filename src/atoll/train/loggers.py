@@ -18,10 +18,11 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from atoll.config_section import by_dotted_key
 from atoll.errors import ConfigError
 from atoll.files import write_file
 
@@ -143,7 +144,7 @@ class _MLflow:
             found = self._client.get_experiment_by_name(name)
             experiment = found.experiment_id if found is not None else self._client.create_experiment(name)
             ids["mlflow"] = self._client.create_run(experiment, run_name=title or None, tags={"folder": str(folder.absolute())}).info.run_id
-            params = [Param(key, str(value)[:500]) for key, value in _flat(settings)]
+            params = [Param(key, str(value)[:500]) for key, value in by_dotted_key(settings)]
             for start in range(0, len(params), 100):  # MLflow takes a hundred at a time
                 self._client.log_batch(ids["mlflow"], params=params[start : start + 100])
         self._run_id = ids["mlflow"]
@@ -165,11 +166,3 @@ def _ids(folder: Path) -> dict[str, str]:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
         return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
     return {}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -7,10 +7,11 @@ Used by the command line and by sweeping.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from atoll.config_section import by_dotted_key
 from atoll.errors import HubError
 from atoll.train.cost import Cost
 from atoll.train.log import read_log
@@ -92,7 +93,7 @@ def cost_of(run: Run) -> Cost | None:
 
 def compare_runs(hub: Hub, runs: Sequence[Run]) -> Comparison:
     """Settings that differ, losses, scores and costs of some runs, side by side."""
-    configs = [dict(_flat(run.config)) for run in runs]
+    configs = [dict(by_dotted_key(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     settings = {key: tuple(config.get(key) for config in configs) for key in keys}
     scores = [{f"{s.task} {s.metric}": s.value for s in hub.scores(run.digest)} if run.digest else {} for run in runs]
@@ -110,12 +111,3 @@ def _side_by_side(keys: Sequence[str], values: Sequence[Mapping[str, Any]]) -> d
     """Those of the keys for which anybody has a value."""
     table = {key: tuple(each.get(key) for each in values) for key in keys}
     return {key: row for key, row in table.items() if any(value is not None for value in row)}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A config's values by dotted key; lists are values."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
