@@ -72,6 +72,32 @@ def test_each_job_ends_as_it_would_alone(decoder: Decoder, tmp_path: Path, at_on
             assert line == pytest.approx(expected, rel=1e-4)
 
 
+def test_gradients_exist_from_a_job_s_first_forward_to_its_step(decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of many jobs must be a base and their weights: where no forward is shared, one job has gradients at a time."""
+    monkeypatch.setattr("atoll.train.loop._JOINED_BELOW", 0)
+    holding, most = set[int](), list[int]()
+
+    def watched(make: Maker) -> TrainingJob:
+        job = make()
+        zero, drop = job.weights.zero_grads, job.weights.drop_grads
+
+        def zero_grads() -> None:
+            holding.add(id(job))
+            most.append(len(holding))
+            zero()
+
+        def drop_grads() -> None:
+            holding.discard(id(job))
+            drop()
+
+        job.weights.zero_grads, job.weights.drop_grads = zero_grads, drop_grads
+        return job
+
+    found = run([lambda make=make: watched(make) for make in makers(decoder, tmp_path)])
+    assert all(isinstance(outcome, TrainResult) for outcome in found.values())
+    assert most and max(most) == 1 and not holding
+
+
 def test_a_job_that_diverges_ends_alone(decoder: Decoder, tmp_path: Path) -> None:
     """Its infinities stand in the same forward as the others' rows."""
     jobs = makers(decoder, tmp_path)

@@ -87,6 +87,21 @@ def test_gradients_add_up_until_they_are_zeroed(decoder: Decoder, adapter: Adapt
     assert torch.equal(weights.grads, once)
 
 
+def test_dropped_gradients_come_back_as_zeros_in_the_same_places(decoder: Decoder, adapter: Adapter) -> None:
+    """Between steps a job has none; leaves must find their slices again, and nobody may read memory that is not there."""
+    weights = TrainableAdapter(adapter, decoder.shape.linears)
+    batch, found = PackedBatch.of(ROWS[:2]), []
+    for _ in range(2):
+        weights.zero_grads()
+        decoder.forward(batch, AdapterBatch.single(weights, batch.num_tokens)).square().sum().backward()
+        found.append(weights.grads.clone())
+        weights.drop_grads()
+        with pytest.raises(AssertionError, match="dropped"):
+            _ = weights.grads
+    assert torch.equal(found[0], found[1])
+    assert found[0].any()
+
+
 def test_every_step_and_site_draws_its_own_dropout_mask(decoder: Decoder) -> None:
     """torch's CPU generator reads only the low 32 bits of a seed, so seeds built by shifting repeated themselves every 1,024 steps."""
     weights = TrainableAdapter(random_adapter(decoder, 2, dropout=0.1), decoder.shape.linears)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from atoll.errors import BaseFormatError, ConfigError
 from atoll.model.families import ENCODERS, GENERIC, SEQ2SEQ
 from atoll.model.fingerprint import BaseFingerprint, describe_base, load_config, read_json, stored_tensors, tensor_shapes
+from atoll.model.memory import bound_prepared_products
 from atoll.model.pull import EMBEDDED, Progress, pull
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def load_base(
 
 def load_decoder(path: Path, config: Any, dtype: torch.dtype, device: torch.device, quantization: QuantizationConfig | None = None) -> Decoder:
     """The native forward where it computes this family, else transformers' blocks under the same contract."""
+    bound_prepared_products()
     if config.model_type in GENERIC:
         from atoll.model.generic_decoder import load_generic_decoder
 

@@ -1,7 +1,7 @@
 """One flat float32 vector for everything a job trains, and one for its gradients, cut into leaves.
 
 Every tensor that is trained is a leaf whose storage is a slice of the one vector, and its gradient a slice of the other, so the optimizer, clipping
-and checkpoints are single operations on two vectors instead of a walk over hundreds of small tensors.
+and checkpoints are single operations on two vectors instead of a walk over hundreds of small tensors. Between steps the gradients need not exist.
 
 Used by weights.py and the two kinds of masters, lora_masters.py and reft_masters.py.
 """
@@ -15,13 +15,31 @@ from torch import Tensor
 
 
 class FlatVector:
-    """`values` and `grads`, both [P] float32. `values.grad` is `grads`, so an optimizer over `[values]` trains every leaf."""
+    """`values` and `grads`, both [P] float32. `values.grad` is `grads`, so an optimizer over `[values]` trains every leaf.
+
+    drop_grads gives the memory of `grads` back, zero_grads takes it again; every view of it, a leaf's too, stays one.
+    """
 
     def __init__(self, size: int, device: torch.device | str) -> None:
         self.values = torch.nn.Parameter(torch.zeros(size, dtype=torch.float32, device=device))
-        self.grads = torch.zeros_like(self.values)
-        self.values.grad = self.grads
+        self._grads = torch.zeros_like(self.values)
+        self.values.grad = self._grads
         self.taken = 0
+
+    @property
+    def grads(self) -> Tensor:
+        """The gradients, where they exist."""
+        assert self._grads.untyped_storage().nbytes(), "the gradients were dropped"
+        return self._grads
+
+    def zero_grads(self) -> None:
+        """Gradients that exist, and are zero."""
+        self._grads.untyped_storage().resize_(self._grads.numel() * self._grads.element_size())
+        self._grads.zero_()
+
+    def drop_grads(self) -> None:
+        """No gradients, until the next zero_grads."""
+        self._grads.untyped_storage().resize_(0)
 
     def leaf(self, *shape: int) -> Tensor:
         """The next `shape` elements, as a leaf that accumulates into its slice of `grads`."""

@@ -70,7 +70,7 @@ class TrainingJob:
     hidden. team: the processes that train it together; each has a share of every batch's rows, and the first alone uses the folder. room: shared with
     the process's other jobs (train.entering). title, settings: for loggers.
 
-    A step is begin_step, an `add` for each of its groups, finish_step. Between two steps it may be left for as long as one likes.
+    A step is begin_step, an `accumulate` and an `add` for each of its groups, finish_step. Between two steps it may be left for as long as one likes.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class TrainingJob:
             adapter, decoder.shape.linears, decoder.device, decoder.shape.groups, b_ratio=b_ratio, weight=decoder.weight, removed=removed
         )
         self._optimizer = make_optimizer(self.weights, config)
+        self.weights.drop_grads()
         self.total_steps = total_steps(len(self._train), config)
         self._steps_an_epoch = math.ceil(len(self._train) / config.batch_size)
         has_noise = config.neftune_noise_alpha is not None  # each row has its own in every step: nothing is kept or shared
@@ -170,16 +171,21 @@ class TrainingJob:
     # ---- a step
 
     def begin_step(self) -> list[RowGroup]:
-        """The groups of this process's share of the next step, each small enough for one forward; gradients are zero.
+        """The groups of this process's share of the next step, each small enough for one forward.
 
         Called again, it begins the same step again.
         """
         indices = self._rows_of_step(self.progress.step)
-        self.weights.grads.zero_()
         rows = {index: self._shown(self._train[index], f"{self.progress.step} {index}") for index in indices}
         self._step = _Step(labels=sum(row.num_labels for row in rows.values()))
         micros = micro_batches(self.team.share(indices, self._lengths), self._lengths, self.config.micro_batch_tokens)
         return [self._group([rows[index] for index in micro]) for micro in micros]
+
+    def accumulate(self) -> None:
+        """To be called before the backward of a group: gradients exist from the step's first one to finish_step."""
+        if not self._step.accumulates:
+            self._step.accumulates = True
+            self.weights.zero_grads()
 
     def enter(self, group: RowGroup, place: int | None) -> tuple[int, Tensor] | None:
         """To be called before the forward of a group: sets the dropout of the step's group number `place` (None: none, for evaluation), and returns
@@ -217,6 +223,7 @@ class TrainingJob:
         """Sum over the team, clip, move, log. Raises TrainingError when the loss is not finite."""
         progress, config, started, step = self.progress, self.config, Spent.now(), self._step
         self.weights.dropout_seed = None
+        self.accumulate()  # in a team there may be more processes than rows
         self.team.add_up(self.weights.grads)
         summed, tokens, of_all = self.team.sums(step.loss, step.tokens, step.spent.cpu_seconds)
         loss = summed / step.labels
@@ -229,6 +236,7 @@ class TrainingJob:
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["share"]
         self._optimizer.step()
+        self.weights.drop_grads()
         self.weights.retract()
         spent = Spent(step.spent.seconds, of_all) + (Spent.now() - started).of_each(self.team.count)
         progress.step += 1
@@ -298,9 +306,10 @@ class TrainingJob:
 
 @dataclass
 class _Step:
-    """What a step has gathered so far: summed loss in nats, tokens of rows, time; and the labels that it will have in all."""
+    """What a step has gathered so far: gradients or none yet, summed loss in nats, tokens of rows, time; and the labels that it will have in all."""
 
     labels: int = 1
+    accumulates: bool = False
     loss: float = 0.0
     tokens: int = 0
     spent: Spent = field(default_factory=Spent)

@@ -201,25 +201,40 @@ def _interrupted(entries: Sequence[_Running], num_jobs: int) -> Interrupted:
 
 
 def _round(jobs: Sequence[TrainingJob], entries: dict[int, _Running]) -> None:
-    """One optimizer step of every job, with what is due after it. What goes wrong with one job is kept as its error."""
+    """One optimizer step of every job, with what is due after it. What goes wrong with one job is kept as its error.
+
+    Forwards go job by job, and a job moves as soon as its last one is done, so that few jobs have gradients at a time; one trained by a team moves
+    last, in the order of the jobs, which is alike in all processes.
+    """
     items = [_Item(job, group, place) for job in jobs for place, group in enumerate(job.begin_step())]
+    order = {id(job): place for place, job in enumerate(jobs)}
+    left = Counter(id(item.job) for item in items)
     alone: set[int] = set()  # jobs whose step was begun again, by themselves
-    for batch in _joined(items):
-        batch = [item for item in batch if id(item.job) not in alone]
-        error = _attempt(functools.partial(_forward_backward, batch))
-        if error is None:
-            continue
-        if len(batch) > 1:
-            _log.warning("a forward that %d jobs shared failed and is done again job by job: %s", len(batch), error)
-        for job in {id(item.job): item.job for item in batch}.values():
-            alone.add(id(job))
-            entries[id(job)].error = error if len(batch) == 1 else _attempt(functools.partial(_step_alone, job))
+    for batch in sorted(_joined(items), key=lambda batch: min(order[id(item.job)] for item in batch)):
+        together = [item for item in batch if id(item.job) not in alone]
+        error = _attempt(functools.partial(_forward_backward, together))
+        if error is not None:
+            if len(together) > 1:
+                _log.warning("a forward that %d jobs shared failed and is done again job by job: %s", len(together), error)
+            for item in together:
+                alone.add(id(item.job))
+                entries[id(item.job)].error = error if len(together) == 1 else _attempt(functools.partial(_step_alone, item.job))
+        for item in batch:
+            left[id(item.job)] -= 1
+            if not left[id(item.job)] and item.job.team.count == 1:
+                _finish(entries[id(item.job)])
     for job in jobs:
-        entry = entries[id(job)]
         if job.team.count > 1:
-            entry.error = _attempt(functools.partial(job.team.together, functools.partial(_raise, entry.error)))
-        if entry.error is None:
-            entry.error = _attempt(functools.partial(_after_gradients, job))
+            _finish(entries[id(job)])
+
+
+def _finish(entry: _Running) -> None:
+    """What follows a job's gradients, unless they failed, here or elsewhere in its team."""
+    job = entry.job
+    if job.team.count > 1:
+        entry.error = _attempt(functools.partial(job.team.together, functools.partial(_raise, entry.error)))
+    if entry.error is None:
+        entry.error = _attempt(functools.partial(_after_gradients, job))
 
 
 def _attempt(work: Callable[[], None]) -> Exception | None:
@@ -287,6 +302,8 @@ def _forward_backward(items: Sequence[_Item]) -> None:
     if not items:
         return
     started = Spent.now()
+    for item in items:
+        item.job.accumulate()
     losses = _losses(items, training=True)
     parts = [item.job.mean(loss) for item, loss in zip(items, losses, strict=True)]
     if losses[0].requires_grad:  # not where none of the rows' prompts has a token that is edited

@@ -27,7 +27,8 @@ class TrainableAdapter:
     """One adapter's masters. Implements model.apply.AdapterWeights.
 
     values and grads are flat float32 vectors [P]: LoRA's factors, DoRA's magnitudes, ReFT's W's, then its other tensors, then a classifier's.
-    `values.grad` is `grads`, so an optimizer over `[values]` trains the adapter; after its step, `retract` is due.
+    `values.grad` is `grads`, so an optimizer over `[values]` trains the adapter; after its step, `retract` is due. zero_grads and drop_grads are
+    FlatVector's.
 
     groups are the targets of each fused linear. b_ratio: LoRA+'s (Hayou et al. 2024, arXiv 2402.12354), the learning rate of B over that of A; None
     for one rate. weight, which DoRA needs, and removed are those of LoraMasters.
@@ -47,7 +48,8 @@ class TrainableAdapter:
         self._b_ratio, self._removed = b_ratio, removed
         self.spec, self._manifest = adapter.spec, adapter.manifest
         self._flat = FlatVector(adapter.num_parameters, device)
-        self.values, self.grads = self._flat.values, self._flat.grads
+        self.values = self._flat.values
+        self.zero_grads, self.drop_grads = self._flat.zero_grads, self._flat.drop_grads
         self.dropout_seed: int | None = None  # set by the loop before each training forward; None: no dropout (evaluation)
         self.first_layer = min([site.layer for site in adapter.modules] + [site.layer for site in adapter.edits])
         apart = b_ratio is not None
@@ -60,6 +62,11 @@ class TrainableAdapter:
             leaf = self.head[name] = self._flat.leaf(*tensor.shape)
             with torch.no_grad():
                 leaf.copy_(tensor)
+
+    @property
+    def grads(self) -> Tensor:
+        """The gradients of `values`, [P] float32, where they exist."""
+        return self._flat.grads
 
     @property
     def has_lora(self) -> bool:
