@@ -5,12 +5,13 @@
 FOLDER holds the task folders agnews, jigsaw_toxicity, e2e_nlg and gsm8k (task.json, train.jsonl). One epoch over the first rows of each: rank 16
 on all linears, batches of 16, bfloat16, loss on completions; transformers' Trainer with PEFT and TRL's SFTTrainer with dynamic padding and rows of
 like length together. Then eight jobs of one base at once against the same eight one after another, with batches of 16 rows and of 4 short ones, and
-the memory of a process that trained one, and eight.
+the most memory that a process held which trained the eight, and one that trained a single job on the rows of all.
 
-Each contestant is a process of its own, stopped while another is measured; measurements are interleaved. Run it on a machine that does nothing else.
+Each contestant is a process of its own, stopped while another is measured; a peer's measurements are interleaved with ours, and it ends before the
+next begins (two together fill 24 GB). Run it on a machine that does nothing else.
 Tables go to stderr; the only line on stdout is one JSON object, whose `ratios` are medians over rounds of the rounds' own ratios. *_vs_peft and
 worst_vs_trl are times of the peer over ours; jobs8_vs_sequential is the time one after another over the time at once, jobs8_short_vs_sequential the
-same with batches of 4; memory_one_vs_jobs8 is the memory of one over that of eight.
+same with batches of 4; memory_one_vs_jobs8 is the memory of one over that of eight, both over the same rows.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ class Bench:
         if "jobs" in self._arguments.only:
             self._many_jobs()
         say(f"controls: {format_controls(controls.measure(), controls.note)}")
-        ratios: dict[str, float | None] = {f"{task}_vs_peft": self._ratio(f"{task}_peft_s", f"{task}_atoll_s") for task in ROWS}
-        against_trl = [found for task in ROWS if (found := self._ratio(f"{task}_trl_s", f"{task}_atoll_s")) is not None]
+        ratios: dict[str, float | None] = {f"{task}_vs_peft": self._ratio(f"{task}_peft_s", f"{task}_atoll_beside_peft_s") for task in ROWS}
+        against_trl = [found for task in ROWS if (found := self._ratio(f"{task}_trl_s", f"{task}_atoll_beside_trl_s")) is not None]
         ratios["worst_vs_trl"] = min(against_trl) if len(against_trl) == len(ROWS) else None
         ratios["jobs8_vs_sequential"] = self._ratio("sequential_s", "jobs8_s")
         ratios["jobs8_short_vs_sequential"] = self._ratio("sequential_short_s", "jobs8_short_s")
@@ -89,23 +90,25 @@ class Bench:
         return {"bench": "train", "ratios": ratios, "rounds": self._found, "losses": self._losses, "machine": machine, "notes": self._notes}
 
     def _against_peers(self, rows: dict[str, list[dict[str, Any]]]) -> None:
-        for name in PEERS:
-            venv = getattr(self._arguments, name)
+        for peer in PEERS:
+            venv = getattr(self._arguments, peer)
             if venv is not None:
-                self._start(name, venv / "bin" / "python", "peft_train_worker.py", trl=name == "trl")
-        names = [name for name in ("atoll", *PEERS) if name in self._workers]
-        for name in names:  # warm: libraries, kernels, memory
+                self._start(peer, venv / "bin" / "python", "peft_train_worker.py", trl=peer == "trl")
+                if peer in self._workers:
+                    self._against(peer, rows)
+                    self._workers.end(peer)
+
+    def _against(self, peer: str, rows: dict[str, list[dict[str, Any]]]) -> None:
+        sides = {"atoll": f"atoll_beside_{peer}", peer: peer}
+        for name in sides:  # warm: libraries, kernels, memory
             self._ask(name, {"do": "train", "rows": rows[self._arguments.tasks[0]][: 2 * BATCH], "batch": BATCH})
         for number in range(self._arguments.rounds):
             for task in self._arguments.tasks:
-                for name in names if number % 2 == 0 else names[::-1]:
+                for name in list(sides) if number % 2 == 0 else list(sides)[::-1]:
                     answer = self._ask(name, {"do": "train", "rows": rows[task], "batch": BATCH})
                     if answer is not None:
-                        self._note(f"{task}_{name}_s", answer["seconds"], answer)
+                        self._note(f"{task}_{sides[name]}_s", answer["seconds"], answer)
                         self._losses[f"{task}_{name}"] = [round(answer["losses"][0], 4), round(statistics.mean(answer["losses"][-2:]), 4)]
-        for name in PEERS:
-            if name in self._workers:
-                self._workers.end(name)
 
     def _many_jobs(self) -> None:
         base, task = Path(self._options["base"]), self._arguments.data / self._arguments.tasks[0]
@@ -120,7 +123,7 @@ class Bench:
                     if answer is not None:
                         self._note(f"{'sequential' if at_once == 1 else 'jobs8'}{suffix}_s", answer["seconds"], answer)
         self._workers.end("atoll")
-        for name, some in (("memory_one_mb", jobs[:1]), ("memory_jobs8_mb", jobs)):
+        for name, some in (("memory_one_mb", [rows]), ("memory_jobs8_mb", jobs)):
             self._start("atoll", sys.executable, "train_worker.py")
             answer = self._ask("atoll", {"do": "jobs", "rows": some, "batch": BATCH, "at_once": JOBS})
             if answer is not None:

@@ -16,7 +16,7 @@ from atoll.model.adapter import Adapter
 from atoll.model.decoder import Decoder
 from atoll.model.kernels import build
 from atoll.model.kernels.training import training_ops
-from atoll.model.loss import label_loss
+from atoll.model.loss import label_loss, label_losses
 from atoll.model.positions import Positions
 from atoll.train.rows import RowGroup, adapter_batch, pack_groups
 from atoll.train.weights import TrainableAdapter
@@ -113,6 +113,34 @@ def test_a_norm_whose_sum_or_self_nobody_uses_still_has_gradients(used: str) -> 
     assert x.grad is not None and y.grad is not None
     torch.testing.assert_close(x.grad, expected.grad, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(y.grad.float(), expected.grad, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 64, 1003])
+def test_losses_and_their_gradients_are_plain_torchs(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a vocabulary that fills no vectors, with logits so far apart that all but one weight vanish, and in several chunks."""
+    monkeypatch.setattr("atoll.model.loss._MOST", 7)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(20, 32, generator=generator).bfloat16()
+    hidden[3] *= 40
+    head = torch.randn(vocabulary, 32, generator=generator).bfloat16()
+    labels = torch.randint(vocabulary, (20,), generator=generator)
+    found = {}
+    for kernel in ("plain", "auto"):
+        monkeypatch.setenv("ATOLL_KERNEL", kernel)
+        leaf = hidden.clone().requires_grad_()
+        losses = label_losses(leaf, head, labels)
+        losses.sum().backward()
+        assert leaf.grad is not None
+        found[kernel] = losses.detach(), leaf.grad.float()
+        assert torch.equal(label_losses(hidden, head, labels), losses), "the loss without gradients"
+    torch.testing.assert_close(found["auto"], found["plain"], rtol=1e-2, atol=2e-2)
+    torch.testing.assert_close(found["auto"][0], found["plain"][0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_logit_that_is_no_number_is_told() -> None:
+    """Divergence is seen by the loss."""
+    hidden = torch.full((2, 32), float("nan"), dtype=torch.bfloat16)
+    assert label_losses(hidden, torch.ones(40, 32, dtype=torch.bfloat16), torch.tensor([0, 39])).isnan().all()
 
 
 def test_float32_and_other_devices_stay_with_plain_torch() -> None:

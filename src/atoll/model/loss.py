@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK = 256  # label tokens whose logits exist at a time: 256 x 49,152 float32 are 50 MB
+from atoll.model.kernels.training import training_ops
+
+_HELD = 16 << 20  # bytes of logits that exist at a time: they should stay in the cache, and glibc gives larger blocks back at once (memory.py)
+_MOST = 256  # label tokens of a chunk
 
 
 def label_loss(hidden: Tensor, head: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
@@ -34,26 +37,39 @@ class _LabelLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        want_grad = ctx.needs_input_grad[0]
-        grad = torch.empty_like(hidden) if want_grad else None
-        for start in range(0, hidden.shape[0], _CHUNK):
-            part, target = hidden[start : start + _CHUNK], labels[start : start + _CHUNK].unsqueeze(1)
-            logits = (part @ head.T).float()
-            capped = None
-            if softcap is not None:
-                capped = logits.div_(softcap).tanh_()
-                logits = capped * softcap
-            log_probs = torch.log_softmax(logits, -1)
-            torch.neg(log_probs.gather(1, target).squeeze(1), out=losses[start : start + _CHUNK])
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        ops = training_ops(hidden) if softcap is None and head.dtype == hidden.dtype else None
+        chunk = min(_MOST, max(32, _HELD // (len(head) * (4 if ops is None else 2))))
+        for start in range(0, hidden.shape[0], chunk):
+            here = slice(start, start + chunk)
+            logits, target = hidden[here] @ head.T, labels[here].contiguous()
+            if ops is not None:
+                ops.label_losses(logits, target, losses[here], gradient=grad is not None)
+            else:
+                logits = _plain(logits, target, losses[here], softcap, gradient=grad is not None)
             if grad is not None:
-                wrong = log_probs.exp_()  # softmax - one-hot is the gradient at the logits
-                wrong.scatter_add_(1, target, wrong.new_full((target.shape[0], 1), -1.0))
-                if capped is not None:
-                    wrong.mul_(1 - capped.square_())
-                grad[start : start + _CHUNK] = wrong.to(hidden.dtype) @ head
+                torch.mm(logits, head, out=grad[here])
         ctx.grad = grad
         return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (ctx.grad * grads[0].to(ctx.grad.dtype).unsqueeze(1) if ctx.grad is not None else None), None, None, None
+
+
+def _plain(logits: Tensor, labels: Tensor, losses: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
+    """TrainingOps.label_losses in plain torch, with a softcap; returns the gradient at the logits."""
+    dtype, logits, target = logits.dtype, logits.float(), labels.unsqueeze(1)
+    capped = None
+    if softcap is not None:
+        capped = logits.div_(softcap).tanh_()
+        logits = capped * softcap
+    log_probs = torch.log_softmax(logits, -1)
+    torch.neg(log_probs.gather(1, target).squeeze(1), out=losses)
+    if not gradient:
+        return logits
+    wrong = log_probs.exp_()  # softmax - one-hot is the gradient at the logits
+    wrong.scatter_add_(1, target, wrong.new_full((len(labels), 1), -1.0))
+    if capped is not None:
+        wrong.mul_(1 - capped.square_())
+    return wrong.to(dtype)

@@ -1,5 +1,5 @@
 // What a training step does between its matrix products, each in one pass over memory instead of five: norms, gates, rotations with the layout that
-// attention wants, softmax; forward and backward. Python calls them through ctypes (training.py of this folder).
+// attention wants, softmax, the loss at a label; forward and backward. Python calls them through ctypes (training.py of this folder).
 //
 // Threads are OpenMP's, from the very pool that torch's products use: two pools would spin against each other. Values are bfloat16 with arithmetic in
 // float32; the residual stream is float32. A row's result does not depend on the threads.
@@ -35,7 +35,7 @@ inline void narrow_some(bf16* p, Vec v, int n) { Halves h = narrow(v); memcpy(p,
 
 extern "C" {
 
-int atoll_training_interface() { return 1; }
+int atoll_training_interface() { return 2; }
 
 // sum = x + y (y null: x alone, and sum is not written); normed = sum / rms(sum) * weight. x, sum [T][D] float32; y, normed bfloat16; inverse [T].
 void atoll_norm(const float* x, const bf16* y, const float* weight, float eps, float* sum, bf16* normed, float* inverse, long tokens, int d, int threads) {
@@ -243,6 +243,29 @@ int atoll_softmax(bf16* scores, long rows, int length, int keys, int window, flo
         memset(row + end, 0, (keys - end) * sizeof(bf16));
     }
     return 0;
+}
+
+// losses[r] = -log softmax(logits[r])[labels[r]], logits [rows][V]; with `gradient` the logits become softmax - one-hot, the gradient at them.
+void atoll_label_loss(bf16* logits, const int64_t* labels, float* losses, long rows, int vocabulary, int gradient, int threads) {
+    const int whole = vocabulary / LANES * LANES;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long r = 0; r < rows; r++) {
+        bf16* row = logits + r * vocabulary;
+        const float label = widen(row[labels[r]]);
+        Vec most = all(label), total{};
+        for (int i = 0; i < whole; i += LANES) most = max(most, widen(row + i));
+        float largest = max_lanes(most);
+        for (int i = whole; i < vocabulary; i++) largest = std::max(largest, widen(row[i]));
+        for (int i = 0; i < whole; i += LANES) total += exp(widen(row + i) - largest);
+        float sum = sum_lanes(total);
+        for (int i = whole; i < vocabulary; i++) sum += std::exp(widen(row[i]) - largest);
+        losses[r] = std::log(sum) - (label - largest);
+        if (!gradient) continue;
+        const float inverse = 1.0f / sum;
+        for (int i = 0; i < whole; i += LANES) store_narrow(row + i, exp(widen(row + i) - largest) * inverse);
+        for (int i = whole; i < vocabulary; i++) row[i] = narrow(std::exp(widen(row[i]) - largest) * inverse);
+        row[labels[r]] = narrow(std::exp(label - largest) * inverse - 1.0f);
+    }
 }
 
 // dscores = scale * weights * (dweights - sum(weights * dweights)), in place of dweights [rows][keys].

@@ -1,10 +1,10 @@
-"""What a training step does between its matrix products, compiled: norms with the addition before them, gates, and attention around its products.
+"""What a training step does between its matrix products, compiled: norms with the addition before them, gates, attention around its products, losses.
 
-Each is one pass over memory where plain torch takes about five; together they are a third of a step. The formulas are those of model/decoder.py and
-model/fresh_attention.py, and bfloat16 rounds at the same places, but for the weights of attention, which are rounded once. Optional: without a
+Each is one pass over memory where plain torch takes about five; together they are a third of a step. The formulas are those of model/decoder.py,
+model/fresh_attention.py and model/loss.py, and bfloat16 rounds at the same places, but for the weights of attention, which are rounded once. Optional: without a
 compiler, in another dtype, or on another device the plain versions run.
 
-Used by decoder.py. tests/model/kernels/test_training.py holds both versions equal.
+Used by decoder.py and loss.py. tests/model/kernels/test_training.py holds both versions equal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from atoll.model.fresh_attention import Block, FreshAttention
 from atoll.model.kernels.build import load_library, usable_targets
 
-_SOURCE, _INTERFACE = "training.cpp", 1
+_SOURCE, _INTERFACE = "training.cpp", 2
 _log = logging.getLogger(__name__)
 
 
@@ -75,6 +75,14 @@ class TrainingOps:
         """Rotate queries and keys and attend: qkv [T, (H + 2 num_kv_heads) K], cos and sin [T, K / 2] float32; returns [T, H K]."""
         out: Tensor = _Attend.apply(self.library, qkv, cos, sin, attention.blocks, heads, kv_heads, window)
         return out
+
+    def label_losses(self, logits: Tensor, labels: Tensor, losses: Tensor, *, gradient: bool) -> None:
+        """Fill losses [N] float32 with -log softmax(logits)[label]. logits [N, V] become the gradient at them, softmax - one-hot, if it is asked for."""
+        count, vocabulary = logits.shape
+        assert int(labels.max()) < vocabulary, "a label that is no token of the vocabulary"
+        self.library.atoll_label_loss(
+            _at(logits), _at(labels), _at(losses), ctypes.c_long(count), vocabulary, int(gradient), torch.get_num_threads()
+        )
 
 
 class _AddNorm(torch.autograd.Function):
