@@ -7,6 +7,7 @@ optimizer's parameters are slices of the masters, and each kind of its state (Ad
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from atoll.errors import TrainingError
-from atoll.files import write_file
+from atoll.files import write_file_by
 
 FILE = "checkpoint.safetensors"
 
@@ -70,14 +71,12 @@ class Saved:
 
 def save_checkpoint(folder: Path, job_digest: str, progress: Progress, values: Tensor, optimizer: torch.optim.Optimizer, best: Tensor | None) -> None:
     """Write the state atomically. values [P] float32; best [P] or None. Raises StorageError."""
-    from safetensors.torch import save
-
     parameters = _parameters(optimizer)
     states = [optimizer.state[parameter] for parameter in parameters]
     tensors, shapes = {"values": values.detach()}, {}
     for name in sorted({name for state in states for name, value in state.items() if isinstance(value, Tensor) and name != "step"}):
         found = [(index, state[name]) for index, state in enumerate(states) if name in state]
-        tensors[name] = torch.cat([value.flatten() for _, value in found])
+        tensors[name] = torch.cat([value.flatten() for _, value in found]) if len(found) > 1 else found[0][1].flatten()
         if [value.shape for _, value in found] != [parameter.shape for parameter in parameters]:
             shapes[name] = [[index, *value.shape] for index, value in found]
     if best is not None:
@@ -85,7 +84,7 @@ def save_checkpoint(folder: Path, job_digest: str, progress: Progress, values: T
     steps = [state["step"] for state in states if "step" in state]
     kept = {"shapes": shapes, "step": None if not steps else "tensor" if isinstance(steps[0], Tensor) else "number"}
     header = {"job": job_digest, "progress": json.dumps(asdict(progress)), "optimizer": json.dumps(kept)}
-    write_file(folder / FILE, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=header))
+    write_file_by(folder / FILE, functools.partial(_save, tensors, header))
 
 
 def read_checkpoint(folder: Path, job_digest: str, num_values: int) -> Saved | None:
@@ -111,6 +110,17 @@ def read_checkpoint(folder: Path, job_digest: str, num_values: int) -> Saved | N
     progress = Progress(**json.loads(header["progress"]))
     progress.evaluations = [(int(step), float(loss)) for step, loss in progress.evaluations]
     return Saved(progress, tensors, json.loads(header.get("optimizer", "{}")))
+
+
+def _save(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> None:
+    """Straight from the tensors' memory. Raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=header)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

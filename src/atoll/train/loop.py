@@ -203,14 +203,17 @@ def _interrupted(entries: Sequence[_Running], num_jobs: int) -> Interrupted:
 def _round(jobs: Sequence[TrainingJob], entries: dict[int, _Running]) -> None:
     """One optimizer step of every job, with what is due after it. What goes wrong with one job is kept as its error.
 
-    Forwards go job by job, and a job moves as soon as its last one is done, so that few jobs have gradients at a time; one trained by a team moves
-    last, in the order of the jobs, which is alike in all processes.
+    Forwards go job by job, the job of the largest first (what it frees has room for the others), and a job moves as soon as its last one is done: few
+    jobs have gradients at a time. One trained by a team moves last, in the order of the jobs, which is alike in all processes.
     """
     items = [_Item(job, group, place) for job in jobs for place, group in enumerate(job.begin_step())]
-    order = {id(job): place for place, job in enumerate(jobs)}
+    batches, order = _joined(items), dict[int, int]()
+    for place, batch in enumerate(batches):
+        for item in batch:
+            order.setdefault(id(item.job), place)
     left = Counter(id(item.job) for item in items)
     alone: set[int] = set()  # jobs whose step was begun again, by themselves
-    for batch in sorted(_joined(items), key=lambda batch: min(order[id(item.job)] for item in batch)):
+    for batch in sorted(batches, key=lambda batch: min(order[id(item.job)] for item in batch)):
         together = [item for item in batch if id(item.job) not in alone]
         error = _attempt(functools.partial(_forward_backward, together))
         if error is not None:
