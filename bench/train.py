@@ -5,7 +5,7 @@
 FOLDER holds the task folders agnews, jigsaw_toxicity, e2e_nlg and gsm8k (task.json, train.jsonl). One epoch over the first rows of each: rank 16
 on all linears, batches of 16, bfloat16, loss on completions; transformers' Trainer with PEFT and TRL's SFTTrainer with dynamic padding and rows of
 like length together. Then eight jobs of one base at once against the same eight one after another, with batches of 16 rows and of 4 short ones, and
-the most memory that a process held which trained the eight, and one that trained a single job on the rows of all.
+the peak memory of a process that trains the eight, and of one that trains a single job on all their rows.
 
 Each contestant is a process of its own, stopped while another is measured; a peer's measurements are interleaved with ours, and it ends before the
 next begins (two together fill 24 GB). Run it on a machine that does nothing else.
@@ -76,9 +76,9 @@ class Bench:
         say(f"machine: {machine}\ncontrols: {format_controls(controls.measure(), controls.note)}")
         rows = {task: encode(Path(self._options["base"]), self._arguments.data / task, ROWS[task]) for task in self._arguments.tasks}
         self._start("atoll", sys.executable, "train_worker.py")
-        if "peers" in self._arguments.only:
+        if "atoll" in self._workers and "peers" in self._arguments.only:
             self._against_peers(rows)
-        if "jobs" in self._arguments.only:
+        if "atoll" in self._workers and "jobs" in self._arguments.only:
             self._many_jobs()
         say(f"controls: {format_controls(controls.measure(), controls.note)}")
         ratios: dict[str, float | None] = {f"{task}_vs_peft": self._ratio(f"{task}_peft_s", f"{task}_atoll_beside_peft_s") for task in ROWS}

@@ -21,6 +21,7 @@ from typing import Any
 
 from .load import Watch
 
+_ENVIRONMENT = dict(os.environ)  # as it was before the bench itself loaded a base, which settles what torch keeps (atoll.model.memory)
 START_S, ORDER_S, END_S = 900.0, 900.0, 10.0  # seconds to load, to obey one order, to end by itself
 
 
@@ -53,7 +54,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env={**os.environ, **contestant.environment},
+                env={**_ENVIRONMENT, **contestant.environment},
                 start_new_session=True,  # a process group of its own, children included
             )
         try:

@@ -1,6 +1,6 @@
 """The one way a file is written: whole or not at all.
 
-The bytes go to a temporary file in the same folder, are synced, and take the name in one rename: a reader sees the old file or the new
+The bytes go to a file in a temporary folder beside it, are synced, and take the name in one rename: a reader sees the old file or the new
 one, and a kill or a full disk leaves nothing half-written under the name.
 """
 
@@ -20,19 +20,16 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 
 def write_file_by(path: Path, write: Callable[[Path], object]) -> None:
-    """The same with what `write` puts into the file that it is given: for what is too large to stand in memory twice."""
+    """The same with what `write` puts under the name that it is given: for what is too large to stand in memory twice."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                write(Path(name))
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:  # whatever a library leaves beside its file goes too
+            temporary = Path(folder) / "new"
+            write(temporary)
+            with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            Path(name).chmod(0o644)  # mkstemp gives 0600; these are files for others to read
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+            temporary.chmod(0o644)  # some writers give 0600; these are files for others to read
+            temporary.replace(path)
     except OSError as error:
         raise StorageError(
             f"{path} could not be written: {error.strerror or error}", hint="free some space or check permissions, and run again"

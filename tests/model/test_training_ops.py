@@ -137,6 +137,13 @@ def test_losses_and_their_gradients_are_plain_torchs(vocabulary: int, monkeypatc
     torch.testing.assert_close(found["auto"][0], found["plain"][0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("label", [-100, 40])
+def test_a_label_that_is_no_token_is_refused(label: int) -> None:
+    """Compiled code would read, and write, beyond the logits."""
+    with pytest.raises(AssertionError, match="no tokens"):
+        label_losses(torch.zeros(2, 32, dtype=torch.bfloat16), torch.ones(40, 32, dtype=torch.bfloat16), torch.tensor([1, label]))
+
+
 def test_a_logit_that_is_no_number_is_told() -> None:
     """Divergence is seen by the loss."""
     hidden = torch.full((2, 32), float("nan"), dtype=torch.bfloat16)

@@ -21,6 +21,7 @@ from tests.train.jobs import toy_decoder, toy_job, toy_reft, toy_rows
 from atoll.errors import AtollError
 from atoll.model.adapter_files import write_adapter
 from atoll.train import loop
+from atoll.train.flat import FlatVector
 from atoll.train.job import TrainingJob
 from atoll.train.loop import train
 from atoll.train.team import Team, launched_team
@@ -104,6 +105,20 @@ def failing_forward(team: Team) -> None:
         loop._forward_backward = forward
 
 
+def without_room(team: Team) -> None:
+    """The second process has no rows of its steps, and at the third no memory for their gradients either."""
+    if team.index == 1:
+        original, calls = FlatVector.zero_grads, list[int]()
+
+        def zero_grads(flat: FlatVector) -> None:
+            calls.append(1)
+            if len(calls) == 3:
+                raise RuntimeError("no memory left")
+            original(flat)
+
+        FlatVector.zero_grads = zero_grads
+
+
 def _main(out: Path) -> None:
     torch.set_num_threads(1)  # no OpenMP threads before a fork
     found: dict[str, Any] = {}
@@ -116,6 +131,7 @@ def _main(out: Path) -> None:
         found[f"stopped {count}"] = run(2, folder, "lora", interrupt)
         found[f"resumed {count}"] = run(count, folder, "lora")
     found["failed"] = run(2, out / "failed", "lora", failing_forward)
+    found["no room"] = run(2, out / "no room", "lora", without_room, batch_size=1, max_steps=5)
     found["killed"] = run(2, out / "killed", "lora", at_step(6, 1, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     found["after the kill"] = run(2, out / "killed", "lora")
     found["full disk"] = run(2, out / "full disk", "lora", lambda team: _full(team))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from atoll.errors import StorageError, TrainingError
@@ -105,10 +106,38 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path: Path, monkeypat
     assert restored[0].step == 3
 
 
+def test_a_full_disk_while_writing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library that writes has an error of its own."""
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        save_checkpoint(tmp_path, "job", Progress(step=4), *state(), None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_synced_is_what_gets_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library may put another file under the name that it was given; a power cut would leave that one empty."""
+    synced, sync = list[tuple[int, int]](), os.fsync
+
+    def watched(handle: int) -> None:
+        synced.append((os.fstat(handle).st_ino, os.fstat(handle).st_size))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    save_checkpoint(tmp_path, "job", Progress(step=3), *state(), None)
+    found = (tmp_path / FILE).stat()
+    assert synced == [(found.st_ino, found.st_size)]
+    assert found.st_mode & 0o777 == 0o644
+
+
 def test_what_a_kill_left_of_a_write_is_removed(tmp_path: Path) -> None:
     """A machine that is taken away every hour would fill the disk with halves of checkpoints."""
     save_checkpoint(tmp_path, "job", Progress(step=3), *state(), None)
-    (tmp_path / f".{FILE}.x1y2z3").write_bytes(b"half")
+    (tmp_path / f".{FILE}.x1y2z3").mkdir()
+    (tmp_path / f".{FILE}.x1y2z3" / "new").write_bytes(b"half")
     assert restored_from(tmp_path, "job", *state(0)) is not None
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 

@@ -53,7 +53,7 @@ def test_each_tensor_moves_as_the_library_moves_it(kind: str, tmp_path: Path) ->
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         job.begin_step()
-        job.accumulate()
+        job.need_grads()
         job.weights.grads.copy_(torch.randn(job.weights.grads.shape, generator=generator))
         for name, gradient in gradients_of(job).items():
             theirs[name].grad = gradient

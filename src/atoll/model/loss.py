@@ -15,8 +15,8 @@ from torch import Tensor
 
 from atoll.model.kernels.training import training_ops
 
-_HELD = 16 << 20  # bytes of logits that exist at a time: they should stay in the cache, and glibc gives larger blocks back at once (memory.py)
-_MOST = 256  # label tokens of a chunk
+LOGIT_BYTES = 16 << 20  # bytes of one copy of a chunk's logits: to stay in the cache, and within what glibc keeps (memory.py)
+_LEAST, _MOST = 32, 256  # label tokens of a chunk
 
 
 def label_loss(hidden: Tensor, head: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
@@ -38,8 +38,8 @@ class _LabelLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        ops = training_ops(hidden) if softcap is None and head.dtype == hidden.dtype else None
-        chunk = min(_MOST, max(32, _HELD // (len(head) * (4 if ops is None else 2))))
+        ops = training_ops(hidden) if softcap is None else None
+        chunk = _MOST if hidden.is_cuda else min(_MOST, max(_LEAST, LOGIT_BYTES // (len(head) * (4 if ops is None else 2))))
         for start in range(0, hidden.shape[0], chunk):
             here = slice(start, start + chunk)
             logits, target = hidden[here] @ head.T, labels[here].contiguous()
@@ -58,7 +58,7 @@ class _LabelLoss(torch.autograd.Function):
 
 
 def _plain(logits: Tensor, labels: Tensor, losses: Tensor, softcap: float | None, *, gradient: bool) -> Tensor:
-    """TrainingOps.label_losses in plain torch, with a softcap; returns the gradient at the logits."""
+    """TrainingOps.label_losses in plain torch, with a softcap; returns the gradient at the logits, if it is asked for."""
     dtype, logits, target = logits.dtype, logits.float(), labels.unsqueeze(1)
     capped = None
     if softcap is not None:

@@ -3,8 +3,8 @@
 glibc gives blocks above a threshold back to the system at each free; a training step allocates and frees gigabytes that way, and the kernel clears
 every page again. With the threshold at its maximum a step on two cores got 10 to 15 % faster (docs/notebook.md). Nothing happens on other systems.
 
-For every new number of tokens torch prepares each product anew, some 40 a forward of 0.2 MB each, and keeps a thousand of them twice over, in
-oneDNN's cache and in its own. Bounded as here they still hold every product of a forward, and time stays the same (docs/notebook.md).
+For every new number of tokens torch prepares each product anew, some 40 a training step of 0.2 MB each, and keeps a thousand in oneDNN's cache and in
+its own. As bounded here oneDNN's still has those of several steps; what torch's own misses is found there, which costs 3 µs (docs/notebook.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _PREPARED = {"LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256
 
 
 def bound_prepared_products() -> None:
-    """Bound the caches of prepared products; without effect once this process has multiplied. What the environment says stays."""
+    """Bound the caches of prepared products; without effect once this process has multiplied. What the environment says stays.
+
+    It is the environment that is written: processes that this one starts inherit the bounds.
+    """
     for name, value in _PREPARED.items():
         os.environ.setdefault(name, value)
 

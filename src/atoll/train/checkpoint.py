@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def read_checkpoint(folder: Path, job_digest: str, num_values: int) -> Saved | N
 
     path = folder / FILE
     for left_over in folder.glob(f".{FILE}.*"):  # of a kill in the middle of a write; each is as large as the checkpoint
-        left_over.unlink(missing_ok=True)
+        shutil.rmtree(left_over, ignore_errors=True)
     if not path.is_file():
         return None
     hint = f"choose another --out folder, or delete {folder} to start again"

@@ -34,7 +34,8 @@ class FlatVector:
 
     def zero_grads(self) -> None:
         """Gradients that exist, and are zero."""
-        self._grads.untyped_storage().resize_(self._grads.numel() * self._grads.element_size())
+        if not self._grads.untyped_storage().nbytes():
+            self._grads.untyped_storage().resize_(self._grads.numel() * self._grads.element_size())
         self._grads.zero_()
 
     def drop_grads(self) -> None:

@@ -70,7 +70,7 @@ class TrainingJob:
     hidden. team: the processes that train it together; each has a share of every batch's rows, and the first alone uses the folder. room: shared with
     the process's other jobs (train.entering). title, settings: for loggers.
 
-    A step is begin_step, an `accumulate` and an `add` for each of its groups, finish_step. Between two steps it may be left for as long as one likes.
+    A step is begin_step, a `need_grads` and an `add` for each of its groups, finish_step. Between two steps it may be left for as long as one likes.
     """
 
     def __init__(
@@ -181,10 +181,10 @@ class TrainingJob:
         micros = micro_batches(self.team.share(indices, self._lengths), self._lengths, self.config.micro_batch_tokens)
         return [self._group([rows[index] for index in micro]) for micro in micros]
 
-    def accumulate(self) -> None:
+    def need_grads(self) -> None:
         """To be called before the backward of a group: gradients exist from the step's first one to finish_step."""
-        if not self._step.accumulates:
-            self._step.accumulates = True
+        if not self._step.has_grads:
+            self._step.has_grads = True
             self.weights.zero_grads()
 
     def enter(self, group: RowGroup, place: int | None) -> tuple[int, Tensor] | None:
@@ -220,10 +220,9 @@ class TrainingJob:
         self._step.spent += spent
 
     def finish_step(self) -> None:
-        """Sum over the team, clip, move, log. Raises TrainingError when the loss is not finite."""
+        """Sum over the team, clip, move, log; gradients must exist. Raises TrainingError when the loss is not finite."""
         progress, config, started, step = self.progress, self.config, Spent.now(), self._step
         self.weights.dropout_seed = None
-        self.accumulate()  # in a team there may be more processes than rows
         self.team.add_up(self.weights.grads)
         summed, tokens, of_all = self.team.sums(step.loss, step.tokens, step.spent.cpu_seconds)
         loss = summed / step.labels
@@ -309,7 +308,7 @@ class _Step:
     """What a step has gathered so far: gradients or none yet, summed loss in nats, tokens of rows, time; and the labels that it will have in all."""
 
     labels: int = 1
-    accumulates: bool = False
+    has_grads: bool = False
     loss: float = 0.0
     tokens: int = 0
     spent: Spent = field(default_factory=Spent)

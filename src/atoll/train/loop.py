@@ -203,8 +203,9 @@ def _interrupted(entries: Sequence[_Running], num_jobs: int) -> Interrupted:
 def _round(jobs: Sequence[TrainingJob], entries: dict[int, _Running]) -> None:
     """One optimizer step of every job, with what is due after it. What goes wrong with one job is kept as its error.
 
-    Forwards go job by job, the job of the largest first (what it frees has room for the others), and a job moves as soon as its last one is done: few
-    jobs have gradients at a time. One trained by a team moves last, in the order of the jobs, which is alike in all processes.
+    Forwards go job by job, the job of the largest first, since later ones fit into the memory that it frees. A job takes its optimizer step as soon
+    as its last forward is done, so that few jobs have gradients at a time; one trained by a team takes it after all forwards, in the order of the
+    jobs, which is alike in all processes.
     """
     items = [_Item(job, group, place) for job in jobs for place, group in enumerate(job.begin_step())]
     batches, order = _joined(items), dict[int, int]()
@@ -219,6 +220,8 @@ def _round(jobs: Sequence[TrainingJob], entries: dict[int, _Running]) -> None:
         if error is not None:
             if len(together) > 1:
                 _log.warning("a forward that %d jobs shared failed and is done again job by job: %s", len(together), error)
+            for item in together:
+                item.job.weights.drop_grads()
             for item in together:
                 alone.add(id(item.job))
                 entries[id(item.job)].error = error if len(together) == 1 else _attempt(functools.partial(_step_alone, item.job))
@@ -235,9 +238,13 @@ def _finish(entry: _Running) -> None:
     """What follows a job's gradients, unless they failed, here or elsewhere in its team."""
     job = entry.job
     if job.team.count > 1:
+        if entry.error is None:
+            entry.error = _attempt(job.need_grads)  # zeros, where this process had no rows of the step
         entry.error = _attempt(functools.partial(job.team.together, functools.partial(_raise, entry.error)))
     if entry.error is None:
         entry.error = _attempt(functools.partial(_after_gradients, job))
+    if entry.error is not None:
+        job.weights.drop_grads()
 
 
 def _attempt(work: Callable[[], None]) -> Exception | None:
@@ -306,7 +313,7 @@ def _forward_backward(items: Sequence[_Item]) -> None:
         return
     started = Spent.now()
     for item in items:
-        item.job.accumulate()
+        item.job.need_grads()
     losses = _losses(items, training=True)
     parts = [item.job.mean(loss) for item, loss in zip(items, losses, strict=True)]
     if losses[0].requires_grad:  # not where none of the rows' prompts has a token that is edited

@@ -28,6 +28,7 @@ from atoll.data.prompt import PromptFormat
 from atoll.data.task import TaskData
 from atoll.errors import ConfigError
 from atoll.model.adapter import AdapterSpec
+from atoll.model.loss import LOGIT_BYTES
 from atoll.model.reft import tensor_shapes
 from atoll.train.classes import check_texts, class_labels
 from atoll.train.spec import edited_places, first_layer, spec_over
@@ -297,4 +298,4 @@ def _memory_bytes(plan: TrainingPlan, keeps: bool) -> int:
     every_token = sum(lengths) + sum(len(row.token_ids) for row in plan.validation.rows)
     kept = min(every_token * shape.hidden * 4, plan.config.trainer.reuse_mib << 20) if keeps else 0
     vectors = 3 + _MOMENTS[plan.config.trainer.optimizer]
-    return _PROCESS_BYTES + base + vectors * 4 * plan.num_parameters + with_gradients + kept + 256 * shape.vocabulary * 8
+    return _PROCESS_BYTES + base + vectors * 4 * plan.num_parameters + with_gradients + kept + 4 * LOGIT_BYTES

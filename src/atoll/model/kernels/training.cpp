@@ -1,4 +1,4 @@
-// What a training step does between its matrix products, each in one pass over memory instead of five: norms, gates, rotations with the layout that
+// What a training step does between its matrix products, each in one pass over memory (a row's loss: in the cache) instead of five: norms, gates, rotations with the layout that
 // attention wants, softmax, the loss at a label; forward and backward. Python calls them through ctypes (training.py of this folder).
 //
 // Threads are OpenMP's, from the very pool that torch's products use: two pools would spin against each other. Values are bfloat16 with arithmetic in

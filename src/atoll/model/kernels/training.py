@@ -1,10 +1,10 @@
 """What a training step does between its matrix products, compiled: norms with the addition before them, gates, attention around its products, losses.
 
-Each is one pass over memory where plain torch takes about five; together they are a third of a step. The formulas are those of model/decoder.py,
-model/fresh_attention.py and model/loss.py, and bfloat16 rounds at the same places, but for the weights of attention, which are rounded once.
-Optional: without a compiler, in another dtype, or on another device the plain versions run.
+Each is one pass over memory (a loss two, in the cache) where plain torch takes about five; together they are a third of a step. The formulas are
+those of model/decoder.py, model/fresh_attention.py and model/loss.py, and bfloat16 rounds at the same places, but for the weights of attention, which
+are rounded once. Optional: without a compiler, in another dtype, or on another device the plain versions run.
 
-Used by decoder.py and loss.py. tests/model/kernels/test_training.py holds both versions equal.
+Used by decoder.py and loss.py. tests/model/test_training_ops.py holds both versions equal.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class TrainingOps:
     def label_losses(self, logits: Tensor, labels: Tensor, losses: Tensor, *, gradient: bool) -> None:
         """Fill losses [N] float32 with -log softmax(logits)[label]. With gradient, logits [N, V] become softmax - one-hot, the gradient at them."""
         count, vocabulary = logits.shape
-        assert int(labels.max()) < vocabulary, "a label that is no token of the vocabulary"
+        assert labels.dtype == torch.int64 and int(labels.min()) >= 0 and int(labels.max()) < vocabulary, "labels that are no tokens"
         self.library.atoll_label_loss(_at(logits), _at(labels), _at(losses), ctypes.c_long(count), vocabulary, int(gradient), torch.get_num_threads())
 
 
