@@ -39,8 +39,9 @@ class FlatVector:
         self._grads.zero_()
 
     def drop_grads(self) -> None:
-        """No gradients, until the next zero_grads."""
-        self._grads.untyped_storage().resize_(0)
+        """No gradients, until the next zero_grads; on a device whose storages torch cannot resize (MPS) they stay."""
+        if self._grads.device.type in ("cpu", "cuda"):
+            self._grads.untyped_storage().resize_(0)
 
     def leaf(self, *shape: int) -> Tensor:
         """The next `shape` elements, as a leaf that accumulates into its slice of `grads`."""
