@@ -138,6 +138,7 @@ def test_what_a_kill_left_of_a_write_is_removed(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "job", Progress(step=3), *state(), None)
     (tmp_path / f".{FILE}.x1y2z3").mkdir()
     (tmp_path / f".{FILE}.x1y2z3" / "new").write_bytes(b"half")
+    (tmp_path / f".{FILE}.a4b5c6").write_bytes(b"half")
     assert restored_from(tmp_path, "job", *state(0)) is not None
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 

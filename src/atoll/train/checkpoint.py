@@ -95,6 +95,8 @@ def read_checkpoint(folder: Path, job_digest: str, num_values: int) -> Saved | N
     path = folder / FILE
     for left_over in folder.glob(f".{FILE}.*"):  # of a kill in the middle of a write; each is as large as the checkpoint
         shutil.rmtree(left_over, ignore_errors=True)
+        if left_over.is_file():  # of versions that wrote no folder
+            left_over.unlink(missing_ok=True)
     if not path.is_file():
         return None
     hint = f"choose another --out folder, or delete {folder} to start again"

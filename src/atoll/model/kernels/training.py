@@ -79,7 +79,9 @@ class TrainingOps:
     def label_losses(self, logits: Tensor, labels: Tensor, losses: Tensor, *, gradient: bool) -> None:
         """Fill losses [N] float32 with -log softmax(logits)[label]. With gradient, logits [N, V] become softmax - one-hot, the gradient at them."""
         count, vocabulary = logits.shape
-        assert labels.dtype == torch.int64 and int(labels.min()) >= 0 and int(labels.max()) < vocabulary, "labels that are no tokens"
+        assert labels.dtype == torch.int64
+        if int(labels.min()) < 0 or int(labels.max()) >= vocabulary:  # compiled code would write beyond the logits
+            raise IndexError(f"a label is no token of the vocabulary of {vocabulary}")
         self.library.atoll_label_loss(_at(logits), _at(labels), _at(losses), ctypes.c_long(count), vocabulary, int(gradient), torch.get_num_threads())
 
 
