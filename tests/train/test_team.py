@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,14 @@ from atoll.train.checkpoint import FILE
 from atoll.train.team import ALONE, Team, launched_team
 
 ROOT = Path(__file__).parents[2]
+LEAVE = """
+import os, torch
+from atoll.train.team import launched_team
+with launched_team() as team:
+    import torch.distributed.nn  # as transformers does
+    team.add_up(torch.ones(1))
+print(*(open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +135,20 @@ def test_without_a_launcher_there_is_no_team(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WORLD_SIZE", "2")
     with launched_team() as team:
         assert team is ALONE
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's list of threads")
+def test_a_team_leaves_no_thread() -> None:
+    """One of gloo's that lives on while the interpreter ends may abort the process; a reference to the group that somebody keeps, keeps them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    given = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", LEAVE], env={**given, "RANK": str(index)}, stdout=subprocess.PIPE, text=True) for index in range(2)
+    ]
+    for process in started:
+        names, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert "python" in names
+        assert "gloo" not in names

@@ -141,7 +141,8 @@ ALONE = Team()
 def launched_team() -> Iterator[Team]:
     """The team that torchrun, or whatever else sets torch's variables, has started this process in; ALONE where nothing has.
 
-    A process group that the caller has made is used, and left. Raises TrainingError where the others cannot be reached.
+    A process group that the caller has made is used, and left. One of our own is gone afterwards with its threads: one of gloo's that still lets go
+    of a tensor while the interpreter ends would abort the process. Raises TrainingError where the others cannot be reached.
     """
     if _number("WORLD_SIZE", 1) < 2 or any(name not in os.environ for name in _GIVEN):
         yield ALONE
@@ -151,6 +152,8 @@ def launched_team() -> Iterator[Team]:
 
     own = not dist.is_initialized()
     if own:
+        import torch.distributed.nn  # noqa: F401 - its functions keep the group of the time of its import as a default: ours would outlive the team
+
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         _reached(lambda: dist.init_process_group(backend))
     try:
