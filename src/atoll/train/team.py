@@ -152,7 +152,7 @@ def launched_team() -> Iterator[Team]:
 
     own = not dist.is_initialized()
     if own:
-        import torch.distributed.nn  # noqa: F401 - its functions keep the group of the time of its import as a default: ours would outlive the team
+        import torch.distributed.nn  # its functions keep the group of the time of its import as a default: ours would outlive the team
 
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         _reached(lambda: dist.init_process_group(backend))
