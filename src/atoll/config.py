@@ -251,6 +251,18 @@ class TrainConfig(Section):
             return trainer.model_copy(update={"learning_rate": REFT_LEARNING_RATE})
         return trainer
 
+    @model_validator(mode="after")
+    def _check_sharding(self) -> TrainConfig:
+        """What needs more of a weight than a process has of it."""
+        if self.trainer.fsdp and isinstance(self.adapter, LoraAdapterConfig) and self.adapter.use_dora:
+            raise ValueError("adapter.use_dora measures every weight after each step, which trainer.fsdp keeps in parts; leave one of them out")
+        if self.trainer.fsdp and self.quantization is not None and self.quantization.holds_blocks:
+            raise ValueError(
+                f"trainer.fsdp shares out weights that lie in memory as bf16, but quantization.resident is {self.quantization.resident}; "
+                "leave one of them out"
+            )
+        return self
+
     def require_data(self) -> DataConfig:
         """The data section, when it names rows. Raises ConfigError when neither the file nor the command line did."""
         if not self.data.is_given:

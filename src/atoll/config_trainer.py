@@ -88,6 +88,11 @@ class TrainerConfig(Section):
     )
     seed: int = Field(default=0, ge=0, description="Seed of the adapter's start, the order of rows, and dropout.")
     device: str = Field(default="cpu", min_length=1, description="Where to compute: cpu, or cuda (cuda:1, …) on a machine that has it.")
+    fsdp: bool = Field(
+        default=False,
+        description="Several processes hold the base together: each a part of every block, gathered while the block is computed (FSDP's full shard). "
+        "Same result, less memory, more traffic. Without effect in one process.",
+    )
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="Number format of the base while training; the adapter itself is float32."
     )
@@ -105,11 +110,9 @@ class TrainerConfig(Section):
     @classmethod
     def _refuse_sharding(cls, values: Any) -> Any:
         """Keys of other trainers for which "not a key" would be half an answer."""
-        for key in ("fsdp", "fsdp_config", "deepspeed"):
+        for key in ("fsdp_config", "deepspeed"):
             if isinstance(values, dict) and values.get(key):
-                raise ValueError(
-                    f"{key} shards a base over processes, which is not offered: each holds all of it; quantization: {{bits: 4}} makes it smaller"
-                )
+                raise ValueError(f"{key} is another trainer's; fsdp: true shares the base out over the processes")
         return values
 
     @field_validator("betas")

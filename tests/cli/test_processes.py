@@ -28,10 +28,14 @@ def call(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_processes_and_torchrun_train_what_one_process_trains(job: Path, atoll) -> None:
-    """One reference on stdout, one version in the hub, the same adapter to rounding; the second launcher finds the first one's."""
+def test_processes_and_torchrun_train_what_one_process_trains(job: Path, tiny_base_dir: Path, atoll) -> None:
+    """One reference on stdout, one version in the hub, the same adapter to rounding; the second launcher finds the first one's.
+
+    The first two hold the base together, which is no other job.
+    """
     assert atoll("train", job, "--out", "one", "--no-publish").code == 0
-    first = call("-m", "atoll", "train", job, "--out", "two", "--processes", 2)
+    write_train_yaml(job.with_name("fsdp.yaml"), tiny_base_dir, trainer={"dtype": "float32", "max_steps": 2, "batch_size": 4, "fsdp": True})
+    first = call("-m", "atoll", "train", "fsdp.yaml", "--out", "two", "--processes", 2)
     assert (first.returncode, first.stdout) == (0, "colours@1\n"), first.stderr
     assert first.stderr.count("trained 2 steps") == 1
     again = call(*TORCHRUN, "train", job, "--out", "two", "--json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from atoll.errors import BaseFormatError, BaseNotFound, ConfigError
 from atoll.model.base import describe_base, find_eos_ids, load_base, read_tensors
+from atoll.model.sharded import Share
+from atoll.model.sites import Site
 
 
 @pytest.fixture
@@ -72,6 +75,22 @@ def test_weights_of_another_dtype_are_cast_once(folder: Path) -> None:
         assert read.keys() == tensors.keys()
         assert {tensor.dtype for tensor in read.values()} == {dtype}
     torch.testing.assert_close(read["model.norm.weight"], tensors["model.norm.weight"], rtol=1e-3, atol=1e-3)
+
+
+def test_a_share_of_a_base_is_of_the_cast_and_rounded_weights(folder: Path) -> None:
+    """What is gathered is what a whole base holds, in its dtype, whatever the files were stored in."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    whole = load_base(str(folder)).decoder
+
+    def gather(out: torch.Tensor, part: torch.Tensor) -> Callable[[], None]:
+        out[: len(part)] = part  # of two; the other's half stays what it was
+        return lambda: None
+
+    shared = load_base(str(folder), share=Share(0, 2, gather)).decoder
+    assert shared.dtype == whole.dtype == torch.bfloat16
+    assert 2 * shared.linear_bytes == whole.linear_bytes
+    assert torch.equal(shared.weight(Site(1, "q_proj")), whole.weight(Site(1, "q_proj")))
 
 
 def test_packed_integers_are_not_weights(folder: Path) -> None:

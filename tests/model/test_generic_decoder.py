@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tests.adapters import CLOSE, ROWS, new_peft_model, packed_logits, peft_model, random_adapter, random_reft, reference
 from tests.families import FAMILIES, family_model, write_family_base
 
+from atoll.errors import ConfigError
 from atoll.model.adapter_files import read_adapter, write_adapter
 from atoll.model.base import load_base
 from atoll.model.batch import AdapterBatch, PackedBatch
@@ -19,6 +20,7 @@ from atoll.model.generic_decoder import GenericDecoder
 from atoll.model.kv_cache import PAGE_TOKENS
 from atoll.model.loss import label_loss
 from atoll.model.positions import Positions
+from atoll.model.sharded import Share
 from atoll.model.sites import peft_key
 from atoll.reft.convert import from_adapter, locations
 from atoll.train.weights import TrainableAdapter
@@ -125,3 +127,10 @@ def test_a_base_folder_of_another_family_is_loaded(tmp_path: Path) -> None:
     assert base.context_length == 512
     assert base.fingerprint.weights == other.fingerprint.weights
     assert base.fingerprint.config_hash != other.fingerprint.config_hash
+
+
+def test_a_base_of_another_family_is_not_shared_out(tmp_path: Path) -> None:
+    """Each process would hold all of it, which nobody who asks for fsdp expects."""
+    share = Share(0, 2, lambda out, part: pytest.fail("nothing is gathered"))
+    with pytest.raises(ConfigError, match="trainer.fsdp shares out the blocks of Llama's family, but the base is a 'gpt2' model"):
+        load_base(str(write_family_base(tmp_path / "a", "gpt2")), share=share)

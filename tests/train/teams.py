@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.conftest import tiny_model
 from tests.train.jobs import toy_decoder, toy_job, toy_reft, toy_rows
 
 from atoll.errors import AtollError
 from atoll.model.adapter_files import write_adapter
+from atoll.model.decoder import Decoder
 from atoll.train import loop
 from atoll.train.flat import FlatVector
 from atoll.train.job import TrainingJob
@@ -31,20 +33,32 @@ DECODER = toy_decoder()
 Fault = Callable[[TrainingJob], None]
 
 
-def job(kind: str, folder: Path, team: Team, **changes: Any) -> TrainingJob:
+def job(kind: str, folder: Path, team: Team, *, fsdp: bool = False, **changes: Any) -> TrainingJob:
     """24 rows in batches of 5, which 2 and 3 do not divide, in forwards of at most 16 tokens, clipped in most steps, with validation.
 
     "both" starts its forwards above block 0 and keeps what enters there.
     """
     settings = {"batch_size": 5, "micro_batch_tokens": 16, "max_grad_norm": 0.1, "max_steps": 12, "eval_every": 3, "checkpoint_every": 4, **changes}
     adapter = None if kind == "lora" else toy_reft() if kind == "reft" else toy_reft(lora=2, layers_to_transform=(1, 2), layers=(1, 2))
-    made = toy_job(folder, decoder=DECODER, adapter=adapter, validation=toy_rows(7, shift=31), **settings)
+    decoder = sharded_decoder(team) if fsdp else DECODER
+    made = toy_job(folder, decoder=decoder, adapter=adapter, validation=toy_rows(7, shift=31), **settings)
     made.team = team
     return made
 
 
+def sharded_decoder(team: Team) -> Decoder:
+    """DECODER's weights, held together."""
+    model = tiny_model("llama")
+    decoder = Decoder.from_state_dict(model.config, model.state_dict(), torch.float32, share=team.base_share)
+    assert team.count == 1 or team.count * decoder.linear_bytes == DECODER.linear_bytes
+    return decoder
+
+
 def run(count: int, out: Path, kind: str, fault: Callable[[Team], Fault | None] = lambda team: None, **changes: Any) -> list[Any]:
-    """Train in `count` processes; `fault` gives what a process does after each of its steps. Returns each one's outcome, None for a killed one."""
+    """Train in `count` processes; `fault` gives what a process does after each of its steps, `changes` go to `job`.
+
+    Returns each one's outcome, None for a killed one.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -105,6 +119,19 @@ def failing_forward(team: Team) -> None:
         loop._forward_backward = forward
 
 
+def failing_validation(team: Team) -> None:
+    """The second process runs out of memory in its first validation."""
+    if team.index == 1:
+        original = loop._losses
+
+        def losses(items: Any, *, training: bool) -> Any:
+            if not training:
+                raise RuntimeError("no memory left")
+            return original(items, training=training)
+
+        loop._losses = losses
+
+
 def without_room(team: Team) -> None:
     """The second process has no rows of its steps, and at the third no memory for their gradients either."""
     if team.index == 1:
@@ -125,6 +152,7 @@ def _main(out: Path) -> None:
     for kind in KINDS:
         found[f"{kind} 1"] = run(1, out / kind / "1", kind)
         found[f"{kind} 2"] = run(2, out / kind / "2", kind)
+        found[f"{kind} shared out"] = run(2, out / kind / "shared out", kind, fsdp=True)
     interrupt = at_step(5, 1, lambda: signal.raise_signal(signal.SIGINT))  # in one of them only
     for count in (1, 3):
         folder = out / "lora" / f"resumed by {count}"
@@ -132,7 +160,13 @@ def _main(out: Path) -> None:
         found[f"resumed {count}"] = run(count, folder, "lora")
     found["failed"] = run(2, out / "failed", "lora", failing_forward)
     found["no room"] = run(2, out / "no room", "lora", without_room, batch_size=1, max_steps=5)
-    found["killed"] = run(2, out / "killed", "lora", at_step(6, 1, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    for fault, begun in (("failed", failing_forward), ("no validation", failing_validation)):
+        found[f"{fault}, shared out"] = run(2, out / f"{fault}, shared out", "lora", begun, fsdp=True)
+    killed = at_step(6, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    found["killed, shared out"] = run(2, out / "killed, shared out", "lora", killed, fsdp=True)
+    found["after the kill, shared out"] = run(2, out / "killed, shared out", "lora", fsdp=True)
+    found["single rows, shared out"] = run(2, out / "single rows" / "shared out", "lora", batch_size=1, max_steps=3, fsdp=True)
+    found["killed"] = run(2, out / "killed", "lora", killed)
     found["after the kill"] = run(2, out / "killed", "lora")
     found["full disk"] = run(2, out / "full disk", "lora", lambda team: _full(team))
     found["single rows 1"] = run(1, out / "single rows" / "1", "lora", batch_size=1, max_steps=3)

@@ -70,6 +70,29 @@ def test_two_processes_train_what_one_trains(kind: str, runs: tuple[Path, dict[s
     assert any(clipped), "the test is to see clipping"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_that_share_out_the_base_train_the_same(kind: str, runs: tuple[Path, dict[str, list[Any]]]) -> None:
+    """Each holds half of every block, and some have fewer forwards in a step than others."""
+    out, ends = runs[0] / kind, runs[1]
+    assert ends[f"{kind} shared out"] == ends[f"{kind} 1"] * 2
+    assert_near(out / "shared out", out / "1")
+    if kind == "lora":  # the others' rows enter above block 0 where the base is whole
+        ours, theirs = (load_file(out / name / "adapter" / WEIGHTS_FILE) for name in ("shared out", "2"))
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_who_fails_still_serves_its_part(runs: tuple[Path, dict[str, list[Any]]]) -> None:
+    """Another process stands in a gather then, and would wait for ever."""
+    for run in ("failed, shared out", "no validation, shared out"):
+        first, second = runs[1][run]
+        assert first["error"] == "process 2 of 2 failed: training failed: no memory left"
+        assert second["error"] == "training failed: no memory left"
+    first, second = runs[1]["killed, shared out"]
+    assert second is None
+    assert first["error"].startswith("another process of this training has ended or cannot be reached")
+    assert_near(runs[0] / "killed, shared out", runs[0] / "lora" / "1")
+
+
 def _header(folder: Path) -> dict[str, str]:
     from safetensors import safe_open
 
@@ -79,7 +102,8 @@ def _header(folder: Path) -> dict[str, str]:
 
 def test_a_batch_of_fewer_rows_than_processes_is_trained(runs: tuple[Path, dict[str, list[Any]]]) -> None:
     """The last batch of an epoch is often small: who has no row waits."""
-    assert_near(runs[0] / "single rows" / "2", runs[0] / "single rows" / "1")
+    for run in ("2", "shared out"):
+        assert_near(runs[0] / "single rows" / run, runs[0] / "single rows" / "1")
 
 
 @pytest.mark.parametrize("count", [1, 3])

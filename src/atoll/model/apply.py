@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atoll.model.batch import AdapterBatch
-from atoll.model.quant import QuantizedWeight, Weight, dense
+from atoll.model.quant import Weight, dense
 
 
 class Part(NamedTuple):
@@ -219,9 +219,9 @@ class _LoraLinear(torch.autograd.Function):
                 saved += [b, before, gain]
         if late is not None:
             y.add_(late)
-        ctx.weight = weight if isinstance(weight, QuantizedWeight) else None  # its blocks, not what they expand to
+        ctx.weight = None if isinstance(weight, Tensor) else weight  # its blocks or its part, not what they expand to
         # without factors, x would only take memory
-        ctx.save_for_backward(x if layout else None, None if isinstance(weight, QuantizedWeight) else weight, *saved)
+        ctx.save_for_backward(x if layout else None, weight if isinstance(weight, Tensor) else None, *saved)
         ctx.layout, ctx.dtypes = layout, [None if tensor is None else tensor.dtype for tensor in tensors]
         return y
 

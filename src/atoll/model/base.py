@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from atoll.config_quantization import QuantizationConfig
     from atoll.model.decoder import Decoder
+    from atoll.model.sharded import Share
 
 __all__ = ["EMBEDDED", "Base", "BaseFingerprint", "describe_base", "load_base", "pull", "read_tensors", "tensor_shapes"]
 
@@ -61,12 +62,14 @@ def load_base(
     dtype: str = "bfloat16",
     device: str = "cpu",
     quantization: QuantizationConfig | None = None,
+    share: Share | None = None,
     home: Path | None = None,
     progress: Progress | None = None,
 ) -> Base:
     """Load the base `name` (alias, folder, .gguf file or hub id; see model.pull), fetching it first when it is not on this disk.
 
     dtype is "bfloat16" or "float32"; stored weights are cast to it, and then rounded as `quantization` says, which becomes part of the fingerprint.
+    share: hold only this process's part of the blocks (model.sharded), which the native forward's families alone can.
     No code from the base's folder is run.
     Raises BaseNotFound, BaseFormatError, StorageError, and ConfigError for a dtype, device or package that is not there.
     """
@@ -93,7 +96,7 @@ def load_base(
         fingerprint=replace(describe_base(path, home=home), quantization=quantization.name if quantization is not None else ""),
         config=config,
         tokenizer=tokenizer,
-        decoder=load_decoder(path, config, torch_dtype, torch_device, quantization),
+        decoder=load_decoder(path, config, torch_dtype, torch_device, quantization, share),
         dtype=torch_dtype,
         eos_ids=find_eos_ids(path, config, tokenizer),
         context_length=context_length(config),
@@ -103,16 +106,24 @@ def load_base(
     return base
 
 
-def load_decoder(path: Path, config: Any, dtype: torch.dtype, device: torch.device, quantization: QuantizationConfig | None = None) -> Decoder:
+def load_decoder(
+    path: Path, config: Any, dtype: torch.dtype, device: torch.device, quantization: QuantizationConfig | None = None, share: Share | None = None
+) -> Decoder:
     """The native forward where it computes this family, else transformers' blocks under the same contract."""
     bound_prepared_products()
     if config.model_type in GENERIC:
         from atoll.model.generic_decoder import load_generic_decoder
 
+        if share is not None:
+            raise ConfigError(
+                f"trainer.fsdp shares out the blocks of Llama's family, but the base is a {config.model_type!r} model",
+                hint="leave it out: then each process holds the whole base",
+            )
         return load_generic_decoder(path, dtype, device, quantization)
     from atoll.model.decoder import Decoder
 
-    return Decoder.from_state_dict(config, read_tensors(path, dtype), dtype, device, quantization)
+    tensors = read_tensors(path, dtype if share is None else None)  # a share is converted weight by weight: the whole may not fit
+    return Decoder.from_state_dict(config, tensors, dtype, device, quantization, share)
 
 
 def context_length(config: Any) -> int:
@@ -136,8 +147,11 @@ def load_tokenizer(path: Path) -> Any:
         ) from error
 
 
-def read_tensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every tensor of the base at `path`, cast to `dtype`; those already of that dtype stay mapped from the file and take no memory of their own."""
+def read_tensors(path: Path, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Every tensor of the base at `path`, cast to `dtype` (None: as it is stored).
+
+    Those already of that dtype stay mapped from the file and take no memory of their own.
+    """
     from safetensors import safe_open
 
     tensors: dict[str, torch.Tensor] = {}
@@ -149,7 +163,7 @@ def read_tensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
                     raise BaseFormatError(
                         f"{file}: tensor {name!r} is stored as {stored[name].dtype}, expected plain floats", hint="use the unquantised version"
                     )
-                tensors[name] = reader.get_tensor(name).to(dtype)
+                tensors[name] = reader.get_tensor(name) if dtype is None else reader.get_tensor(name).to(dtype)
     return tensors
 
 

@@ -31,6 +31,7 @@ from atoll.model.loss import label_losses
 from atoll.model.quant import QuantizedWeight, Weight, dense, fused
 from atoll.model.reft import ATTENTION_INPUT, ATTENTION_OUTPUT, BLOCK_INPUT, BLOCK_OUTPUT, MLP_INPUT, MLP_OUTPUT
 from atoll.model.rope import RotaryTable, rotate
+from atoll.model.sharded import ShardedBlocks, Share
 from atoll.model.sites import DOWN, GATE_UP, GROUPS, OUT, QKV, Site, module_path
 
 
@@ -51,7 +52,8 @@ class Decoder:
 
     can_enter: whether a forward may start above the first block. whole_prompts: a prompt's states depend on all of it, so it is computed at once and
     shares nothing with others. classifies: a row's states are log-odds of its adapter's classes, and nothing is written. task_type: PEFT's word for
-    what the base does. softcap: the head's logits z become softcap * tanh(z / softcap), where it is given.
+    what the base does. softcap: the head's logits z become softcap * tanh(z / softcap), where it is given. shards: its blocks, where this process
+    holds a part of each; then every forward is in a `walk`, of which all processes have as many.
     """
 
     can_enter = True
@@ -59,6 +61,7 @@ class Decoder:
     classifies = False
     task_type = "CAUSAL_LM"
     softcap: float | None = None
+    shards: ShardedBlocks | None = None
 
     def __init__(
         self, shape: DecoderShape, embedding: Tensor, layers: tuple[_Layer, ...], final_norm: Tensor, head: Tensor, rotary: RotaryTable
@@ -73,14 +76,18 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         quantization: QuantizationConfig | None = None,
+        share: Share | None = None,
     ) -> Decoder:
         """Build from transformers' names ("model.layers.0.self_attn.q_proj.weight", …); quantization rounds the blocks' linears.
+
+        share: hold only this process's part of them, as they are read. They cannot be held quantised then.
 
         Raises BaseFormatError naming the first tensor that is missing, left over or of another shape than the config says.
         """
         shape = DecoderShape.of(config)
         reader = _Reader(tensors, dtype, device)
-        layers = tuple(_read_layer(reader, shape, index, config, quantization) for index in range(shape.num_layers))
+        shards = None if share is None else ShardedBlocks(share)
+        layers = tuple(_read_layer(reader, shape, index, config, quantization, shards) for index in range(shape.num_layers))
         embedding = reader.take("model.embed_tokens.weight", (shape.vocabulary, shape.hidden))
         final_norm = reader.take("model.norm.weight", (shape.hidden,)).float()
         head = embedding
@@ -89,7 +96,10 @@ class Decoder:
             # a head of its own in the files wins over "tied" in the config, as in transformers
             head = embedding if torch.equal(own, embedding) else own
         reader.refuse_leftovers()
-        return cls(shape, embedding, layers, final_norm, head, RotaryTable(config, device))
+        decoder = cls(shape, embedding, layers, final_norm, head, RotaryTable(config, device))
+        if shards is not None:
+            decoder.shards, decoder.can_enter = shards, False
+        return decoder
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,7 +154,9 @@ class Decoder:
         if noise is not None:
             assert entering is None, "noise is added below the first block"
             residual = residual + noise
-        if entering is not None and adapters.edits:
+        if self.shards is not None and torch.is_grad_enabled():
+            residual.requires_grad_()  # the way down is then through all blocks, whatever is trained
+        if (entering is not None or residual.requires_grad) and adapters.edits:
             residual = residual.clone()  # edits write into it
         residual = self._blocks(range(first, self.shape.num_layers), residual, batch, adapters, cache)
         if batch.output_index is not None:
@@ -349,7 +361,9 @@ class _Reader:
                 )
 
 
-def _read_layer(reader: _Reader, shape: DecoderShape, index: int, config: Any, quantization: QuantizationConfig | None) -> _Layer:
+def _read_layer(
+    reader: _Reader, shape: DecoderShape, index: int, config: Any, quantization: QuantizationConfig | None, shards: ShardedBlocks | None
+) -> _Layer:
     prefix = f"model.layers.{index}."
 
     def read(targets: tuple[str, ...]) -> tuple[Weight, Tensor | None]:
@@ -361,11 +375,12 @@ def _read_layer(reader: _Reader, shape: DecoderShape, index: int, config: Any, q
         return fused(weights, quantization), torch.cat(biases) if biases else None
 
     groups = [read(targets) for targets in GROUPS]
+    weights = tuple(weight for weight, _ in groups) if shards is None else shards.add([weight for weight, _ in groups if isinstance(weight, Tensor)])
     has_head_norm = config.model_type == "qwen3"
     return _Layer(
         input_norm=reader.take(f"{prefix}input_layernorm.weight", (shape.hidden,)).float(),
         post_norm=reader.take(f"{prefix}post_attention_layernorm.weight", (shape.hidden,)).float(),
-        weights=(groups[0][0], groups[1][0], groups[2][0], groups[3][0]),
+        weights=(weights[0], weights[1], weights[2], weights[3]),
         biases=(groups[0][1], groups[1][1], groups[2][1], groups[3][1]),
         q_norm=reader.take(f"{prefix}self_attn.q_norm.weight", (shape.head_size,)).float() if has_head_norm else None,
         k_norm=reader.take(f"{prefix}self_attn.k_norm.weight", (shape.head_size,)).float() if has_head_norm else None,

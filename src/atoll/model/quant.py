@@ -24,6 +24,7 @@ from torch import Tensor
 
 from atoll.config_quantization import QuantizationConfig
 from atoll.errors import ConfigError
+from atoll.model.sharded import ShardedWeight
 
 _BLOCK = 64  # weights that share a scale, as in QLoRA
 
@@ -56,12 +57,12 @@ class QuantizedWeight:
         return out
 
 
-Weight = Tensor | QuantizedWeight
+Weight = Tensor | QuantizedWeight | ShardedWeight
 
 
 def dense(weight: Weight) -> Tensor:
     """A weight as a matrix to multiply by, good until the next call in this thread."""
-    return weight.dense() if isinstance(weight, QuantizedWeight) else weight
+    return weight if isinstance(weight, Tensor) else weight.dense()
 
 
 def require_bitsandbytes() -> None:

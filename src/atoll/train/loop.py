@@ -214,9 +214,11 @@ def _round(jobs: Sequence[TrainingJob], entries: dict[int, _Running]) -> None:
             order.setdefault(id(item.job), place)
     left = Counter(id(item.job) for item in items)
     alone: set[int] = set()  # jobs whose step was begun again, by themselves
+    walks = jobs[0].team.most(len(batches)) if jobs[0].decoder.shards is not None else 0  # a team has one job
     for batch in sorted(batches, key=lambda batch: min(order[id(item.job)] for item in batch)):
         together = [item for item in batch if id(item.job) not in alone]
-        error = _attempt(functools.partial(_forward_backward, together))
+        with _walk(batch[0].job.decoder, backward=True):
+            error = _attempt(functools.partial(_forward_backward, together))
         if error is not None:
             if len(together) > 1:
                 _log.warning("a forward that %d jobs shared failed and is done again job by job: %s", len(together), error)
@@ -229,9 +231,17 @@ def _round(jobs: Sequence[TrainingJob], entries: dict[int, _Running]) -> None:
             left[id(item.job)] -= 1
             if not left[id(item.job)] and item.job.team.count == 1:
                 _finish(entries[id(item.job)])
+    for _ in range(walks - len(batches)):
+        with _walk(jobs[0].decoder, backward=True):
+            pass
     for job in jobs:
         if job.team.count > 1:
             _finish(entries[id(job)])
+
+
+def _walk(decoder: Decoder, *, backward: bool) -> contextlib.AbstractContextManager[None]:
+    """What a forward is in, with its backward: processes that hold the base together all walk through its blocks, each as often as the others."""
+    return decoder.shards.walk(backward=backward) if decoder.shards is not None else contextlib.nullcontext()
 
 
 def _finish(entry: _Running) -> None:
@@ -363,8 +373,17 @@ def _after_gradients(job: TrainingJob) -> None:
 @torch.no_grad()
 def _validation(job: TrainingJob) -> tuple[float, int]:
     """The summed loss of this process's validation rows, and how many labels they have."""
-    total, labels = 0.0, 0
-    for place, group in enumerate(job.validation_groups()):
-        total += float(_losses([_Item(job, group, place)], training=False)[0])
-        labels += sum(row.num_labels for row in group.rows)
+    total, labels, error = 0.0, 0, None
+    groups = job.validation_groups()
+
+    def add(place: int) -> None:
+        nonlocal total, labels
+        total += float(_losses([_Item(job, groups[place], place)], training=False)[0])
+        labels += sum(row.num_labels for row in groups[place].rows)
+
+    for place in range(job.team.most(len(groups)) if job.decoder.shards is not None else len(groups)):
+        with _walk(job.decoder, backward=False):
+            if place < len(groups) and error is None:
+                error = _attempt(functools.partial(add, place))
+    _raise(error)
     return total, labels

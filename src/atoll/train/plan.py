@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _MEASURED_TOKENS = 1000
 _FORWARD_SHARE = 0.4  # of a training step's time: what a validation pass costs a token
 _PROCESS_BYTES = 500 << 20  # python, torch and transformers as loaded
-_NO_MATTER = {"checkpoint_every", "logging_every", "device", "reuse_mib", "log_to"}  # the trainer's keys that do not decide the weights,
+_NO_MATTER = {"checkpoint_every", "logging_every", "device", "fsdp", "reuse_mib", "log_to"}  # the trainer's keys that do not decide the weights,
 _OF_REFT = {"reft_learning_rate", "reft_weight_decay"}  # and those that do not where there is no ReFT
 _LATER_ADAPTER = ("reft", "use_dora", "init_lora_weights", "loraplus_lr_ratio")
 _LATER_TRAINER = ("neftune_noise_alpha", "mlm_probability", "optimizer", "momentum", "warmup_steps", "final_fraction", "cycles", "decay_fraction")

@@ -2,7 +2,8 @@
 
 Only an adapter is trained, so what travels in a step is its gradient: one flat vector, summed over the processes by torch.distributed. What each of
 them has is already its rows' part in the mean over the label tokens of the whole batch, which all know, so the sum is the gradient of one process
-however unequal the shares are. Every process has the base; the first one alone reads and writes the job's folder.
+however unequal the shares are. Every process has the base, or a part of each of its blocks and gathers the rest (model.sharded). The first one alone
+reads and writes the job's folder.
 
 All that several processes do goes through `together`: where it fails in one of them it fails in all, with that one's sentence.
 
@@ -22,6 +23,8 @@ from atoll.errors import AtollError, TrainingError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from atoll.model.sharded import Share
 
 Found = TypeVar("Found")
 _GIVEN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and its like tell each process
@@ -87,6 +90,24 @@ class Team:
             import torch.distributed as dist
 
             _reached(lambda: dist.broadcast(tensor, src=0))
+
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.count == 1:
+            return number
+        import torch
+        import torch.distributed as dist
+
+        found = torch.tensor(number)
+        _reached(lambda: dist.all_reduce(found, dist.ReduceOp.MAX))
+        return int(found)
+
+    @property
+    def base_share(self) -> Share | None:
+        """This process's share of a base that the team holds together; None for one on its own, which holds all of it."""
+        from atoll.model.sharded import Share
+
+        return Share(self.index, self.count, _gather) if self.count > 1 else None
 
     def together(self, work: Callable[[], Found]) -> Found:
         """What `work` returns. Where it raises in a process, that one raises its error and the others a TrainingError that quotes it."""
@@ -161,6 +182,16 @@ def launched_team() -> Iterator[Team]:
     finally:
         if own:
             dist.destroy_process_group()
+
+
+def _gather(out: Tensor, part: Tensor) -> Callable[[], None]:
+    """Begin to fill `out` with every process's part; returns what waits for it."""
+    import torch.distributed as dist
+
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    begun: list[Any] = []
+    _reached(lambda: begun.append(all_gather(out, part, async_op=True)))
+    return lambda: _reached(begun[0].wait)
 
 
 def _number(name: str, default: int) -> int:

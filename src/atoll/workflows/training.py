@@ -58,10 +58,10 @@ def make_plan(
     root: Path | None = None,
     base: Base | None = None,
     data: TaskData | None = None,
-    device: str | None = None,
+    team: Team | None = None,
     progress: Progress = silent,
 ) -> TrainingPlan:
-    """Load data and base (those not given) and fix everything that decides the training's result. device: instead of the config's.
+    """Load data and base (those not given) and fix everything that decides the training's result. team: the processes that will train it together.
 
     Nothing is written.
     """
@@ -73,7 +73,8 @@ def make_plan(
     data = data or load_task(config.require_data(), name=config.name, root=root)
     trainer = config.trainer
     if base is None:
-        base = load_base(config.base, dtype=trainer.dtype, device=device or trainer.device, quantization=config.quantization, progress=progress)
+        device, share = (trainer.device, None) if team is None else (team.device(trainer.device), team.base_share if trainer.fsdp else None)
+        base = load_base(config.base, dtype=trainer.dtype, device=device, quantization=config.quantization, share=share, progress=progress)
     return plan_training(config, base, data, stop=limits(config.generation, data, base.tokenizer)[1])
 
 
@@ -98,7 +99,7 @@ def train_and_publish(
 
     with launched_team() as team, ExitStack() as stack:
         told = progress if team.is_first else silent
-        plan = team.together(lambda: make_plan(config, root=root, device=team.device(config.trainer.device), progress=told))
+        plan = team.together(lambda: make_plan(config, root=root, team=team, progress=told))
         team.agree(plan.digest)
         folder = out or Path("runs") / plan_name(plan)
         opened: list[Hub] = []
