@@ -132,5 +132,5 @@ def test_a_base_folder_of_another_family_is_loaded(tmp_path: Path) -> None:
 def test_a_base_of_another_family_is_not_shared_out(tmp_path: Path) -> None:
     """Each process would hold all of it, which nobody who asks for fsdp expects."""
     share = Share(0, 2, lambda out, part: pytest.fail("nothing is gathered"))
-    with pytest.raises(ConfigError, match="trainer.fsdp shares out the blocks of Llama's family, but the base is a 'gpt2' model"):
+    with pytest.raises(ConfigError, match=r"trainer\.fsdp shares out the blocks of Llama's family, but the base is a 'gpt2' model"):
         load_base(str(write_family_base(tmp_path / "a", "gpt2")), share=share)
