@@ -1,7 +1,8 @@
 """What the libraries below keep in memory: more of what is freed, fewer of the products that were prepared.
 
-glibc gives blocks above a threshold back to the system at each free; a training step allocates and frees gigabytes that way, and the kernel clears
-every page again. With the threshold at its maximum a step on two cores got 10 to 15 % faster (docs/notebook.md). Nothing happens on other systems.
+A training step frees and takes gigabytes. glibc gives large blocks back to the system at each free, and the kernel clears every page again; where it is
+told not to (10 to 15 % faster), small objects that were made between them cut its heap into pieces. So large tensors get memory of their own
+(kernels/tensors.cpp: another 5 %, and less memory); glibc is told where that cannot be compiled. Numbers are in docs/notebook.md.
 
 For every new number of tokens torch prepares each product anew, some 40 a training step of 0.2 MB each, and keeps a thousand in oneDNN's cache and in
 its own. As bounded here oneDNN's still has those of several steps; what torch's own misses is found there, which costs 3 µs (docs/notebook.md).
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 
@@ -29,18 +31,42 @@ def bound_prepared_products() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to serve blocks up to 32 MiB (its largest threshold) from the heap and to keep the heap. True if it took all three settings."""
+    """Keep the memory of freed tensors for the next ones, for the rest of this process. True if it could be done: on Linux."""
     if not sys.platform.startswith("linux"):
         return False
+    library = _tensors()
+    if library is not None and library.atoll_tensors_begin():
+        return True
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
+    # blocks up to 32 MiB (glibc's largest threshold) from the heap, and the heap is kept
     return all([mallopt(_MMAP_THRESHOLD, 32 * _MIB), mallopt(_TRIM_THRESHOLD, 2**31 - 1), mallopt(_TOP_PAD, 64 * _MIB)])
 
 
 def release_memory() -> None:
     """Give what `keep_freed_memory` kept back to the system: between jobs, not between steps."""
     if sys.platform.startswith("linux"):
+        if (library := _tensors()) is not None:
+            library.atoll_tensors_release()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def tensor_bytes() -> tuple[int, int]:
+    """(bytes of large tensors, bytes up to the end of the last one) in the memory of their own; zeros where there is none."""
+    found = (ctypes.c_size_t * 2)()
+    if (library := _tensors()) is not None:
+        library.atoll_tensors_bytes(found)
+    return found[0], found[1]
+
+
+@functools.cache
+def _tensors() -> ctypes.CDLL | None:
+    """The compiled memory for tensors; None where it cannot be had, or plain torch is asked for."""
+    from atoll.model.kernels.build import load_library, usable_targets
+
+    targets = usable_targets()
+    library = load_library(targets[0], "tensors.cpp") if targets else None
+    return library if library is not None and library.atoll_tensors_interface() == 1 else None

@@ -1,4 +1,4 @@
-"""Compile the CPU forward, or the operations of a training step, once for this machine, keep the library, and load it.
+"""Compile the CPU forward, the operations of a training step, or the memory for tensors, once for this machine, keep the library, and load it.
 
 A library is kept under a key of everything that decides it: sources, flags, compiler and target. So a new version, another processor or another
 compiler builds anew (in a few seconds), and nothing stale is ever loaded. The target is the best one that the processor has; the environment variable
@@ -55,7 +55,20 @@ TARGETS = (  # best first
     Target("amx_emulated", _AVX512_NEEDS, (*_AVX512, "-DATOLL_AMX", "-DATOLL_AMX_EMULATED")),
 )
 _COMMON = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
-_THREADS = {"training.cpp": ("-fopenmp",)}  # torch's own pool of threads, which its products use
+_TENSORS = "tensors.cpp"
+
+
+def _flags(target: Target, source: str) -> tuple[str, ...]:
+    """What the compiler is told beyond the source and the result."""
+    if source == "training.cpp":
+        return (*_COMMON, *target.flags, "-fopenmp")  # torch's own pool of threads, which its products use
+    if source == _TENSORS:  # the only one that sees torch: its headers and its library must be those that will be loaded
+        import torch
+
+        root = Path(torch.__file__).parent
+        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+        return (*_COMMON, abi, f'-DATOLL_TORCH="{torch.__version__}"', f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10")
+    return (*_COMMON, *target.flags)
 
 
 def usable_targets() -> list[Target]:
@@ -96,7 +109,7 @@ def _library_path(target: Target, compiler: str, source: str) -> Path:
     digest = hashlib.sha256(source.encode())
     for path in _sources():
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    digest.update(" ".join((*_COMMON, *target.flags, *_THREADS.get(source, ()), compiler, _compiler_version(compiler), platform.machine())).encode())
+    digest.update(" ".join((*_flags(target, source), compiler, _compiler_version(compiler), platform.machine())).encode())
     return atoll_home() / "kernels" / f"{target.name}-{digest.hexdigest()[:16]}.so"
 
 
@@ -105,7 +118,7 @@ def _build(target: Target, compiler: str, source: str, path: Path) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
-            command = [compiler, *_COMMON, *target.flags, *_THREADS.get(source, ()), str(Path(__file__).parent / source), "-o", str(built)]
+            command = [compiler, str(Path(__file__).parent / source), "-o", str(built), *_flags(target, source)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
             if done.returncode != 0:
                 reason = (done.stderr.strip().splitlines() or ["no message"])[0]
