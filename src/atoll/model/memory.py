@@ -1,7 +1,7 @@
 """What the libraries below keep in memory: more of what is freed, fewer of the products that were prepared.
 
-A training step frees and takes gigabytes. glibc gives large blocks back to the system at each free, and the kernel clears every page again; where it is
-told not to (10 to 15 % faster), small objects that were made between them cut its heap into pieces. So large tensors get memory of their own
+A training step frees and takes gigabytes. glibc gives large blocks back to the system at each free, and the kernel clears every page again; where it
+is told not to (10 to 15 % faster), small objects that were made between them cut its heap into pieces. So large tensors get memory of their own
 (kernels/tensors.cpp: another 5 %, and less memory); glibc is told where that cannot be compiled. Numbers are in docs/notebook.md.
 
 For every new number of tokens torch prepares each product anew, some 40 a training step of 0.2 MB each, and keeps a thousand in oneDNN's cache and in
