@@ -22,6 +22,7 @@ from tests.train.jobs import toy_decoder, toy_job, toy_reft, toy_rows
 from atoll.errors import AtollError
 from atoll.model.adapter_files import write_adapter
 from atoll.model.decoder import Decoder
+from atoll.model.sharded import ShardedBlocks
 from atoll.train import loop
 from atoll.train.flat import FlatVector
 from atoll.train.job import TrainingJob
@@ -119,6 +120,34 @@ def failing_forward(team: Team) -> None:
         loop._forward_backward = forward
 
 
+def killed_in_a_gather(team: Team) -> None:
+    """The second process is gone in the middle of its seventh step's walk."""
+    if team.index == 1:
+        original, calls = ShardedBlocks._step, list[int]()
+
+        def step(blocks: ShardedBlocks) -> None:
+            calls.append(1)
+            if len(calls) == 25:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(blocks)
+
+        ShardedBlocks._step = step
+
+
+def full_log(team: Team) -> None:
+    """The first process alone writes, and at the third step, where validation is due, it cannot."""
+    if team.is_first:
+        original, calls = TrainingJob._write, list[int]()
+
+        def write(done: TrainingJob, **numbers: float) -> None:
+            calls.append(1)
+            if len(calls) == 3:
+                raise OSError(28, "No space left on device")
+            original(done, **numbers)
+
+        TrainingJob._write = write
+
+
 def failing_validation(team: Team) -> None:
     """The second process runs out of memory in its first validation."""
     if team.index == 1:
@@ -163,7 +192,8 @@ def _main(out: Path) -> None:
     for fault, begun in (("failed", failing_forward), ("no validation", failing_validation)):
         found[f"{fault}, shared out"] = run(2, out / f"{fault}, shared out", "lora", begun, fsdp=True)
     killed = at_step(6, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    found["killed, shared out"] = run(2, out / "killed, shared out", "lora", killed, fsdp=True)
+    found["killed, shared out"] = run(2, out / "killed, shared out", "lora", killed_in_a_gather, fsdp=True)
+    found["full log"] = run(2, out / "full log", "lora", full_log)
     found["after the kill, shared out"] = run(2, out / "killed, shared out", "lora", fsdp=True)
     found["single rows, shared out"] = run(2, out / "single rows" / "shared out", "lora", batch_size=1, max_steps=3, fsdp=True)
     found["killed"] = run(2, out / "killed", "lora", killed)

@@ -118,6 +118,18 @@ def test_a_plan_counts_every_parameter_that_is_trained(base: Base) -> None:
     assert plan_of(base, adapter={"layers_to_transform": [2], "reft": {}}).first_layer == 0
 
 
+def test_a_shared_base_is_no_other_job(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that several processes began with fsdp is gone on with by one; and one process is told that it holds everything."""
+    upper = {"adapter": {"layers_to_transform": [1, 2]}}
+    alone = plan_of(base, **upper, trainer={"fsdp": True})
+    assert alone.warnings == ("dates: trainer.fsdp has no effect in one process, which holds the whole base",)
+    monkeypatch.setattr(base.decoder, "shards", object())
+    monkeypatch.setattr(base.decoder, "can_enter", False)
+    shared = plan_of(base, **upper, trainer={"fsdp": True})
+    assert shared.warnings == ()
+    assert shared.digest == alone.digest == plan_of(base, **upper).digest
+
+
 def test_a_jobs_identity_covers_what_decides_its_weights_and_nothing_else(base: Base) -> None:
     """A changed position must not resume an old checkpoint; more memory, or settings of a part that there is not, must."""
     reft, lora = {"type": "loreft"}, {"r": 2}

@@ -23,11 +23,19 @@ from atoll.train.team import ALONE, Team, launched_team
 
 ROOT = Path(__file__).parents[2]
 LEAVE = """
-import os, torch
+import os, sys, torch
+from atoll.errors import TrainingError
 from atoll.train.team import launched_team
-with launched_team() as team:
-    import torch.distributed.nn  # as transformers does
-    team.add_up(torch.ones(1))
+try:
+    with launched_team() as team:
+        import torch.distributed.nn  # as transformers does
+        team.add_up(torch.ones(1))
+        if sys.argv[1] == "lost":
+            if not team.is_first:
+                os._exit(0)
+            team.base_share.gather(torch.empty(8, dtype=torch.uint8), torch.empty(4, dtype=torch.uint8))()
+except TrainingError as error:
+    lost = error
 print(*(open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")))
 """
 
@@ -90,7 +98,15 @@ def test_who_fails_still_serves_its_part(runs: tuple[Path, dict[str, list[Any]]]
     first, second = runs[1]["killed, shared out"]
     assert second is None
     assert first["error"].startswith("another process of this training has ended or cannot be reached")
+    assert [end["steps"] for end in runs[1]["after the kill, shared out"]] == [12, 12]
     assert_near(runs[0] / "killed, shared out", runs[0] / "lora" / "1")
+
+
+def test_a_log_that_cannot_be_written_ends_all(runs: tuple[Path, dict[str, list[Any]]]) -> None:
+    """The others are about to measure the validation loss, and would wait for the first for ever."""
+    first, second = runs[1]["full log"]
+    assert "No space left on device" in first["error"]
+    assert second["error"].startswith("process 1 of 2 failed: ")
 
 
 def _header(folder: Path) -> dict[str, str]:
@@ -162,17 +178,19 @@ def test_without_a_launcher_there_is_no_team(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's list of threads")
-def test_a_team_leaves_no_thread() -> None:
+@pytest.mark.parametrize("end", ["whole", "lost"])
+def test_a_team_leaves_no_thread(end: str) -> None:
     """One of gloo's that lives on while the interpreter ends may abort the process; a reference to the group that somebody keeps, keeps them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     given = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = [
-        subprocess.Popen([sys.executable, "-c", LEAVE], env={**given, "RANK": str(index)}, stdout=subprocess.PIPE, text=True) for index in range(2)
+        subprocess.Popen([sys.executable, "-c", LEAVE, end], env={**given, "RANK": str(index)}, stdout=subprocess.PIPE, text=True)
+        for index in range(2)
     ]
-    for process in started:
-        names, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
+    found = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    for names in found if end == "whole" else found[:1]:
         assert "python" in names
         assert "gloo" not in names

@@ -122,6 +122,11 @@ def load_decoder(
         return load_generic_decoder(path, dtype, device, quantization)
     from atoll.model.decoder import Decoder
 
+    if share is not None and quantization is not None and quantization.holds_blocks:
+        raise ConfigError(
+            f"trainer.fsdp shares out weights that lie in memory as bf16, but quantization.resident is {quantization.resident}",
+            hint="leave one of them out",
+        )
     tensors = read_tensors(path, dtype if share is None else None)  # a share is converted weight by weight: the whole may not fit
     return Decoder.from_state_dict(config, tensors, dtype, device, quantization, share)
 

@@ -154,9 +154,7 @@ class Decoder:
         if noise is not None:
             assert entering is None, "noise is added below the first block"
             residual = residual + noise
-        if self.shards is not None and torch.is_grad_enabled():
-            residual.requires_grad_()  # the way down is then through all blocks, whatever is trained
-        if (entering is not None or residual.requires_grad) and adapters.edits:
+        if entering is not None and adapters.edits:
             residual = residual.clone()  # edits write into it
         residual = self._blocks(range(first, self.shape.num_layers), residual, batch, adapters, cache)
         if batch.output_index is not None:

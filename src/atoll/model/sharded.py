@@ -72,6 +72,8 @@ class ShardedBlocks:
         order = [*up, *reversed(up[:-1])] if backward else [*up]
         self._ahead = deque(order[1:] if order[0] == self._at else order)
         try:
+            if self._ahead:
+                self._begin()
             yield
         finally:
             while self._ahead:

@@ -359,11 +359,12 @@ def _noise(packed: LabelledBatch, items: Sequence[_Item]) -> Tensor | None:
 
 
 def _after_gradients(job: TrainingJob) -> None:
-    job.finish_step()
+    job.team.together(job.finish_step)  # it writes in the first process alone
     if job.validation_is_due:
         started = Spent.now()
-        total, labels = job.team.sums(*job.team.together(functools.partial(_validation, job)))
-        job.validated(total / labels, (Spent.now() - started).of_each(job.team.count))
+        groups = job.team.together(job.validation_groups)
+        total, labels = job.team.sums(*job.team.together(functools.partial(_validation, job, groups)))
+        job.team.together(functools.partial(job.validated, total / labels, (Spent.now() - started).of_each(job.team.count)))
     if job.checkpoint_is_due:
         started = Spent.now()
         job.team.together(job.checkpoint)
@@ -371,10 +372,9 @@ def _after_gradients(job: TrainingJob) -> None:
 
 
 @torch.no_grad()
-def _validation(job: TrainingJob) -> tuple[float, int]:
+def _validation(job: TrainingJob, groups: Sequence[RowGroup]) -> tuple[float, int]:
     """The summed loss of this process's validation rows, and how many labels they have."""
     total, labels, error = 0.0, 0, None
-    groups = job.validation_groups()
 
     def add(place: int) -> None:
         nonlocal total, labels

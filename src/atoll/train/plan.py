@@ -82,7 +82,7 @@ class TrainingPlan:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the user should know about the rows: how many lost the beginning of their prompt, and where the first one stands."""
+        """What the user should know: how many rows lost the beginning of their prompt, and where the first one stands; what has no effect here."""
         name = self.data.task.name
         cut = tuple(
             f"{name}: {part.num_cut} of {len(part.rows)} {which} rows lost the beginning of their prompt to fit {part.max_length} tokens "
@@ -90,7 +90,9 @@ class TrainingPlan:
             for which, part in (("training", self.train), ("validation", self.validation))
             if part.num_cut
         )
-        return cut + ((f"{name}: {self.num_unedited} of {len(self.train.rows)} training rows have no edited token",) if self.num_unedited else ())
+        unedited = (f"{name}: {self.num_unedited} of {len(self.train.rows)} training rows have no edited token",) if self.num_unedited else ()
+        whole = self.config.trainer.fsdp and self.base.decoder.shards is None
+        return cut + unedited + ((f"{name}: trainer.fsdp has no effect in one process, which holds the whole base",) if whole else ())
 
     @property
     def num_unedited(self) -> int:
@@ -171,7 +173,9 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
         "rows": [[row.token_ids, row.first_label, *([row.num_prompt] if spec.reft else [])] for part in encoded for row in part.rows],
     }
     lowest = first_layer(spec, shape.num_layers, shape.linears)
-    if lowest and decoder.can_enter:  # then rows enter there one by one (train.entering), which decides last bits
+    if (
+        lowest and type(decoder).can_enter
+    ):  # (whether or not this one is held in parts) then rows enter there one by one (train.entering), which decides last bits
         identity["first_layer"] = lowest
     if classes:
         identity["labels"] = classes

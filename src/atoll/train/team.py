@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Found = TypeVar("Found")
 _GIVEN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and its like tell each process
-_SOURCE = re.compile(r"^\[\S*\.cpp:\d+\] ")  # the place in torch's source where an error was met
+_SOURCE = re.compile(r"^\[\S*\.(?:cpp|cc):\d+\] ")  # the place in torch's source where an error was met
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _gather(out: Tensor, part: Tensor) -> Callable[[], None]:
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
     begun: list[Any] = []
     _reached(lambda: begun.append(all_gather(out, part, async_op=True)))
-    return lambda: _reached(begun[0].wait)
+    return lambda: _reached(lambda: begun.pop().wait())  # popped: an error's frames would keep the group alive beyond the team
 
 
 def _number(name: str, default: int) -> int:
@@ -203,8 +203,10 @@ def _reached(work: Callable[[], object]) -> None:
     """Raises TrainingError for torch's when another process is gone."""
     try:
         work()
-    except RuntimeError as error:
-        raise TrainingError(
-            "another process of this training has ended or cannot be reached: " + _SOURCE.sub("", str(error).splitlines()[0]).partition(". ")[0],
-            hint="its own message says why; run the same command again to go on from the last checkpoint",
-        ) from error
+        return
+    except RuntimeError as error:  # not kept as the cause: its frames hold the group, which is to end with the team
+        said = _SOURCE.sub("", str(error).splitlines()[0]).partition(". ")[0]
+    raise TrainingError(
+        f"another process of this training has ended or cannot be reached: {said}",
+        hint="its own message says why; run the same command again to go on from the last checkpoint",
+    )
