@@ -35,7 +35,10 @@ class SearchContestant:
     def __init__(self, options: dict[str, Any]) -> None:
         import torch
 
+        from atoll.model.memory import keep_freed_memory
+
         torch.set_num_threads(options["threads"])
+        keep_freed_memory()  # as every search does
         self._options = options
 
     def details(self) -> dict[str, Any]:
