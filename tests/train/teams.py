@@ -6,6 +6,7 @@ Used by test_team.py. One process imports torch and makes the base; its forks fo
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -123,29 +124,29 @@ def failing_forward(team: Team) -> None:
 def killed_in_a_gather(team: Team) -> None:
     """The second process is gone in the middle of its seventh step's walk."""
     if team.index == 1:
-        original, calls = ShardedBlocks._step, list[int]()
-
-        def step(blocks: ShardedBlocks) -> None:
-            calls.append(1)
-            if len(calls) == 25:
-                os.kill(os.getpid(), signal.SIGKILL)
-            original(blocks)
-
-        ShardedBlocks._step = step
+        _before_call(25, ShardedBlocks, "_step", lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def full_log(team: Team) -> None:
     """The first process alone writes, and at the third step, where validation is due, it cannot."""
     if team.is_first:
-        original, calls = TrainingJob._write, list[int]()
+        _before_call(3, TrainingJob, "_write", lambda: _fail(OSError(28, "No space left on device")))
 
-        def write(done: TrainingJob, **numbers: float) -> None:
-            calls.append(1)
-            if len(calls) == 3:
-                raise OSError(28, "No space left on device")
-            original(done, **numbers)
 
-        TrainingJob._write = write
+def _before_call(number: int, owner: type, name: str, what: Callable[[], object]) -> None:
+    """`what` happens before a method's call of that number."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def method(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == number:
+            what()
+        return original(*arguments, **named)
+
+    setattr(owner, name, method)
+
+
+def _fail(error: Exception) -> None:
+    raise error
 
 
 def failing_validation(team: Team) -> None:
@@ -164,15 +165,7 @@ def failing_validation(team: Team) -> None:
 def without_room(team: Team) -> None:
     """The second process has no rows of its steps, and at the third no memory for their gradients either."""
     if team.index == 1:
-        original, calls = FlatVector.zero_grads, list[int]()
-
-        def zero_grads(flat: FlatVector) -> None:
-            calls.append(1)
-            if len(calls) == 3:
-                raise RuntimeError("no memory left")
-            original(flat)
-
-        FlatVector.zero_grads = zero_grads
+        _before_call(3, FlatVector, "zero_grads", lambda: _fail(RuntimeError("no memory left")))
 
 
 def _main(out: Path) -> None:
