@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.adapters import decoder_of, random_adapter
@@ -14,7 +16,7 @@ from atoll.compose.pool import Pool
 from atoll.data.encode import EncodedRow
 from atoll.errors import DataError
 from atoll.model.bank import LoraBank
-from atoll.model.batch import AdapterBatch
+from atoll.model.batch import AdapterBatch, PackedBatch
 from atoll.model.composed import cat
 from atoll.model.decoder import Decoder
 from atoll.model.loss import label_loss
@@ -110,6 +112,50 @@ def test_layers_below_the_first_that_changes_are_run_once(decoder: Decoder, monk
     plain = LabelLosses(decoder, upper, ROWS).scores(weights, range(5))
     torch.testing.assert_close(results[-1], plain, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradient, torch.autograd.grad(plain.sum(), weights)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lowest", [0, 2])
+@pytest.mark.parametrize("layered", [False, True])
+def test_a_beginning_that_all_examples_share_goes_in_once(decoder: Decoder, layered: bool, lowest: int) -> None:
+    """Same losses and gradients as of each example by itself, for fewer tokens; also above layers that no adapter changes."""
+    layers = tuple(range(lowest, decoder.shape.num_layers))
+    used = Pool.of([random_adapter(decoder, 4, seed=seed, layers_to_transform=layers) for seed in (1, 2)], decoder)
+    weights = some_weights(3, 2, *((used.num_layers,) if layered else ())).requires_grad_()
+    beginning = examples(1, seed=9, prompt=24)[0].token_ids[:20]
+    rows = [EncodedRow(beginning + row.token_ids, len(beginning) + row.num_prompt, row.where) for row in ROWS]
+    scores = LabelLosses(decoder, used, rows)
+    seen = tokens_of_forwards(scores, weights)
+    assert seen == 3 * (20 + sum(len(row.token_ids) - 1 for row in ROWS))
+    together, alone = scores.scores(weights, range(5)), torch.cat([scores.scores(weights, [example]) for example in range(5)], 1)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(found.sum(), weights)[0] for found in (together, alone)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(scores.scores(weights.detach(), range(5)), alone, rtol=1e-5, atol=1e-5)
+
+
+def tokens_of_forwards(scores: LabelLosses, weights: Tensor) -> int:
+    """How many tokens the candidates' forwards over all examples take."""
+    counted: list[int] = []
+    original = Decoder.forward
+
+    def counting(self: Decoder, batch: PackedBatch, *given: Any, **named: Any) -> Tensor:
+        counted.append(batch.num_tokens)
+        return original(self, batch, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "forward", counting)
+        scores.scores(weights, range(scores.num_examples))
+    return sum(counted)
+
+
+def test_a_long_beginning_leaves_room_for_rows_and_counts_in_memory(decoder: Decoder, pool: Pool) -> None:
+    """However long it is, a forward holds rows that share it, and no more candidates than there is room for with it."""
+    beginning = examples(1, seed=9, prompt=100)[0].token_ids[:90]
+    rows = [EncodedRow(beginning + row.token_ids, len(beginning) + row.num_prompt, row.where) for row in ROWS]
+    scores = LabelLosses(decoder, pool, rows, forward_tokens=300, backward_tokens=100)
+    assert scores.at_once(range(5)) == 300 // (90 + 5 * 11)
+    assert [len(portion) for portion in scores.portions(range(5), 1)] == [4, 1]
 
 
 @torch.no_grad()
