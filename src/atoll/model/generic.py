@@ -25,6 +25,7 @@ from atoll.model.base import checked_device, checked_dtype, load_tokenizer
 from atoll.model.fingerprint import read_json, weight_files
 from atoll.model.generic_adapter import GenericAdapter
 from atoll.model.pull import HUB_FILES, hub_snapshot
+from atoll.model.t5_attention import attentions_of, scoring
 
 IGNORED = -100  # the label of a place that has none, in transformers and in LoraHub
 
@@ -49,6 +50,7 @@ class GenericModel:
         self.layer_of: Mapping[str, int] = {place: blocks.setdefault(_block(place), len(blocks)) for place in self._linears}
         self.num_layers = len(blocks)
         self._head = model.get_output_embeddings()
+        self._attentions = attentions_of(model)
         self._encoder = next(place for place, module in model.named_modules() if module is model.get_encoder())
 
     @property
@@ -108,7 +110,7 @@ class GenericModel:
         begun = self.model.prepare_decoder_input_ids_from_labels(labels=pairs.labels).repeat(num, 1)
         chosen = self._head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[places].unsqueeze(0),))
         try:
-            with self.changed(changes):
+            with self.changed(changes), scoring(self._attentions, changes):
                 logits = self.model(**given, decoder_input_ids=begun, use_cache=False).logits[0]
         finally:
             chosen.remove()
