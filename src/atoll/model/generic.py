@@ -110,7 +110,7 @@ class GenericModel:
         begun = self.model.prepare_decoder_input_ids_from_labels(labels=pairs.labels).repeat(num, 1)
         chosen = self._head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[places].unsqueeze(0),))
         try:
-            with self.changed(changes), scoring(self._attentions, changes):
+            with self.changed(changes), scoring(self._attentions, changes, num):
                 logits = self.model(**given, decoder_input_ids=begun, use_cache=False).logits[0]
         finally:
             chosen.remove()

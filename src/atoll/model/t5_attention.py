@@ -4,7 +4,8 @@ A decoder that scores labels asks with few tokens (8, say) what the encoder says
 what its cross attention costs; and q · (W_k s) = (W_kᵀ q) · s, Σ p (W_v s) = W_v Σ p s. So the weights act on the few: a query of every head is
 brought to the width of the states, which are read as they are (how DeepSeek-V2 decodes over its latent states, arXiv 2405.04434).
 
-The encoder's own attention is two batched products and a softmax: torch's fused kernel is slow where scores have a bias.
+The encoder's own attention is two batched products and a softmax: torch's fused kernel is slow where scores have a bias. What its first layer reads
+is the same for all candidates, so the base's part of its products is made once for all.
 
 Used by generic.py for the time of a forward. Modules of other classes, and calls with a cache, stay transformers'.
 """
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -32,11 +34,14 @@ def attentions_of(model: Any) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def scoring(attentions: Mapping[str, nn.Module], changes: Mapping[str, Change]) -> Iterator[None]:
-    """Within, these modules compute as this file says. changes: by the paths of the linears, as the model's hooks have them."""
+def scoring(attentions: Mapping[str, nn.Module], changes: Mapping[str, Change], num: int) -> Iterator[None]:
+    """Within, these modules compute as this file says. changes: by the paths of the linears, as the model's hooks have them.
+
+    num: how many candidates there are, whose rows are the same ones.
+    """
     try:
         for place, module in attentions.items():
-            module.forward = _Cross(module, place, changes) if module.is_decoder else _Own(module)
+            module.forward = _Cross(module, place, changes) if module.is_decoder else _Own(module, place, changes, num)
         yield
     finally:
         for module in attentions.values():
@@ -46,19 +51,26 @@ def scoring(attentions: Mapping[str, nn.Module], changes: Mapping[str, Change]) 
 class _Own:
     """Attention among the states [n, T, D] themselves."""
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
+    def __init__(self, module: Any, place: str, changes: Mapping[str, Change], num: int) -> None:
+        self._module, self._num = module, num
+        self._changes = {name: changes.get(f"{place}.{name}") for name in ("q", "k", "v")}
 
     def __call__(self, hidden_states: Tensor, mask: Tensor | None = None, position_bias: Tensor | None = None, **_: Any) -> Any:
         module, (rows, length, _width) = self._module, hidden_states.shape
-        heads = module.n_heads
+        heads, is_first = module.n_heads, position_bias is None  # layers hand their bias on
         if position_bias is None:
-            position_bias = module.compute_bias(length, length, device=hidden_states.device)
-        q, k, v = (linear(hidden_states).view(rows, length, heads, -1).transpose(1, 2).flatten(0, 1) for linear in (module.q, module.k, module.v))
+            position_bias = module.compute_bias(length, length, device=hidden_states.device).contiguous()
+        made = (self._of_same_rows(name, hidden_states) if is_first else getattr(module, name)(hidden_states) for name in ("q", "k", "v"))
+        q, k, v = (x.view(rows, length, heads, -1).transpose(1, 2).flatten(0, 1) for x in made)
         scores = torch.bmm(q, k.mT).view(rows, heads, length, length)
         scores = _hidden(scores + position_bias if scores.requires_grad else scores.add_(position_bias), mask)
         attended = torch.bmm(torch.softmax(scores, -1).flatten(0, 1), v).view(rows, heads, length, -1)
         return module.o(attended.transpose(1, 2).flatten(2)), position_bias, None
+
+    def _of_same_rows(self, name: str, x: Tensor) -> Tensor:
+        """A linear's output where all candidates' rows are the first one's."""
+        base, change = F.linear(x[: len(x) // self._num], getattr(self._module, name).weight).repeat(self._num, 1, 1), self._changes[name]
+        return base if change is None else change(x, base)
 
 
 class _Cross:
