@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,9 +132,11 @@ def test_the_advice_follows_from_the_figures(kind: str) -> None:
     assert ("Use it" in said) == (kind == "it beats everything")
 
 
-def test_without_figures_the_advice_is_to_compare() -> None:
-    [said] = advice(report({}))
-    assert said.startswith("Nothing was compared") and "with controls" in said
+@pytest.mark.parametrize(("examples", "known"), [(5, "56 % against 25 %"), (14, "56 % against 25 %"), (15, "15 of 17 real tasks"), (100, "15 of 17")])
+def test_without_figures_the_advice_is_to_compare(examples: int, known: str) -> None:
+    """And what is known of compositions of about so many examples, which with many speaks for training."""
+    [said] = advice(replace(report({}), examples=examples))
+    assert said.startswith("Nothing was compared") and known in said and "with controls" in said
 
 
 def test_a_report_comes_back_from_its_file() -> None:
