@@ -194,9 +194,6 @@ def measure_method(item: Item, k: int, method: str, arguments: argparse.Namespac
     weights = [dict(sorted(_named(plan, one.shortlist, one.found.weights).items(), key=lambda pair: -abs(pair[1]))[:6]) for one in searched]
     notes = {
         "weights": weights,
-        "found": [
-            {"adapters": [plan.candidates[ranked.index].name for ranked in one.shortlist], "weights": one.found.weights.tolist()} for one in searched
-        ],
         "evaluations": [one.found.evaluations for one in searched],
         "failures": dict(measured.failures),
         "parts": clock.parts,

@@ -149,13 +149,32 @@ def tokens_of_forwards(scores: LabelLosses, weights: Tensor) -> int:
     return sum(counted)
 
 
-def test_a_long_beginning_leaves_room_for_rows_and_counts_in_memory(decoder: Decoder, pool: Pool) -> None:
-    """However long it is, a forward holds rows that share it, and no more candidates than there is room for with it."""
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["cat", "product"])
+@pytest.mark.parametrize("rows", ["the same", "one begins another", "a label right behind"])
+def test_whatever_examples_share_their_losses_are_their_own(decoder: Decoder, equals: Pool, rows: str, form: str) -> None:
+    """Equal rows, a row that is another's beginning, and prompts that are shared to their last token but one."""
+    long = list(range(20, 60))
+    made = {
+        "the same": [EncodedRow([*long, 5, 6], 40, "1"), EncodedRow([*long, 5, 6], 40, "2")],
+        "one begins another": [EncodedRow(long, 30, "1"), EncodedRow([*long, 7, 8, 9], 38, "2"), EncodedRow([*long, 9], 32, "3")],
+        "a label right behind": [EncodedRow([*long, label, 2], 40, str(label)) for label in (5, 6, 7)],
+    }[rows]
+    scores, weights = LabelLosses(decoder, equals, made, form=form), some_weights(3, equals.num)
+    alone = torch.cat([scores.scores(weights, [example]) for example in range(len(made))], 1)
+    torch.testing.assert_close(scores.scores(weights, range(len(made))), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_beginning_leaves_the_size_of_forwards_as_it_is(decoder: Decoder, pool: Pool) -> None:
+    """Attention lays the beginning beside every row, so a row takes the memory of its whole length."""
     beginning = examples(1, seed=9, prompt=100)[0].token_ids[:90]
     rows = [EncodedRow(beginning + row.token_ids, len(beginning) + row.num_prompt, row.where) for row in ROWS]
-    scores = LabelLosses(decoder, pool, rows, forward_tokens=300, backward_tokens=100)
-    assert scores.at_once(range(5)) == 300 // (90 + 5 * 11)
-    assert [len(portion) for portion in scores.portions(range(5), 1)] == [4, 1]
+    scores = LabelLosses(decoder, pool, rows, forward_tokens=1100, backward_tokens=303)
+    lengths = [len(row.token_ids) - 1 for row in rows]
+    assert scores.at_once(range(5)) == 1100 // (5 * max(lengths))
+    portions = scores.portions(range(5), 1)
+    assert sorted(example for portion in portions for example in portion) == list(range(5)) and len(portions) == 2
+    assert all(len(portion) * max(lengths[example] for example in portion) <= 303 for portion in portions)
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """The label losses of many candidates on a few examples: P x k rows in one forward, logits at the label tokens alone.
 
 Row order is candidate by candidate, each with the same examples, so a candidate's tokens are one block (see candidates.py). Where the examples or the
-candidates are too many for one forward, they come in portions; nothing else is lost by that. Where the examples of a portion begin alike (with their
-task's instruction, or the prompt of several options), a candidate computes the beginning once, as training does. What does not depend on the weights
-is kept: the packed batches, and the base's hidden states below the first layer that any adapter changes.
+candidates are too many for one forward, they come in portions; nothing else is lost by that. Where all examples of a portion begin alike (with their
+task's instruction, mostly), a candidate computes the beginning once, as training does; portions are made as if it were not, since attention lays the
+beginning beside each row. What does not depend on the weights is kept: the packed batches, and the base's hidden states below the first layer that
+any adapter changes.
 
 Used by objective.py and by metrics.py, which scores options with it; `losses` by whoever wants the numbers once.
 """
@@ -67,8 +68,7 @@ class LabelLosses:
         self.candidates = Candidates(pool, form)
         self._forward_tokens, self._backward_tokens = forward_tokens, backward_tokens
         self._shares = not (decoder.rotary.by_length or decoder.whole_prompts)
-        self._beginning = self._shared(self.rows)  # that all rows have; the rows of a portion may have more in common
-        self._lengths = [len(row.token_ids) - 1 - self._beginning for row in self.rows]
+        self._lengths = [len(row.token_ids) - 1 for row in self.rows]
         self._packed: dict[tuple[tuple[int, ...], int], _Packed] = {}
         self._below: dict[tuple[int, ...], Tensor] = {}  # of some examples, the base's residual stream as it enters the first layer that changes
 
@@ -86,12 +86,12 @@ class LabelLosses:
 
     def at_once(self, examples: Sequence[int]) -> int:
         """How many candidates one forward takes."""
-        portions = self._portions(examples, self._forward_tokens)
+        portions = micro_batches(examples, self._lengths, self._forward_tokens)
         return min(max(1, self._forward_tokens // self._size(portion)) for portion in portions)
 
     def portions(self, examples: Sequence[int], num_candidates: int) -> list[list[int]]:
         """The examples in groups that can be differentiated at a time, for so many candidates together."""
-        return self._portions(examples, self._backward_tokens // num_candidates)
+        return micro_batches(examples, self._lengths, max(1, self._backward_tokens // num_candidates))
 
     def scores(self, weights: Tensor, examples: Sequence[int]) -> Tensor:
         """[P, len(examples)] float32. weights [P, N] or [P, N, L]. With gradients, all rows stand in one graph: pass what `portions` gave."""
@@ -100,7 +100,7 @@ class LabelLosses:
             return self._forward(weights, tuple(examples))
         column = {example: place for place, example in enumerate(examples)}
         found = torch.empty(len(weights), len(examples), dtype=torch.float32, device=weights.device)
-        for portion in self._portions(examples, self._forward_tokens):
+        for portion in micro_batches(examples, self._lengths, self._forward_tokens):
             step = max(1, self._forward_tokens // self._size(portion))
             columns = [column[example] for example in portion]
             for start in range(0, len(weights), step):
@@ -108,13 +108,9 @@ class LabelLosses:
                     found[start : start + step, columns] = self._forward(weights[start : start + step], tuple(portion))
         return found
 
-    def _portions(self, examples: Sequence[int], tokens: int) -> list[list[int]]:
-        """The examples in groups of at most so many tokens, half of them the rows' own even where the beginning is longer than all that."""
-        return micro_batches(examples, self._lengths, max(1, tokens - self._beginning, tokens // 2))
-
     def _size(self, examples: Sequence[int]) -> int:
         """Tokens of a candidate's rows, padded as attention pads them."""
-        return self._beginning + len(examples) * max(self._lengths[example] for example in examples)
+        return len(examples) * max(self._lengths[example] for example in examples)
 
     def _forward(self, weights: Tensor, examples: tuple[int, ...]) -> Tensor:
         packed, device = self._pack(examples, len(weights)), self.decoder.device
@@ -124,15 +120,12 @@ class LabelLosses:
         summed = each.new_zeros(len(weights), len(examples)).index_add(1, packed.example_of_label, each)
         return (summed / torch.bincount(packed.example_of_label, minlength=len(examples))).to(weights.device)
 
-    def _shared(self, rows: Sequence[EncodedRow]) -> int:
-        """How many first tokens of these rows go in once."""
-        return shared_beginning(rows) if self._shares else 0
-
     def _pack(self, examples: tuple[int, ...], num: int) -> _Packed:
         key = (examples, num)
         if key not in self._packed:
             rows = [self.rows[example] for example in examples]
-            labelled = pack_groups([RowGroup(rows, self._shared(rows))] * num, self.decoder.device)
+            group = RowGroup(rows, shared_beginning(rows) if self._shares else 0)
+            labelled = pack_groups([group] * num, self.decoder.device)
             counts = torch.tensor([row.num_labels for row in rows])
             example_of_label = torch.repeat_interleave(torch.arange(len(rows)), counts).to(self.decoder.device)
             _make_room(self._packed)

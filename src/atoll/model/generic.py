@@ -1,8 +1,8 @@
 """Bases of other families than the native decoder's: transformers' own forward, to which LoRA is added from outside.
 
-The one idea: no layer is wrapped or replaced, and no weight is written. For the time of a forward, hooks add to the output of each linear what the
-adapters say (generic_pool.py), so that changing an adapter costs nothing and several may share a batch. Encoder-decoder models (T5 and its like) are
-what is built on it here: label losses and greedy answers of rows that pair an input with a target.
+The one idea: no weight is written. For the time of a forward, hooks add to the output of each linear what the adapters say (generic_pool.py), so that
+changing an adapter costs nothing and several may share a batch. Encoder-decoder models (T5 and its like) are what is built on it here: label losses,
+for whose time T5's attention is computed by t5_attention.py, and greedy answers of rows that pair an input with a target.
 
 Used by lorahub. Another family joins by naming its linears (`linears_of`) and, if it is no encoder-decoder, by a batch of its own.
 """
@@ -29,7 +29,8 @@ from atoll.model.t5_attention import attentions_of, scoring
 
 IGNORED = -100  # the label of a place that has none, in transformers and in LoraHub
 
-Change = Callable[[Tensor, Tensor], Tensor]  # (input of a linear [..., d_in], its output [..., d_out]) -> the output to go on with; may be in place
+# (input of a linear [..., d_in], its output [..., d_out]) -> the output plus something that is linear in the input; may be in place
+Change = Callable[[Tensor, Tensor], Tensor]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w-][\w.-]*")
 _LAYER = re.compile(r"((?:.*?\.)??\d+)\.")
@@ -110,7 +111,7 @@ class GenericModel:
         begun = self.model.prepare_decoder_input_ids_from_labels(labels=pairs.labels).repeat(num, 1)
         chosen = self._head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[places].unsqueeze(0),))
         try:
-            with self.changed(changes), scoring(self._attentions, changes, num):
+            with scoring(self._attentions, changes, num), self.changed(changes):
                 logits = self.model(**given, decoder_input_ids=begun, use_cache=False).logits[0]
         finally:
             chosen.remove()
