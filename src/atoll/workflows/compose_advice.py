@@ -40,7 +40,7 @@ def advice(report: Report) -> tuple[str, ...]:
     over_base = report.versus.get(BASE)
     if over_base is None:
         known = _WITH_MORE if report.examples >= _MANY else _WITH_FIVE
-        return (f"Nothing was compared. {known} Measure which this is: with controls, and with test rows or two examples at least.",)
+        return (f"Nothing was compared. {known} Measure it on this task: with controls, and with test rows or two examples at least.",)
     if report.measure == "score" and report.test_rows < _FEWEST_ROWS:
         rows = f"There {'is' if report.test_rows == 1 else 'are'} {report.test_rows} test row{'' if report.test_rows == 1 else 's'}"
         return (f"{rows}, too few to tell contestants apart: give {_FEWEST_ROWS} or more.", *_by_loss(report))
