@@ -15,10 +15,11 @@ from tests.conftest import tiny_model
 from torch import Tensor
 
 from atoll.model.adapter import Adapter
-from atoll.model.apply import Part, Update, _dropped, linear, lora_update
+from atoll.model.apply import Part, Update, linear, lora_update
 from atoll.model.bank import LoraBank, Slot
 from atoll.model.batch import AdapterBatch, PackedBatch, Segment
 from atoll.model.decoder import Decoder, _Gated, _RmsNorm, _rotate_both
+from atoll.model.kernels.thin import dropped
 from atoll.model.loss import label_loss
 from atoll.model.rope import rotate
 from atoll.model.sites import QKV, TARGETS, module_path
@@ -271,12 +272,12 @@ def test_factors_of_a_frozen_base_need_no_gradient_of_the_first_input() -> None:
 def test_a_dropout_mask_follows_from_its_seed() -> None:
     """A resumed run must draw the mask of the killed one, the backward that of its forward, and another step another mask."""
     ones = torch.ones(400, 50)
-    mask = _dropped(ones, 0.25, 5)
-    assert torch.equal(mask, _dropped(ones, 0.25, 5))
-    assert not torch.equal(mask, _dropped(ones, 0.25, 6))
+    mask = dropped(ones, 0.25, 5)
+    assert torch.equal(mask, dropped(ones, 0.25, 5))
+    assert not torch.equal(mask, dropped(ones, 0.25, 6))
     assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert abs(float(mask.mean()) - 1) < 0.02, "the expectation must stay"
-    assert _dropped(ones, 0.0, 5) is ones
+    assert dropped(ones, 0.0, 5) is ones
 
 
 def test_a_trained_adapter_sees_dropout_only_with_a_seed(decoder: Decoder) -> None:

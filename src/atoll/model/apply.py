@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atoll.model.batch import AdapterBatch
+from atoll.model.kernels.thin import ThinLinear, dropped, fits
+from atoll.model.kernels.training import TrainingOps
 from atoll.model.quant import Weight, dense
 
 
@@ -104,16 +106,20 @@ def lora_update(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return scaling * ((x @ a.T) @ b.T)
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None, layer: int, group: int, adapters: AdapterBatch) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None, layer: int, group: int, adapters: AdapterBatch, ops: TrainingOps | None = None) -> Tensor:
     """x Wᵀ + bias, plus every segment's update. x [T, d_in], weight [d_out, d_in] frozen, held whole or as blocks; returns [T, d_out].
 
-    With gradients enabled the result is differentiable in x and in every A, B and mix, never in W.
+    With gradients enabled the result is differentiable in x and in every A, B and mix, never in W; ops are the compiled operations for x, if any.
     """
     updates = [(s.start, s.stop, found) for s in adapters.segments if s.stop > s.start and (found := s.weights.update(layer, group)) is not None]
     updates += [(start, stop, u.beside) for start, stop, u in updates if u.beside is not None]
     if torch.is_grad_enabled() and (x.requires_grad or any(_is_trained(u) for _, _, u in updates)):
         assert adapters.bank_rows is None, "decode rows of a bank have no gradients"
         assert adapters.blocks is None, "merged weights have no gradients"
+        if ops is not None and updates and fits(x, updates):
+            members = [(start, stop, [_member(part) for part in u.parts], u.dropout, u.dropout_seed) for start, stop, u in updates]
+            thin: Tensor = ThinLinear.apply(x, weight, bias, ops, members, *(t for _, _, u in updates for t in (u.a, *(part.b for part in u.parts))))
+            return thin
         tensors = [t for _, _, u in updates for t in (u.a, u.mix, *(t for part in u.parts for t in (part.b, part.magnitude)))]
         layout = [(start, stop, [(*part[:4], part.scaling, part.norm) for part in u.parts], u.dropout, u.dropout_seed) for start, stop, u in updates]
         late = bias if _has_gains(updates) else None
@@ -127,6 +133,11 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, layer: int, group: in
         for bucket in adapters.bank_rows.buckets:
             _add_bucket(y, x, bucket, layer, group)
     return y if late is None else y.add_(late)
+
+
+def _member(part: Part) -> tuple[int, int, int, float]:
+    """(rank, first column, width, scaling)."""
+    return part.rank_stop - part.rank_start, part.out_start, part.out_stop - part.out_start, part.scaling
 
 
 def _has_gains(updates: Sequence[tuple[int, int, Update]]) -> bool:
@@ -176,17 +187,6 @@ def _add_bucket(y: Tensor, x: Tensor, rows: BucketRows, layer: int, group: int) 
         y[:, out_start:out_stop].index_add_(0, rows.tokens, update)
 
 
-def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """x with a share `dropout` of its elements zeroed and the rest scaled by 1 / (1 - dropout).
-
-    The mask comes from the seed, so the backward draws it again.
-    """
-    if not dropout:
-        return x
-    kept = torch.rand(x.shape, generator=torch.Generator(x.device).manual_seed(seed), device=x.device) >= dropout
-    return x * kept.to(x.dtype).div_(1 - dropout)
-
-
 class _LoraLinear(torch.autograd.Function):
     """`linear` with the backward by hand: dX = dY W + dZ A, dA = dZᵀ X, dB = s (mix Z)ᵀ dY, nothing for W; with dV = s dY Bᵀ, dZ = mix dV and
     dmix = Σ Z dV over a block's tokens. Under DoRA, Y = gain U + bias: dmagnitude = Σ U dY / norm, and dY is gain dY in all of the above; the norm
@@ -206,7 +206,7 @@ class _LoraLinear(torch.autograd.Function):
         for start, stop, parts, dropout, seed in layout:
             a, mix = (None if tensor is None else tensor.to(x.dtype) for tensor in (next(queue), next(queue)))
             assert a is not None
-            z = _dropped(x[start:stop], dropout, seed) @ a.T
+            z = dropped(x[start:stop], dropout, seed) @ a.T
             saved += [a, mix, z]
             mixed = z if mix is None else _mixed(z, mix)
             for rank_start, rank_stop, out_start, out_stop, scaling, norm in parts:
@@ -253,10 +253,10 @@ class _LoraLinear(torch.autograd.Function):
                 if need_factors[first + 1]:
                     dmix = (z * dz).view(len(mix), -1, z.shape[1]).sum(1, dtype=torch.float32).to(ctx.dtypes[first + 1])
                 dz = _mixed(dz, mix)
-            da = (dz.T @ _dropped(x[start:stop], dropout, seed)).to(ctx.dtypes[first]) if need_factors[first] else None
+            da = (dz.T @ dropped(x[start:stop], dropout, seed)).to(ctx.dtypes[first]) if need_factors[first] else None
             out += [da, dmix, *dbs]
             if dx is not None and dropout:
-                dx[start:stop] += _dropped(dz @ a, dropout, seed)
+                dx[start:stop] += dropped(dz @ a, dropout, seed)
             elif dx is not None:
                 dx[start:stop].addmm_(dz, a)
         return (dx, None, None, None, None, *out)

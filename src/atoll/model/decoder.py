@@ -185,9 +185,9 @@ class Decoder:
             residual, hidden = self._add_norm(residual, attended, layer.post_norm, ops)
             if edits:
                 hidden = apply_edits(hidden, index, MLP_INPUT, edits)
-            gate_up = linear(hidden, layer.weights[GATE_UP], layer.biases[GATE_UP], index, GATE_UP, adapters)
+            gate_up = linear(hidden, layer.weights[GATE_UP], layer.biases[GATE_UP], index, GATE_UP, adapters, ops)
             gated = ops.gated(gate_up) if ops is not None else _gated(gate_up)
-            out = linear(gated, layer.weights[DOWN], layer.biases[DOWN], index, DOWN, adapters)
+            out = linear(gated, layer.weights[DOWN], layer.biases[DOWN], index, DOWN, adapters, ops)
             if edits:
                 out = apply_edits(out, index, MLP_OUTPUT, edits)
                 residual, out = apply_edits(residual + out, index, BLOCK_OUTPUT, edits), None
@@ -242,10 +242,10 @@ class Decoder:
     ) -> Tensor:
         shape, window = self.shape, self.shape.windows[index]
         heads, kv_heads, size = shape.num_heads, shape.num_kv_heads, shape.head_size
-        fused = linear(hidden, layer.weights[QKV], layer.biases[QKV], index, QKV, adapters)
+        fused = linear(hidden, layer.weights[QKV], layer.biases[QKV], index, QKV, adapters, ops)
         if ops is not None and layer.q_norm is None and attention.fresh is not None and attention.fresh.stores_scores:
             out = ops.attend(attention.fresh, fused, cos, sin, heads, kv_heads, window)
-            return linear(out, layer.weights[OUT], layer.biases[OUT], index, OUT, adapters)
+            return linear(out, layer.weights[OUT], layer.biases[OUT], index, OUT, adapters, ops)
         qkv = fused.view(-1, heads + 2 * kv_heads, size)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = rotate(rms_norm(qkv[:, :heads].float(), layer.q_norm, shape.norm_eps, qkv.dtype), cos, sin)
@@ -253,7 +253,7 @@ class Decoder:
         else:
             q, k = _rotate_both(qkv[:, : heads + kv_heads], cos, sin).split((heads, kv_heads), 1)
         out = attention(index, q, k, qkv[:, heads + kv_heads :], window)
-        return linear(out, layer.weights[OUT], layer.biases[OUT], index, OUT, adapters)
+        return linear(out, layer.weights[OUT], layer.biases[OUT], index, OUT, adapters, ops)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

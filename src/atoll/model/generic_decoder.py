@@ -31,6 +31,7 @@ from atoll.model.batch import BASE_ONLY, AdapterBatch, PackedBatch
 from atoll.model.decoder import Decoder
 from atoll.model.decoder_shape import DecoderShape
 from atoll.model.families import ENCODERS, GENERIC, SEQ2SEQ, Family
+from atoll.model.kernels.training import TrainingOps, training_ops
 from atoll.model.kv_cache import KvCache
 from atoll.model.pretrained import loaded
 from atoll.model.quant import QuantizedWeight, Weight, dense, fused
@@ -72,11 +73,12 @@ class _Rotary:
 
 
 class _Now(threading.local):
-    """What the forward of this thread runs with. noise [T, D] is added to the embeddings."""
+    """What the forward of this thread runs with. noise [T, D] is added to the embeddings; ops are the compiled operations, with gradients."""
 
     attention: Attention | None = None
     adapters: AdapterBatch = BASE_ONLY
     noise: Tensor | None = None
+    ops: TrainingOps | None = None
 
 
 class GenericDecoder(Decoder):
@@ -169,10 +171,11 @@ class GenericDecoder(Decoder):
     @contextmanager
     def _running(self, attention: Any, adapters: AdapterBatch, noise: Tensor | None = None) -> Iterator[None]:
         self._now.attention, self._now.adapters, self._now.noise = attention, adapters, noise
+        self._now.ops = training_ops(self.embedding) if torch.is_grad_enabled() else None
         try:
             yield
         finally:
-            self._now.attention, self._now.adapters, self._now.noise = None, BASE_ONLY, None
+            self._now.attention, self._now.adapters, self._now.noise, self._now.ops = None, BASE_ONLY, None, None
 
     def _with_noise(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         noise = self._now.noise
@@ -194,7 +197,7 @@ class GenericDecoder(Decoder):
 
     def _linear(self, weight: Weight, bias: Any, layer: int, group: int) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            return linear(x.flatten(0, -2), weight, bias, layer, group, self._now.adapters).view(*x.shape[:-1], weight.shape[0])
+            return linear(x.flatten(0, -2), weight, bias, layer, group, self._now.adapters, self._now.ops).view(*x.shape[:-1], weight.shape[0])
 
         return forward
 

@@ -7,6 +7,7 @@
 // A bfloat16 is the upper half of a float; a Pairs holds 16 lanes of two neighbouring bfloat16, the lower one in the lower half.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -103,6 +104,22 @@ inline Vec exp(Vec x) {
     Vec result = p * (Vec)exponent;
     return strange ? x : (Vec)((Ints)result & ~tiny);
 }
+
+// Whole vectors, then what is left one by one in a vector that is padded with `rest`.
+template <class Body> inline void in_vectors(int count, Body body) {
+    for (int i = 0; i < count; i += LANES) body(i, std::min(LANES, count - i));
+}
+
+inline Vec load_some(const float* p, int n, float rest = 0) {
+    if (n == LANES) return load(p);
+    Vec v = all(rest); memcpy(&v, p, n * sizeof(float)); return v;
+}
+inline Vec widen_some(const bf16* p, int n) {
+    if (n == LANES) return widen(p);
+    bf16 padded[LANES] = {}; memcpy(padded, p, n * sizeof(bf16)); return widen(padded);
+}
+inline void store_some(float* p, Vec v, int n) { memcpy(p, &v, n * sizeof(float)); }
+inline void narrow_some(bf16* p, Vec v, int n) { Halves h = narrow(v); memcpy(p, &h, n * sizeof(bf16)); }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "simd.h"
+#include "thin.h"
 
 using namespace kernels;
 
@@ -15,27 +16,11 @@ namespace {
 
 constexpr int MOST_KEYS = 4096;  // of a row whose scores stand in a thread's scratch
 
-// Whole vectors, then what is left one by one in a vector that is padded with `rest`.
-template <class Body> inline void in_vectors(int count, Body body) {
-    for (int i = 0; i < count; i += LANES) body(i, std::min(LANES, count - i));
-}
-
-inline Vec load_some(const float* p, int n, float rest = 0) {
-    if (n == LANES) return load(p);
-    Vec v = all(rest); memcpy(&v, p, n * sizeof(float)); return v;
-}
-inline Vec widen_some(const bf16* p, int n) {
-    if (n == LANES) return widen(p);
-    bf16 padded[LANES] = {}; memcpy(padded, p, n * sizeof(bf16)); return widen(padded);
-}
-inline void store_some(float* p, Vec v, int n) { memcpy(p, &v, n * sizeof(float)); }
-inline void narrow_some(bf16* p, Vec v, int n) { Halves h = narrow(v); memcpy(p, &h, n * sizeof(bf16)); }
-
 }  // namespace
 
 extern "C" {
 
-int atoll_training_interface() { return 2; }
+int atoll_training_interface() { return 3; }
 
 // sum = x + y (y null: x alone, and sum is not written); normed = sum / rms(sum) * weight. x, sum [T][D] float32; y, normed bfloat16; inverse [T].
 void atoll_norm(const float* x, const bf16* y, const float* weight, float eps, float* sum, bf16* normed, float* inverse, long tokens, int d, int threads) {
@@ -279,6 +264,36 @@ void atoll_softmax_backward(const bf16* weights, bf16* dweights, long rows, int 
         float total = sum_lanes(products);
         in_vectors(keys, [&](int i, int n) { narrow_some(d + i, widen_some(w + i, n) * (widen_some(d + i, n) - total) * scale, n); });
     }
+}
+
+// y [T][d_out] += s (x Aᵀ) B for every segment; no two of them have a token in common. numbers, scalings: see ThinCall. Returns 1 where memory is short.
+int atoll_thin(const int64_t* numbers, const float* scalings, bf16* y, int threads) {
+    ThinCall call(numbers, scalings, false);
+    if (!call.scratch) return 1;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (size_t task = 0; task < call.packing.size(); task++) call.pack(call.packing[task], false);
+#pragma omp for schedule(dynamic)
+        for (size_t task = 0; task < call.blocks.size(); task++) call.forward(call.blocks[task], y);
+    }
+    return 0;
+}
+
+// From dy [T][d_out]: dx += s dy Bᵀ A, dA = s (dy Bᵀ)ᵀ x, dB = s zᵀ dy.
+int atoll_thin_backward(const int64_t* numbers, const float* scalings, const bf16* dy, int threads) {
+    ThinCall call(numbers, scalings, true);
+    if (!call.scratch) return 1;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (size_t task = 0; task < call.packing.size(); task++) call.pack(call.packing[task], true);
+#pragma omp for schedule(dynamic)
+        for (size_t task = 0; task < call.blocks.size(); task++) call.backward(call.blocks[task], dy);
+#pragma omp for schedule(dynamic)
+        for (size_t task = 0; task < call.panels.size(); task++) call.gradients(call.panels[task], dy);
+    }
+    return 0;
 }
 
 }  // extern "C"

@@ -12,7 +12,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from typing import Any
+from array import array
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from atoll.model.fresh_attention import Block, FreshAttention
 from atoll.model.kernels.build import load_library, usable_targets
 
-_SOURCE, _INTERFACE = "training.cpp", 2
+_SOURCE, _INTERFACE = "training.cpp", 3
 _log = logging.getLogger(__name__)
 
 
@@ -55,6 +56,13 @@ def _loaded(names: tuple[str, ...]) -> TrainingOps | None:
     return None
 
 
+class ThinNumbers(Protocol):
+    """What thin.h's ThinCall reads."""
+
+    numbers: array[int]
+    scalings: array[float]
+
+
 class TrainingOps:
     """The library's operations on tensors, differentiable. bfloat16 on the CPU, contiguous or made so."""
 
@@ -83,6 +91,19 @@ class TrainingOps:
         if int(labels.min()) < 0 or int(labels.max()) >= vocabulary:  # compiled code would write beyond the logits
             raise IndexError(f"a label is no token of the vocabulary of {vocabulary}")
         self.library.atoll_label_loss(_at(logits), _at(labels), _at(losses), ctypes.c_long(count), vocabulary, int(gradient), torch.get_num_threads())
+
+    def thin(self, call: ThinNumbers, y: Tensor) -> None:
+        """Add the updates of kernels/thin.py's call to y [T, d_out]."""
+        self._thin(self.library.atoll_thin, call, y)
+
+    def thin_backward(self, call: ThinNumbers, dy: Tensor) -> None:
+        """From dy [T, d_out], fill and add to the gradients that the call names."""
+        self._thin(self.library.atoll_thin_backward, call, dy)
+
+    def _thin(self, function: Any, call: ThinNumbers, y: Tensor) -> None:
+        numbers, scalings = (ctypes.c_void_p(found.buffer_info()[0]) for found in (call.numbers, call.scalings))
+        if function(numbers, scalings, _at(y), torch.get_num_threads()):
+            raise MemoryError("no memory for the packed factors of a forward")
 
 
 class _AddNorm(torch.autograd.Function):
