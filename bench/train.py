@@ -4,16 +4,16 @@
 
 FOLDER holds the task folders agnews, jigsaw_toxicity, e2e_nlg and gsm8k (task.json, train.jsonl). One epoch over the first rows of each: rank 16
 on all linears, batches of 16, bfloat16, loss on completions; transformers' Trainer with PEFT and TRL's SFTTrainer with dynamic padding and rows of
-like length together. Then eight jobs of one base at once against the same eight one after another, with batches of 16 rows and of 4 short ones, and
-the peak memory of a process that trains the eight at once, of one that trains them one at a time, of one that trains the first alone, and of one that
-trains a single job on all their rows.
+like length together. Then eight jobs of one base at once against the same eight one after another, with batches of 16 rows and of 4 short ones; and
+the peak memory of a process that trains the eight at once, of one that trains them one at a time, of each of the eight alone, and of one that trains
+a single job on all their rows.
 
 Each contestant is a process of its own, stopped while another is measured; a peer's measurements are interleaved with ours, and it ends before the
 next begins (two together fill 24 GB). Run it on a machine that does nothing else.
 Tables go to stderr; the only line on stdout is one JSON object, whose `ratios` are medians over rounds of the rounds' own ratios. *_vs_peft and
 worst_vs_trl are times of the peer over ours; jobs8_vs_sequential is the time one after another over the time at once, jobs8_short_vs_sequential the
-same with batches of 4; memory_one_vs_jobs8 is the memory of one at a time over that of eight, memory_first_vs_jobs8 that of the first alone (others
-have larger batches), memory_same_rows_vs_jobs8 that of the single job.
+same with batches of 4; memory_one_vs_jobs8 is the memory of one at a time over that of eight, memory_largest_vs_jobs8 and memory_smallest_vs_jobs8
+that of the job which needs most and least alone (batches differ), memory_same_rows_vs_jobs8 that of the single job.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from peers.workers import Contestant, OrderFailed, WorkerFailed, Workers
 ROWS = {"agnews": 96, "jigsaw_toxicity": 96, "e2e_nlg": 96, "gsm8k": 48}  # of an epoch
 BATCH, RANK, LEARNING_RATE = 16, 16, 5e-4
 JOBS, JOB_ROWS = 8, 32
-SHORT_BATCH, SHORT_TOKENS = 4, 64  # rows of at most so many tokens
+SHORT_BATCH, SHORT_TOKENS = 4, 72  # rows of at most so many tokens
 PEERS = ("peft", "trl")
 
 _PEERS = Path(__file__).parent / "peers"
@@ -89,7 +89,10 @@ class Bench:
         ratios["jobs8_vs_sequential"] = self._ratio("sequential_s", "jobs8_s")
         ratios["jobs8_short_vs_sequential"] = self._ratio("sequential_short_s", "jobs8_short_s")
         ratios["memory_one_vs_jobs8"] = self._ratio("memory_one_mb", "memory_jobs8_mb")
-        ratios["memory_first_vs_jobs8"] = self._ratio("memory_first_mb", "memory_jobs8_mb")
+        for name, choose in (("largest", max), ("smallest", min)):
+            if alone := self._found.get("memory_alone_mb"):
+                self._found[f"memory_{name}_mb"] = [choose(alone)]
+            ratios[f"memory_{name}_vs_jobs8"] = self._ratio(f"memory_{name}_mb", "memory_jobs8_mb")
         ratios["memory_same_rows_vs_jobs8"] = self._ratio("memory_same_rows_mb", "memory_jobs8_mb")
         return {"bench": "train", "ratios": ratios, "rounds": self._found, "losses": self._losses, "machine": machine, "notes": self._notes}
 
@@ -118,7 +121,8 @@ class Bench:
         base, task = Path(self._options["base"]), self._arguments.data / self._arguments.tasks[0]
         rows = encode(base, task, JOBS * JOB_ROWS)
         jobs = [rows[number::JOBS] for number in range(JOBS)]
-        short = sorted(encode(base, task, 8 * JOBS * JOB_ROWS), key=lambda row: len(row["ids"]))[: JOBS * JOB_ROWS // 2]
+        short = sorted(encode(base, task, 8 * JOBS * JOB_ROWS), key=lambda row: len(row["ids"]))[: JOBS * JOB_ROWS]
+        assert len(short[-1]["ids"]) <= SHORT_TOKENS, "too few short rows"
         short_jobs = [short[number::JOBS] for number in range(JOBS)]
         for number in range(self._arguments.rounds):
             for at_once in (1, JOBS) if number % 2 == 0 else (JOBS, 1):
@@ -127,8 +131,8 @@ class Bench:
                     if answer is not None:
                         self._note(f"{'sequential' if at_once == 1 else 'jobs8'}{suffix}_s", answer["seconds"], answer)
         self._workers.end("atoll")
-        orders = {"memory_one_mb": (jobs, 1), "memory_first_mb": (jobs[:1], 1), "memory_same_rows_mb": ([rows], 1), "memory_jobs8_mb": (jobs, JOBS)}
-        for name, (some, at_once) in orders.items():
+        orders = [("memory_jobs8_mb", jobs, JOBS), ("memory_one_mb", jobs, 1), ("memory_same_rows_mb", [rows], 1)]
+        for name, some, at_once in [*orders, *(("memory_alone_mb", [job], 1) for job in jobs)]:
             self._start("atoll", sys.executable, "train_worker.py")
             answer = self._ask("atoll", {"do": "jobs", "rows": some, "batch": BATCH, "at_once": at_once})
             if answer is not None:

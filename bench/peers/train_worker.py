@@ -62,13 +62,17 @@ class AtollTraining:
 
         with tempfile.TemporaryDirectory() as folder:
             folders = [Path(folder) / str(number) for number in range(len(jobs))]
-            outcomes: dict[int, Any] = {}
-            started = time.perf_counter()
-            train_jobs([lambda n=n: job(jobs[n], folders[n]) for n in range(len(jobs))], outcomes.__setitem__, at_once=at_once)
-            seconds = time.perf_counter() - started
-            for outcome in outcomes.values():
+            failed: list[Exception] = []  # of what ends well nothing is kept: whoever trains writes an adapter to its folder and lets go of it
+
+            def ended(index: int, outcome: Any) -> None:
                 if isinstance(outcome, Exception):
-                    raise outcome
+                    failed.append(outcome)
+
+            started = time.perf_counter()
+            train_jobs([lambda n=n: job(jobs[n], folders[n]) for n in range(len(jobs))], ended, at_once=at_once)
+            seconds = time.perf_counter() - started
+            if failed:
+                raise failed[0]
             losses = [[line["loss"] for line in map(json.loads, (path / LOG_FILE).read_text().splitlines())] for path in folders]
         return seconds, losses
 

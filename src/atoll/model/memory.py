@@ -18,7 +18,7 @@ import sys
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # glibc's mallopt parameters
 _MIB = 1 << 20
-_PREPARED = {"LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}  # torch's own, oneDNN's; 256: of several jobs' short rows too
+_PREPARED = {"LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}  # torch's own, oneDNN's
 
 
 def bound_prepared_products() -> None:
