@@ -4,8 +4,9 @@ A training step frees and takes gigabytes. glibc gives large blocks back to the 
 is told not to (10 to 15 % faster), small objects that were made between them cut its heap into pieces. So large tensors get memory of their own
 (kernels/tensors.cpp: another 5 %, and less memory); glibc is told where that cannot be compiled. Numbers are in docs/notebook.md.
 
-For every new number of tokens torch prepares each product anew, two dozen a training step of 0.2 to 0.3 MB each, and keeps a thousand in oneDNN's cache
-and in its own. As bounded here oneDNN's still has those of several steps; what torch's own misses is found there, which costs 3 µs (docs/notebook.md).
+For every new number of tokens torch prepares each product anew, two dozen a training step of 0.2 to 0.3 MB each, and keeps a thousand in oneDNN's
+cache and in its own. As bounded here oneDNN's still has those of several steps; what torch's own misses is found there, which costs 3 µs
+(docs/notebook.md).
 """
 
 from __future__ import annotations
