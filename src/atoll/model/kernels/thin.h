@@ -36,7 +36,7 @@ struct ThinSegment {
     bf16 *z, *dx;
     float* da;
     std::vector<ThinPart> parts;
-    long packed, dz, z_columns, dz_columns;  // in the scratch: A, and for backward dz [tokens][lanes], z and dz transposed [lanes][even tokens]
+    long packed, dz, z_pairs, dz_pairs;  // in the scratch: A, and for backward dz [tokens][lanes], z and dz in pairs [tokens / 2][lanes][2]
     long even() const { return (tokens + 1) / 2 * 2; }
 };
 
@@ -44,40 +44,51 @@ struct ThinTask { int segment, part; long begin, end; };
 
 constexpr long THIN_TOKENS = 24;    // of a task; even, since its pairs of tokens must be its own
 constexpr long THIN_PACKED = 256;   // columns of a factor that a task packs
-constexpr long THIN_SUMMED = 512;   // tokens whose pairs of 32 columns stand in the cache
-constexpr int THIN_PANEL = 2 * LANES;
+constexpr long THIN_COLUMNS = 32;   // of a factor's gradient that are a task: a line of x
+constexpr long THIN_ROWS = 12;      // of y that are written along their lines
 
 // Sums of ROWS x VECS vectors over pairs: out(m, v, sum). x [ROWS][2 * pairs], w [pairs][...][2].
 template <int ROWS, int VECS, class Out> inline void thin_sums(const bf16* x, long x_stride, const bf16* w, long w_stride, long pairs, int row, Out out) {
-    Vec sums[ROWS][VECS] = {};
+    Vec sums[ROWS][VECS];
+#pragma GCC unroll 12
+    for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 3
+        for (int v = 0; v < VECS; v++) sums[m][v] = Vec{};
     for (long k = 0; k < pairs; k++) {
         Pairs at[VECS];
+#pragma GCC unroll 3
         for (int v = 0; v < VECS; v++) at[v] = load_pairs(w + k * w_stride + v * 2 * LANES);
 #pragma GCC unroll 12
         for (int m = 0; m < ROWS; m++) {
             Pairs both = pair(x + m * x_stride + 2 * k);
+#pragma GCC unroll 3
             for (int v = 0; v < VECS; v++) sums[m][v] = dot2(sums[m][v], at[v], both);
         }
     }
+#pragma GCC unroll 12
     for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 3
         for (int v = 0; v < VECS; v++) out(row + m, v, sums[m][v]);
 }
 
-template <int ROWS, int VECS, class Out> inline void thin_rest(int rows, const bf16* x, long x_stride, const bf16* w, long w_stride, long pairs, int row, Out out) {
+template <int ROWS, int VECS, class Out> inline void thin_some(int rows, const bf16* x, long x_stride, const bf16* w, long w_stride, long pairs, int row, Out out) {
     if (rows == ROWS) thin_sums<ROWS, VECS>(x, x_stride, w, w_stride, pairs, row, out);
-    else if constexpr (ROWS > 1) thin_rest<ROWS - 1, VECS>(rows, x, x_stride, w, w_stride, pairs, row, out);
+    else if constexpr (ROWS > 1) thin_some<ROWS - 1, VECS>(rows, x, x_stride, w, w_stride, pairs, row, out);
 }
 
 // The same for any number of rows, as many at a time as there are registers for.
 template <int VECS, class Out> inline void thin_product(long rows, const bf16* x, long x_stride, const bf16* w, long w_stride, long pairs, Out out) {
 #if defined(__AVX512F__)
-    constexpr int MOST = VECS == 3 ? 8 : 12;
+    constexpr int MOST = VECS == 1 ? 12 : 24 / VECS;
 #else
-    constexpr int MOST = 6 / VECS;
+    constexpr int MOST = VECS == 4 ? 1 : 6 / VECS;
 #endif
-    long row = 0;
-    for (; row + MOST <= rows; row += MOST) thin_sums<MOST, VECS>(x + row * x_stride, x_stride, w, w_stride, pairs, (int)row, out);
-    thin_rest<MOST - 1, VECS>((int)(rows - row), x + row * x_stride, x_stride, w, w_stride, pairs, (int)row, out);
+    const long blocks = (rows + MOST - 1) / MOST;
+    for (long block = 0, row = 0; block < blocks; block++) {  // of like size: a few rows by themselves would wait for their sums
+        long size = (rows - row + blocks - block - 1) / (blocks - block);
+        thin_some<MOST, VECS>((int)size, x + row * x_stride, x_stride, w, w_stride, pairs, (int)row, out);
+        row += size;
+    }
 }
 
 // z [rows][lanes] = scale * x [rows][width] times factors packed along the width, [width / 2][lanes][2].
@@ -95,42 +106,71 @@ inline void thin_shrink(long rows, const bf16* x, long x_stride, long width, con
 // y [rows][width] += scale * z [rows][lanes] times factors packed along the ranks, [lanes / 2][padded width][2].
 inline void thin_expand(long rows, const bf16* z, long z_stride, int lanes, const bf16* w, long width, float scale, bf16* y, long y_stride) {
     const long padded = (width + LANES - 1) / LANES * LANES;
-    for (long row = 0; row < rows; row += 12) {  // rows outside: y is read and written along its lines
-        long count = std::min(12l, rows - row);
-        for (long column = 0; column < padded; column += THIN_PANEL) {
+    for (long row = 0; row < rows; row += THIN_ROWS) {  // rows outside: y is read and written along its lines
+        const long count = std::min(THIN_ROWS, rows - row);
+        const bf16* x = z + row * z_stride;
+        for (long column = 0; column < width;) {
             bf16* at = y + row * y_stride + column;
-            auto out = [&](int m, int v, Vec sum) {
-                int n = (int)std::min((long)LANES, width - column - v * LANES);
-                narrow_some(at + m * y_stride + v * LANES, widen_some(at + m * y_stride + v * LANES, n) + sum * scale, n);
-            };
-            const bf16 *x = z + row * z_stride, *panel = w + column * 2;
-            if (padded - column >= THIN_PANEL) thin_product<2>(count, x, z_stride, panel, padded * 2, lanes / 2, out);
-            else thin_product<1>(count, x, z_stride, panel, padded * 2, lanes / 2, out);
+            const long left = width - column;
+            for (long m = 0; m < count; m++) prefetch(at + m * y_stride + 4 * LANES), prefetch(at + m * y_stride + 6 * LANES);
+            if (left >= 4 * LANES) {
+                thin_product<4>(count, x, z_stride, w + column * 2, padded * 2, lanes / 2, [&](int m, int v, Vec sum) {
+                    bf16* to = at + m * y_stride + v * LANES;
+                    store_narrow(to, widen(to) + sum * scale);
+                });
+                column += 4 * LANES;
+                continue;
+            }
+            thin_product<1>(count, x, z_stride, w + column * 2, padded * 2, lanes / 2, [&](int m, int, Vec sum) {
+                bf16* to = at + m * y_stride;
+                int n = (int)std::min((long)LANES, left);
+                narrow_some(to, widen_some(to, n) + sum * scale, n);
+            });
+            column += LANES;
         }
     }
 }
 
-// out [rank][width], columns from `column` to at most 32 further, = scale * sum over tokens of z[token][rank] x[token][column]; z as columns [rank][even].
-inline void thin_outer(int rank, const bf16* z, long even, const bf16* x, long x_stride, long tokens, long column, long width, float scale, float* out) {
-    alignas(64) bf16 panel[THIN_SUMMED / 2 * THIN_PANEL * 2];
-    const int vectors = width - column > LANES ? 2 : 1;
-    for (long begin = 0; begin < tokens; begin += THIN_SUMMED) {
-        long end = std::min(tokens, begin + THIN_SUMMED), pairs = (end - begin + 1) / 2;
-        for (long k = 0; k < pairs; k++)
-            for (int v = 0; v < vectors; v++) {
-                const bf16* low = x + (begin + 2 * k) * x_stride + column + v * LANES;
-                int n = (int)std::min((long)LANES, width - column - v * LANES);
-                Pairs both = (Pairs)widen_some(low, n) >> 16;
-                if (begin + 2 * k + 1 < end) both |= (Pairs)widen_some(low + x_stride, n);
-                memcpy(panel + (k * THIN_PANEL + v * LANES) * 2, &both, 64);
-            }
-        auto add = [&](int m, int v, Vec sum) {
-            float* at = out + m * width + column + v * LANES;
-            int n = (int)std::min((long)LANES, width - column - v * LANES);
-            store_some(at, begin ? load_some(at, n) + sum * scale : sum * scale, n);
-        };
-        if (vectors == 2) thin_product<2>(rank, z + begin, even, panel, THIN_PANEL * 2, pairs, add);
-        else thin_product<1>(rank, z + begin, even, panel, THIN_PANEL * 2, pairs, add);
+// Sums of ROWS vectors over pairs of tokens: out(row + m, sum). z [pairs][...][2], x [tokens][...], of which n columns.
+template <int ROWS, class Out>
+inline void outer_sums(const bf16* z, long z_stride, const bf16* x, long x_stride, long tokens, int n, int row, Out out) {
+    Vec sums[ROWS];
+#pragma GCC unroll 24
+    for (int m = 0; m < ROWS; m++) sums[m] = Vec{};
+    for (long t = 0; t < tokens; t += 2, z += z_stride) {
+        const bf16* low = x + t * x_stride;
+        prefetch(low + 12 * x_stride), prefetch(low + 13 * x_stride);
+        Pairs both = (Pairs)widen_some(low, n) >> 16;
+        if (t + 1 < tokens) both |= (Pairs)widen_some(low + x_stride, n);
+#pragma GCC unroll 24
+        for (int m = 0; m < ROWS; m++) sums[m] = dot2(sums[m], both, pair(z + 2 * m));
+    }
+#pragma GCC unroll 24
+    for (int m = 0; m < ROWS; m++) out(row + m, sums[m]);
+}
+
+template <int ROWS, class Out>
+inline void outer_some(int rows, const bf16* z, long z_stride, const bf16* x, long x_stride, long tokens, int n, int row, Out out) {
+    if (rows == ROWS) outer_sums<ROWS>(z, z_stride, x, x_stride, tokens, n, row, out);
+    else if constexpr (ROWS > 1) outer_some<ROWS - 1>(rows, z, z_stride, x, x_stride, tokens, n, row, out);
+}
+
+// out [rank][width], columns begin to end, = scale * sum over tokens of z[token][rank] x[token][column]; z in pairs of tokens, [tokens / 2][lanes][2].
+inline void thin_outer(int rank, const bf16* z, int lanes, const bf16* x, long x_stride, long tokens, long begin, long end, long width, float scale, float* out) {
+#if defined(__AVX512F__)
+    constexpr int MOST = 24;
+#else
+    constexpr int MOST = 6;
+#endif
+    const int blocks = (rank + MOST - 1) / MOST;
+    for (long column = begin; column < end; column += LANES) {
+        const int n = (int)std::min((long)LANES, end - column);
+        auto write = [&](int m, Vec sum) { store_some(out + m * width + column, sum * scale, n); };
+        for (int block = 0, row = 0; block < blocks; block++) {
+            int size = (rank - row + blocks - block - 1) / (blocks - block);
+            outer_some<MOST>(size, z + 2 * row, lanes * 2, x + column, x_stride, tokens, n, row, write);
+            row += size;
+        }
     }
 }
 
@@ -185,12 +225,12 @@ struct ThinCall {
                 next += 5;
             }
             s.packed = take(s.lanes * padded(d_in));
-            if (backward) s.dz = take(s.tokens * s.lanes), s.z_columns = take(s.even() * s.lanes), s.dz_columns = take(s.even() * s.lanes);
+            if (backward) s.dz = take(s.tokens * s.lanes), s.z_pairs = take(s.even() * s.lanes), s.dz_pairs = take(s.even() * s.lanes);
             for (int part = -1; part < (int)s.parts.size(); part++) {
                 long width = part < 0 ? d_in : s.parts[part].width;
                 for (long k = 0; k < width; k += THIN_PACKED) packing.push_back({number, part, k, std::min(width, k + THIN_PACKED)});
                 if (part < 0 ? s.da != nullptr : s.parts[part].db != nullptr)
-                    for (long k = 0; k < width; k += THIN_PANEL) panels.push_back({number, part, k, 0});
+                    for (long k = 0; k < width; k += THIN_COLUMNS) panels.push_back({number, part, k, std::min(width, k + THIN_COLUMNS)});
             }
             for (long t = 0; t < s.tokens; t += THIN_TOKENS) blocks.push_back({number, 0, t, std::min(s.tokens, t + THIN_TOKENS)});
             segments.push_back(std::move(s));
@@ -239,26 +279,29 @@ struct ThinCall {
         for (ThinPart& part : s.parts)
             thin_shrink(rows, from + part.out_start, d_out, part.width, scratch + part.packed, part.lanes, part.scaling, dz + part.lane, s.lanes);
         if (s.dx) thin_expand(rows, dz, s.lanes, s.lanes, scratch + s.packed, d_in, 1, s.dx + task.begin * d_in, d_in);
-        for (auto [rows_of, columns] : {std::pair<const bf16*, long>{s.z + task.begin * s.lanes, s.z_columns}, {dz, s.dz_columns}})
-            for (int lane = 0; lane < s.lanes; lane++) {
-                bf16* to = scratch + columns + lane * s.even() + task.begin;
-                for (long t = 0; t < rows; t++) to[t] = rows_of[t * s.lanes + lane];
-                if (rows % 2) to[rows] = 0;
-            }
+        for (auto [of_rows, pairs] : {std::pair<const bf16*, long>{s.z + task.begin * s.lanes, s.z_pairs}, {dz, s.dz_pairs}})
+            for (long t = 0; t < rows; t += 2)
+                for (int lane = 0; lane < s.lanes; lane += LANES) {
+                    Pairs both = (Pairs)widen(of_rows + t * s.lanes + lane) >> 16;
+                    if (t + 1 < rows) both |= (Pairs)widen(of_rows + (t + 1) * s.lanes + lane);
+                    memcpy(scratch + pairs + (task.begin + t) * s.lanes + 2 * lane, &both, 64);
+                }
     }
 
     void gradients(const ThinTask& task, const bf16* dy) {
         ThinSegment& s = segments[task.segment];
         if (task.part >= 0) {
             ThinPart& part = s.parts[task.part];
-            const bf16* z = scratch + s.z_columns + part.lane * s.even();
-            thin_outer(part.rank, z, s.even(), dy + s.start * d_out + part.out_start, d_out, s.tokens, task.begin, part.width, part.scaling, part.db);
+            const bf16 *z = scratch + s.z_pairs + 2 * part.lane, *from = dy + s.start * d_out + part.out_start;
+            thin_outer(part.rank, z, s.lanes, from, d_out, s.tokens, task.begin, task.end, part.width, part.scaling, part.db);
             return;
         }
         float* da = s.da;
-        for (ThinPart& part : s.parts) {
-            thin_outer(part.rank, scratch + s.dz_columns + part.lane * s.even(), s.even(), s.x, d_in, s.tokens, task.begin, d_in, 1, da);
-            da += part.rank * d_in;
+        for (size_t first = 0, next; first < s.parts.size(); first = next) {  // members without lanes between them go together
+            int rank = s.parts[first].rank;
+            for (next = first + 1; next < s.parts.size() && s.parts[next].lane == s.parts[first].lane + rank; next++) rank += s.parts[next].rank;
+            thin_outer(rank, scratch + s.dz_pairs + 2 * s.parts[first].lane, s.lanes, s.x, d_in, s.tokens, task.begin, task.end, d_in, 1, da);
+            da += rank * d_in;
         }
     }
 };
