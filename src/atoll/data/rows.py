@@ -44,7 +44,8 @@ def read_rows(path: Path) -> list[Row]:
         ".json": iter_json,
     }
     if not path.exists():
-        raise DataError(f"data file {path} does not exist", hint="check the spelling; a relative path starts at the folder of the YAML file that names it, or else where the command runs")
+        hint = "check the spelling; a relative path starts at the folder of the YAML file that names it, or else where the command runs"
+        raise DataError(f"data file {path} does not exist", hint=hint)
     if path.is_dir():
         raise DataError(f"{path} is a folder, expected a file of rows", hint="a task folder holds task.json; give files as train, validation, test")
     reader = readers.get(path.suffix.lower())
