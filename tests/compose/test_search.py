@@ -17,6 +17,7 @@ from torch import Tensor
 from atoll.compose.losses import LabelLosses
 from atoll.compose.objective import FewShot, Objective, unregularised
 from atoll.compose.pool import Pool
+from atoll.compose.quasi_newton import QuasiNewton
 from atoll.compose.run import Settings
 from atoll.compose.search import Found, search
 from atoll.data.encode import EncodedRow
@@ -26,6 +27,7 @@ from atoll.model.batch import AdapterBatch, PackedBatch
 from atoll.model.composed import cat
 from atoll.model.decoder import Decoder
 
+limits = QuasiNewton.limits
 TARGET = [0.7, 0.0, -0.4]
 SEARCHES = ["gradient", "gradient_per_layer", "cma", "nevergrad:NGOpt", "nevergrad:CMA", "nevergrad:DE"]
 
@@ -171,6 +173,27 @@ def test_a_budget_is_kept(method: str, budget: int) -> None:
     assert found.evaluations >= 0.6 * budget, "the budget is there to be used"
     assert rows / 5 <= found.evaluations
     assert (rows / 5 == found.evaluations) == (steps == 0)
+
+
+@pytest.mark.parametrize("method", ["gradient", "gradient_per_layer"])
+def test_a_look_that_goes_too_far_costs_no_backward_and_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a narrow valley's looks some are refused: their gradients are never read, in whichever portion the value is beyond its limit."""
+    objective = Objective(Valley(TARGET), unregularised())
+    found = search(objective, 3, method, budget=60)
+    monkeypatch.setattr(QuasiNewton, "limits", property(lambda self: torch.full_like(self._values, torch.inf)))
+    tell = QuasiNewton.tell
+
+    def with_limits(self: QuasiNewton, values: Tensor, gradients: Tensor) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(QuasiNewton, "limits", limits)
+            return tell(self, values, gradients)
+
+    monkeypatch.setattr(QuasiNewton, "tell", with_limits)
+    every = search(objective, 3, method, budget=60)
+    assert torch.equal(found.weights, every.weights)
+    assert [point.value for point in found.history] == [point.value for point in every.history]
+    assert every.evaluations == 60
+    assert found.evaluations < every.evaluations
 
 
 def test_lorahubs_search_takes_forty_evaluations_one_by_one() -> None:

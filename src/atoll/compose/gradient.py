@@ -1,7 +1,7 @@
 """Search by gradient: quasi-Newton steps on the composition weights, one an adapter or one an adapter and layer.
 
 A forward and its backward give the exact derivative of the loss by all weights at once, for the price of three evaluations, whatever the number of
-adapters; a search without gradients must try each of them.
+adapters; a search without gradients must try each of them. A look that turns out too far costs its forward alone.
 
 When to stop is read from held-out examples, or from folds: beside the real search runs one search for each fold without its examples, as further
 candidates of the same batch. The mean loss of the folds' own examples says how far the real search should go.
@@ -29,7 +29,7 @@ def search_gradient(run: Run) -> None:
     steps = max(1, int((run.budget - run.evaluations + 1e-6) // (GRADIENT_COST * len(starts))))
     for step in range(steps):
         weights = searches.ask().view_as(starts)
-        scores, gradient = run.gradient(weights, coefficients)
+        scores, gradient = run.gradient(weights, coefficients, searches.limits)
         if step == 0 and not bool(torch.isfinite(gradient).all()):
             raise TrainingError("the gradient of the composition weights is not finite", hint="look at the adapters' norms, or use narrower bounds")
         values = (scores * coefficients).sum(1) + objective.regulariser(weights)

@@ -34,7 +34,7 @@ Regulariser = Callable[[Tensor], Tensor]  # weights [P, …] -> [P], differentia
 
 
 class Scores(Protocol):
-    """How good candidates are on examples; smaller is better."""
+    """How good candidates are on examples; smaller is better. Scores that are differentiable are losses, none of them below zero."""
 
     differentiable: bool
 

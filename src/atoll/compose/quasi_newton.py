@@ -57,19 +57,26 @@ class QuasiNewton:
             return self.weights
         return (self.weights + self._length.unsqueeze(1) * self._direction).clamp(*self._bounds)
 
+    @property
+    def limits(self) -> Tensor:
+        """[S]: the value that the point asked for must not exceed to be taken (Armijo's condition); beyond, nobody reads its gradient."""
+        if self._direction is None:
+            return torch.full_like(self._values, torch.inf)
+        return self._values + _DECREASE * (self._gradients * (self.ask() - self.weights)).sum(1)
+
     def tell(self, values: Tensor, gradients: Tensor) -> Tensor:
         """Take the values [S] and gradients [S, n] at the points asked for. Returns [S]: which of them became the search's weights.
 
         A point that is not finite is one that went too far.
         """
-        point = self.ask()
+        point, limits = self.ask(), self.limits
         finite = torch.isfinite(values) & torch.isfinite(gradients).all(1)
         if self._direction is None:
             taken = finite
         else:
             move = point - self.weights
             slope = (self._gradients * move).sum(1)
-            taken = finite & (values <= self._values + _DECREASE * slope)
+            taken = finite & (values <= limits)
             self._remember(move, torch.where(taken.unsqueeze(1), gradients - self._gradients, 0.0), taken)
             self._length = torch.where(taken, 1.0, self._length * _shorter(values - self._values, slope))
         self.weights = torch.where(taken.unsqueeze(1), point, self.weights)

@@ -23,6 +23,7 @@ Report = Callable[[str, int, int], None]  # (what is going on, evaluations done,
 
 GRADIENT_COST = 3  # evaluations that a forward with its backward takes as long as, by measurement: the backward, and no merged weights
 _RACED_SHARE = 0.4  # of the examples, that all candidates of a race are scored on
+_BEYOND = 1e-5  # by how much, and this share of it, a value must be beyond its limit: sums in another order differ in their last digits
 _RACE_FROM = 4  # candidates; and one example fewer
 
 
@@ -142,25 +143,34 @@ class Run:
             [self._offered(part, self._scores(part, self.objective.searched)) for part in self._parts(candidates, self.objective.searched)]
         )
 
-    def gradient(self, weights: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [P, k] of all examples, and the gradient [P, …] of Σₑ coefficients[p, e] scoreₑ(w_p) + regulariser(w_p). coefficients [P, k]."""
+    def gradient(self, weights: Tensor, coefficients: Tensor, limits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scores [P, k] of all examples, and the gradient [P, …] of Σₑ coefficients[p, e] scoreₑ(w_p) + regulariser(w_p). coefficients [P, k].
+
+        limits [P]: where all of these values are beyond theirs, for certain, nobody wants the gradient, and zeros stand for it. What can be
+        differentiated are losses, none of them below zero, so a part of the examples may already be too much.
+        """
         leaf = weights.detach().clone().requires_grad_()
         scores = torch.zeros_like(coefficients)
         used = (coefficients != 0).any(0)
         graded, others = used.nonzero().flatten().tolist(), (~used).nonzero().flatten().tolist()
         with torch.enable_grad():
+            cost = self.objective.regulariser(leaf)
+            values, wanted, with_backward = cost.detach().clone(), True, 0
             for portion in self.objective.scores.portions(graded, len(leaf)):
-                found = self.objective.scores.scores(leaf, portion)
-                (found * coefficients[:, portion]).sum().backward()
+                with torch.set_grad_enabled(wanted):
+                    found = self.objective.scores.scores(leaf, portion)
                 scores[:, portion] = found.detach()
-            cost = self.objective.regulariser(leaf).sum()
-            if cost.requires_grad:
-                cost.backward()
+                values += (scores * coefficients)[:, portion].sum(1)
+                wanted = wanted and (limits is None or not bool((values - limits > _BEYOND * (1 + limits.abs())).all()))
+                if wanted:
+                    (found * coefficients[:, portion]).sum().backward()
+                    with_backward += len(portion)
+            if wanted and cost.requires_grad:
+                cost.sum().backward()
         if others:
             scores[:, others] = self.objective.scores.scores(weights, others)
-        self._count(len(leaf) * (GRADIENT_COST * len(graded) + len(others)))
-        assert leaf.grad is not None
-        return scores, leaf.grad
+        self._count(len(leaf) * (len(graded) + len(others) + (GRADIENT_COST - 1) * with_backward))
+        return scores, leaf.grad if wanted and leaf.grad is not None else torch.zeros_like(leaf)
 
     def all_scores(self, weights: Tensor) -> Tensor:
         """[P, k]: of all examples, held out or not. No candidate is offered."""
