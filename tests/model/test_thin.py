@@ -158,8 +158,11 @@ def test_what_does_not_fit_takes_the_plain_way() -> None:
         update._replace(beside=update_of(64, QKV, seed=3)),
         update._replace(parts=magnitude),
         update._replace(a=update.a.detach().to(torch.bfloat16)),
+        update._replace(parts=update.parts[:2]),  # leaves rows of A out
         odd,
     ):
+        assert fits(x, [(0, 20, update)])
+        assert not fits(x.float(), [(0, 20, update)])
         assert not fits(x, [(0, 20, unfit)])
         y = linear(x.requires_grad_(), weight, None, 0, 0, AdapterBatch((Segment(0, 20, Always(unfit)),)), ops())
         assert type(y.grad_fn).__name__ == "_LoraLinearBackward"

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "simd.h"
@@ -279,7 +279,8 @@ struct ThinCall {
         for (ThinPart& part : s.parts)
             thin_shrink(rows, from + part.out_start, d_out, part.width, scratch + part.packed, part.lanes, part.scaling, dz + part.lane, s.lanes);
         if (s.dx) thin_expand(rows, dz, s.lanes, s.lanes, scratch + s.packed, d_in, 1, s.dx + task.begin * d_in, d_in);
-        for (auto [of_rows, pairs] : {std::pair<const bf16*, long>{s.z + task.begin * s.lanes, s.z_pairs}, {dz, s.dz_pairs}})
+        using Rows = std::pair<const bf16*, long>;
+        for (auto [of_rows, pairs] : {Rows{s.z + task.begin * s.lanes, s.z_pairs}, Rows{dz, s.dz_pairs}})
             for (long t = 0; t < rows; t += 2)
                 for (int lane = 0; lane < s.lanes; lane += LANES) {
                     Pairs both = (Pairs)widen(of_rows + t * s.lanes + lane) >> 16;

@@ -29,13 +29,14 @@ _LANES = 16  # simd.h's
 def fits(x: Tensor, updates: Sequence[tuple[int, int, Update]]) -> bool:
     """Whether these updates are LoRA as most know it: whole float32 factors of even widths; no DoRA, no mix, none beside another."""
     return (
-        x.shape[1] % 2 == 0
+        x.dtype == torch.bfloat16
+        and x.shape[1] % 2 == 0
         and x.is_contiguous()
         and all(
             update.mix is None
             and update.beside is None
             and _is_master(update.a)
-            and [part.rank_start for part in update.parts] == [0, *(part.rank_stop for part in update.parts)][:-1]
+            and [*(part.rank_start for part in update.parts), len(update.a)] == [0, *(part.rank_stop for part in update.parts)]
             and all(part.magnitude is None and (part.out_stop - part.out_start) % 2 == 0 and _is_master(part.b) for part in update.parts)
             for _, _, update in updates
         )
