@@ -122,7 +122,8 @@ class Bench:
         rows = encode(base, task, JOBS * JOB_ROWS)
         jobs = [rows[number::JOBS] for number in range(JOBS)]
         short = sorted(encode(base, task, 8 * JOBS * JOB_ROWS), key=lambda row: len(row["ids"]))[: JOBS * JOB_ROWS]
-        assert len(short[-1]["ids"]) <= SHORT_TOKENS, "too few short rows"
+        if len(short) < JOBS * JOB_ROWS or len(short[-1]["ids"]) > SHORT_TOKENS:
+            sys.exit(f"{task} has fewer than {JOBS * JOB_ROWS} rows of at most {SHORT_TOKENS} tokens")
         short_jobs = [short[number::JOBS] for number in range(JOBS)]
         for number in range(self._arguments.rounds):
             for at_once in (1, JOBS) if number % 2 == 0 else (JOBS, 1):

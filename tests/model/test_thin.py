@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.adapters import decoder_of, random_adapter
+from tests.conftest import tiny_model
+from tests.families import family_model
 from torch import Tensor
 
+from atoll.data.encode import EncodedRow
 from atoll.model.apply import Part, Update, linear
 from atoll.model.batch import AdapterBatch, Segment
+from atoll.model.generic_decoder import GenericDecoder
 from atoll.model.kernels import build
 from atoll.model.kernels.thin import fits
-from atoll.model.kernels.training import TrainingOps, training_ops
+from atoll.model.kernels.training import ThinNumbers, TrainingOps, training_ops
+from atoll.train.rows import adapter_batch, label_batch
+from atoll.train.weights import TrainableAdapter
 
 pytestmark = [
     pytest.mark.usefixtures("built_kernels"),
@@ -39,6 +46,11 @@ def update_of(d_in: int, members: Members, *, dropout: float = 0.0, seed: int = 
         parts.append(Part(row, row + rank, start, start + width, b.requires_grad_(), 0.7 + number))
         row += rank
     return Update(a.requires_grad_(), tuple(parts), dropout, 99 + seed)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(11)
 
 
 def ops() -> TrainingOps:
@@ -84,7 +96,7 @@ CASES: dict[str, tuple[int, int, list[tuple[int, int, Members]]]] = {
     "ranks 1, 3 and 40": (64, 128, [(0, 70, ((1, 0, 64), (3, 64, 32), (40, 96, 32))), (70, 180, ((40, 64, 32),))]),
     "wide z": (64, 128, [(0, 180, ((64, 0, 64), (64, 64, 64)))]),
     "widths that are no multiples of 16": (38, 50, [(0, 61, ((8, 0, 18), (5, 18, 32))), (61, 180, ((16, 0, 50),))]),
-    "longer than a panel of tokens": (64, 128, [(0, 1301, QKV)]),
+    "many tokens": (64, 128, [(0, 1301, QKV)]),
     "many columns": (600, 1000, [(7, 100, ((16, 0, 600), (16, 600, 400)))]),
 }
 
@@ -113,8 +125,8 @@ def test_threads_change_nothing(threads: int) -> None:
             found.append(run(x, weight, None, segments, True))
     finally:
         torch.set_num_threads(before)
-    factors = [name for name in found[0] if name != "x"]  # x's has the base's product, which is torch's
-    assert all(torch.equal(found[0][name], found[1][name]) for name in factors if name != "y")
+    factors = [name for name in found[0] if name not in ("x", "y")]  # those have the base's product, which is torch's
+    assert all(torch.equal(found[0][name], found[1][name]) for name in factors)
 
 
 def test_a_segments_result_does_not_depend_on_its_neighbours() -> None:
@@ -166,6 +178,47 @@ def test_what_does_not_fit_takes_the_plain_way() -> None:
         assert not fits(x, [(0, 20, unfit)])
         y = linear(x.requires_grad_(), weight, None, 0, 0, AdapterBatch((Segment(0, 20, Always(unfit)),)), ops())
         assert type(y.grad_fn).__name__ == "_LoraLinearBackward"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_decoders_train_this_way(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every linear of a real step, native and generic: as many compiled calls as there are fused linears, and plain torch's gradients."""
+    native = family == "llama"
+    decoder = decoder_of(tiny_model(family), torch.bfloat16) if native else GenericDecoder(family_model(family).to(torch.bfloat16))
+    targets = tuple(dict.fromkeys(target.rsplit(".", 1)[-1] for target in decoder.shape.linears))
+    adapter, forward = random_adapter(decoder, 4, seed=1, target_modules=targets), TrainingOps.thin
+    calls: list[int] = []
+    found: dict[str, Tensor] = {}
+
+    def counted(self: TrainingOps, call: ThinNumbers, y: Tensor) -> None:
+        calls.append(len(y))
+        forward(self, call, y)
+
+    monkeypatch.setattr(TrainingOps, "thin", counted)
+    for kernel in ("plain", "auto"):
+        monkeypatch.setenv("ATOLL_KERNEL", kernel)
+        weights = TrainableAdapter(adapter, decoder.shape.linears, groups=decoder.shape.groups)
+        packed = label_batch([EncodedRow(list(range(5, 40)), 30, "row")], "cpu")
+        decoder.label_losses(decoder.forward(packed.batch, adapter_batch(packed, [weights])), packed.labels).sum().backward()
+        found[kernel] = weights.grads.clone()
+        assert bool(calls) == (kernel == "auto")
+    assert len(calls) == decoder.shape.num_layers * len(decoder.shape.groups)
+    assert float((found["auto"] - found["plain"]).norm() / found["plain"].norm()) < 0.03
+
+
+def test_a_long_or_wide_update_takes_the_plain_way() -> None:
+    x = torch.empty(4096, 64, dtype=torch.bfloat16)
+    assert fits(x, [(0, 2048, update_of(64, QKV))])
+    assert not fits(x, [(0, 2049, update_of(64, QKV))])
+    assert not fits(x, [(0, 10, update_of(64, ((65, 0, 64),)))])
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, weight = torch.randn(20, 64).to(torch.bfloat16).requires_grad_(), torch.randn(128, 64).to(torch.bfloat16)
+    y = linear(x, weight, None, 0, 0, AdapterBatch((Segment(0, 20, Always(update_of(64, QKV))),)), ops())
+    (first,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.float().sum().backward()
 
 
 @pytest.mark.parametrize("target", ["avx512", "avx2"])

@@ -1,7 +1,7 @@
 // LoRA's thin products over the segments of a batch, each with factors of its own: y += s (x Aᵀ) B, and the way back.
 //
 // A library's product of 180 tokens with 16 ranks spends as long on finding out what to do as on doing it, and a linear with three members needs
-// fourteen of them. Here one call does them all. Factors come in as float32 masters [rank][width] and are packed as bfloat16 pairs, as simd.h wants
+// twelve of them. Here one call does them all. Factors come in as float32 masters [rank][width] and are packed as bfloat16 pairs, as simd.h wants
 // them: along the width where that is summed over, along the ranks where those are. Members stand side by side in lanes, each from a multiple of 16 on;
 // lanes beyond its rank are zero. Sums are float32 and in one order for each result, whatever the number of threads.
 #pragma once
@@ -44,34 +44,36 @@ struct ThinTask { int segment, part; long begin, end; };
 
 constexpr long THIN_TOKENS = 24;    // of a task; even, since its pairs of tokens must be its own
 constexpr long THIN_PACKED = 256;   // columns of a factor that a task packs
-constexpr long THIN_COLUMNS = 32;   // of a factor's gradient that are a task: a line of x
-constexpr long THIN_ROWS = 12;      // of y that are written along their lines
+constexpr long THIN_COLUMNS = 32;   // of a factor's gradient that are a task: their part of a row of x is a cache line
+constexpr long THIN_ROWS = 12;      // of y that are added to from left to right before the next ones
 
 // Sums of ROWS x VECS vectors over pairs: out(m, v, sum). x [ROWS][2 * pairs], w [pairs][...][2].
-template <int ROWS, int VECS, class Out> inline void thin_sums(const bf16* x, long x_stride, const bf16* w, long w_stride, long pairs, int row, Out out) {
+template <int ROWS, int VECS, class Out>
+inline void thin_sums(const bf16* x, long x_stride, const bf16* w, long w_stride, long pairs, int row, Out out) {
     Vec sums[ROWS][VECS];
 #pragma GCC unroll 12
     for (int m = 0; m < ROWS; m++)
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int v = 0; v < VECS; v++) sums[m][v] = Vec{};
     for (long k = 0; k < pairs; k++) {
         Pairs at[VECS];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int v = 0; v < VECS; v++) at[v] = load_pairs(w + k * w_stride + v * 2 * LANES);
 #pragma GCC unroll 12
         for (int m = 0; m < ROWS; m++) {
             Pairs both = pair(x + m * x_stride + 2 * k);
-#pragma GCC unroll 3
+#pragma GCC unroll 4
             for (int v = 0; v < VECS; v++) sums[m][v] = dot2(sums[m][v], at[v], both);
         }
     }
 #pragma GCC unroll 12
     for (int m = 0; m < ROWS; m++)
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int v = 0; v < VECS; v++) out(row + m, v, sums[m][v]);
 }
 
-template <int ROWS, int VECS, class Out> inline void thin_some(int rows, const bf16* x, long x_stride, const bf16* w, long w_stride, long pairs, int row, Out out) {
+template <int ROWS, int VECS, class Out>
+inline void thin_some(int rows, const bf16* x, long x_stride, const bf16* w, long w_stride, long pairs, int row, Out out) {
     if (rows == ROWS) thin_sums<ROWS, VECS>(x, x_stride, w, w_stride, pairs, row, out);
     else if constexpr (ROWS > 1) thin_some<ROWS - 1, VECS>(rows, x, x_stride, w, w_stride, pairs, row, out);
 }
@@ -106,7 +108,7 @@ inline void thin_shrink(long rows, const bf16* x, long x_stride, long width, con
 // y [rows][width] += scale * z [rows][lanes] times factors packed along the ranks, [lanes / 2][padded width][2].
 inline void thin_expand(long rows, const bf16* z, long z_stride, int lanes, const bf16* w, long width, float scale, bf16* y, long y_stride) {
     const long padded = (width + LANES - 1) / LANES * LANES;
-    for (long row = 0; row < rows; row += THIN_ROWS) {  // rows outside: y is read and written along its lines
+    for (long row = 0; row < rows; row += THIN_ROWS) {  // column by column within a few rows, so that y is read as it lies
         const long count = std::min(THIN_ROWS, rows - row);
         const bf16* x = z + row * z_stride;
         for (long column = 0; column < width;) {
@@ -156,7 +158,8 @@ inline void outer_some(int rows, const bf16* z, long z_stride, const bf16* x, lo
 }
 
 // out [rank][width], columns begin to end, = scale * sum over tokens of z[token][rank] x[token][column]; z in pairs of tokens, [tokens / 2][lanes][2].
-inline void thin_outer(int rank, const bf16* z, int lanes, const bf16* x, long x_stride, long tokens, long begin, long end, long width, float scale, float* out) {
+inline void thin_outer(int rank, const bf16* z, int lanes, const bf16* x, long x_stride, long tokens, long begin, long end, long width, float scale,
+                       float* out) {
 #if defined(__AVX512F__)
     constexpr int MOST = 24;
 #else
@@ -198,7 +201,7 @@ inline void pack_ranks(const float* from, int rank, long width, long begin, long
         }
 }
 
-// The segments of one call, read from the numbers that Python writes (training.py): d_in, d_out, how many, and then of each start, tokens, a, x, z, dx, da,
+// The segments of one call, read from the numbers that thin.py writes: d_in, d_out, how many, and then of each start, tokens, a, x, z, dx, da,
 // members, and of each of those rank, out_start, width, b, db. Room in a scratch is given out on the way.
 struct ThinCall {
     long d_in, d_out;
@@ -207,7 +210,7 @@ struct ThinCall {
     bf16* scratch;
 
     ThinCall(const int64_t* at, const float* scaling, bool backward) : d_in(at[0]), d_out(at[1]) {
-        long room = 0;
+        long room = LANES;
         auto take = [&](long elements) { long place = room; room += (elements + 31) / 32 * 32; return place; };
         auto padded = [](long width) { return (width + LANES - 1) / LANES * LANES; };
         const int64_t* next = at + 3;
@@ -238,7 +241,8 @@ struct ThinCall {
         static thread_local std::unique_ptr<bf16, decltype(&std::free)> kept{nullptr, &std::free};
         static thread_local long kept_room = 0;
         if (room > kept_room) {
-            kept.reset(static_cast<bf16*>(std::aligned_alloc(64, room * sizeof(bf16))));
+            kept.reset();  // before the larger one is taken
+            kept.reset(static_cast<bf16*>(std::aligned_alloc(64, (room + 31) / 32 * 32 * sizeof(bf16))));
             kept_room = kept ? room : 0;
         }
         scratch = kept.get();

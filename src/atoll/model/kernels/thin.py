@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from atoll.model.kernels.training import TrainingOps
 from atoll.model.quant import Weight, dense
@@ -24,21 +25,28 @@ if TYPE_CHECKING:
     from atoll.model.apply import Update
 
 _LANES = 16  # simd.h's
+_MOST_TOKENS, _MOST_RANKS = 2048, 64  # of a segment, of a member
 
 
 def fits(x: Tensor, updates: Sequence[tuple[int, int, Update]]) -> bool:
-    """Whether these updates are LoRA as most know it: whole float32 factors of even widths; no DoRA, no mix, none beside another."""
+    """Whether these updates (start, stop, factors) of bfloat16 x [T, d_in] are what is compiled: LoRA as most know it, over short segments.
+
+    That is float32 factors whose members cover A in order, of even widths; no DoRA, no mix, none beside another. One that is not takes all updates of
+    the forward the plain way. Beyond the bounds torch's own products are as fast (docs/notebook.md).
+    """
     return (
         x.dtype == torch.bfloat16
         and x.shape[1] % 2 == 0
         and x.is_contiguous()
         and all(
-            update.mix is None
+            stop - start <= _MOST_TOKENS
+            and update.mix is None
             and update.beside is None
             and _is_master(update.a)
             and [*(part.rank_start for part in update.parts), len(update.a)] == [0, *(part.rank_stop for part in update.parts)]
             and all(part.magnitude is None and (part.out_stop - part.out_start) % 2 == 0 and _is_master(part.b) for part in update.parts)
-            for _, _, update in updates
+            and all(len(part.b) <= _MOST_RANKS for part in update.parts)
+            for start, stop, update in updates
         )
     )
 
@@ -65,6 +73,7 @@ class ThinLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy = grads[0].contiguous()
         x, weight, z, *factors = ctx.saved_tensors
@@ -88,14 +97,19 @@ class _Call:
         x_at, z_at, dx_at = x.data_ptr(), z.data_ptr(), 0 if dx is None else dx.data_ptr()
         factor, gradient = iter(factors), iter(found or [None] * len(factors))
         for start, stop, members, dropout, seed in layout:
+            a = next(factor)
+            assert stop <= len(x), "a segment ends beyond the tokens"
+            assert a.shape == (sum(rank for rank, *_ in members), d_in), "A is not its members' ranks by d_in"
             here, there = x_at + start * d_in * size, dx_at and dx_at + start * d_in * size
             if dropout:
                 hidden, summed = dropped(x[start:stop], dropout, seed), None if dx is None else dx.new_zeros(stop - start, d_in)
                 self._dropped.append((start, stop, hidden, summed, dropout, seed))
                 here, there = hidden.data_ptr(), 0 if summed is None else summed.data_ptr()
-            self.numbers.extend((start, stop - start, next(factor).data_ptr(), here, z_at, there, _at(gradient), len(members)))
+            self.numbers.extend((start, stop - start, a.data_ptr(), here, z_at, there, _at(gradient), len(members)))
             for rank, out_start, width, scaling in members:
-                self.numbers.extend((rank, out_start, width, next(factor).data_ptr(), _at(gradient)))
+                b = next(factor)
+                assert b.shape == (rank, width) and out_start + width <= y.shape[1], "B is not its member's ranks by columns"
+                self.numbers.extend((rank, out_start, width, b.data_ptr(), _at(gradient)))
                 self.scalings.append(scaling)
             z_at += (stop - start) * _lanes(members) * size
 

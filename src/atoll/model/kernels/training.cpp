@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 
 #include "simd.h"
 #include "thin.h"
@@ -267,7 +268,7 @@ void atoll_softmax_backward(const bf16* weights, bf16* dweights, long rows, int 
 }
 
 // y [T][d_out] += s (x Aᵀ) B for every segment; no two of them have a token in common. numbers, scalings: see ThinCall. Returns 1 where memory is short.
-int atoll_thin(const int64_t* numbers, const float* scalings, bf16* y, int threads) {
+int atoll_thin(const int64_t* numbers, const float* scalings, bf16* y, int threads) try {
     ThinCall call(numbers, scalings, false);
     if (!call.scratch) return 1;
 #pragma omp parallel num_threads(threads)
@@ -278,10 +279,12 @@ int atoll_thin(const int64_t* numbers, const float* scalings, bf16* y, int threa
         for (size_t task = 0; task < call.blocks.size(); task++) call.forward(call.blocks[task], y);
     }
     return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
 }
 
 // From dy [T][d_out]: dx += s dy Bᵀ A, dA = s (dy Bᵀ)ᵀ x, dB = s zᵀ dy.
-int atoll_thin_backward(const int64_t* numbers, const float* scalings, const bf16* dy, int threads) {
+int atoll_thin_backward(const int64_t* numbers, const float* scalings, const bf16* dy, int threads) try {
     ThinCall call(numbers, scalings, true);
     if (!call.scratch) return 1;
 #pragma omp parallel num_threads(threads)
@@ -294,6 +297,8 @@ int atoll_thin_backward(const int64_t* numbers, const float* scalings, const bf1
         for (size_t task = 0; task < call.panels.size(); task++) call.gradients(call.panels[task], dy);
     }
     return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
 }
 
 }  // extern "C"

@@ -4,7 +4,7 @@ Each is one pass over memory (a loss two, in the cache) where plain torch takes 
 those of model/decoder.py, model/fresh_attention.py and model/loss.py, and bfloat16 rounds at the same places, but for the weights of attention, which
 are rounded once. Optional: without a compiler, in another dtype, or on another device the plain versions run.
 
-Used by decoder.py and loss.py. tests/model/test_training_ops.py holds both versions equal.
+Used by decoder.py, generic_decoder.py, apply.py, loss.py and thin.py. tests/model/test_training_ops.py holds both versions equal.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class TrainingOps:
     def _thin(self, function: Any, call: ThinNumbers, y: Tensor) -> None:
         numbers, scalings = (ctypes.c_void_p(found.buffer_info()[0]) for found in (call.numbers, call.scalings))
         if function(numbers, scalings, _at(y), torch.get_num_threads()):
-            raise MemoryError("no memory for the packed factors of a forward")
+            raise MemoryError("no memory for the thin products of a linear")
 
 
 class _AddNorm(torch.autograd.Function):
