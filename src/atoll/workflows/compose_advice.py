@@ -27,8 +27,8 @@ _WITH_FIVE = (
     "tasks), and a little worse where it did not (34 % against 37 % over 17 real ones)."
 )
 _WITH_MORE = (
-    "With 20 examples, training on them was better than composing over 17 real tasks (43 % against 35 %), with 100 by more (52 % against 40 % over "
-    "15); composing is for what the hub's adapters know already."
+    "With 20 examples, training on them was better than composing over 17 real tasks (43 % against 35 %), with 100 by more (50 % against "
+    "39 %); composing is for what the hub's adapters know already."
 )
 _MANY = 15  # examples, from which the second is said
 _FEWEST_ROWS = 20  # test rows; of fewer a standard error says little
