@@ -24,7 +24,7 @@ _INSTEAD = {  # what may be used in place of the composition, the simplest first
 # docs/notebook.md, "composing, what it is worth"
 _WITH_FIVE = (
     "With 5 examples, composing was far better than training on them where the hub held the task's skills (56 % against 25 % over 16 generated "
-    "tasks), and a little worse where it did not (34 % against 37 % over 17 real ones)."
+    "tasks), and a little worse where it did not (35 % against 38 % over 16 real ones)."
 )
 _WITH_MORE = (
     "With 20 examples, training on them was better than composing over 17 real tasks (43 % against 35 %), with 100 by more (50 % against "
