@@ -85,7 +85,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--only", type=lambda text: text.split(","), help="these tasks or cells alone, by name")
     parser.add_argument("--k", default="5", help="numbers of examples, with commas between")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", default="gradient", help="methods of the search, with commas between")
+    parser.add_argument("--methods", default="gradient_per_layer", help="methods of the search, with commas between")
     parser.add_argument(
         "--few-shot-steps", type=int, nargs="*", default=[], help="LoRA trained on the examples for so many steps, beside the control's own"
     )

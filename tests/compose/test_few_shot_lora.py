@@ -38,6 +38,7 @@ def test_training_learns_the_examples_and_leaves_no_file(decoder: Decoder, tempo
     assert adapter.spec.base == "tiny"
     assert adapter.spec.rank == FEW_SHOT_ADAPTER.r
     assert list(temporary.iterdir()) == []
+    assert few_shot_trainer(5).log_to == ()  # of a curve that is thrown away
 
 
 def test_the_same_seed_is_the_same_adapter(decoder: Decoder) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from atoll.compose.losses import LabelLosses
 from atoll.compose.objective import FewShot, Objective, unregularised
 from atoll.compose.pool import Pool
+from atoll.compose.population import _Nevergrad
 from atoll.compose.quasi_newton import QuasiNewton
 from atoll.compose.run import Settings
 from atoll.compose.search import Found, search
@@ -209,6 +210,21 @@ def test_lorahubs_search_takes_forty_evaluations_one_by_one() -> None:
     assert found.recommendation is not None
     torch.testing.assert_close(found.recommendation, found.weights, rtol=0, atol=0.1)
     assert search(bowl(), 3, "gradient").recommendation is None
+
+
+def test_an_optimiser_without_a_last_word_is_closed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads would keep the process alive."""
+    closed = []
+
+    def refuse(optimiser: object) -> Tensor:
+        raise ConfigError("it has none")
+
+    monkeypatch.setattr("atoll.compose.population._Nevergrad.recommendation", refuse)
+    original = _Nevergrad.close
+    monkeypatch.setattr("atoll.compose.population._Nevergrad.close", lambda optimiser: (closed.append(optimiser), original(optimiser)))
+    with pytest.raises(ConfigError, match="it has none"):
+        search(bowl(), 3, "nevergrad:OnePlusOne")
+    assert len(closed) == 1
 
 
 def test_optimisers_that_can_get_whole_generations() -> None:

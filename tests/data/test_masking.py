@@ -8,7 +8,7 @@ import pytest
 
 from atoll.data.encode import EncodedRow
 from atoll.data.masking import MaskedRow, Masking
-from atoll.errors import ConfigError
+from atoll.errors import ConfigError, DataError
 
 MASK, VOCABULARY = 4, 1000
 MASKING = Masking(0.15, MASK, VOCABULARY, frozenset({1, 2}), seed=0)
@@ -44,6 +44,18 @@ def test_a_short_row_hides_one_token() -> None:
     """A row without a label would teach nothing, and a step of such rows has no mean."""
     shown = [MASKING.hide(EncodedRow([1, 50, 51, 2], 4, "b:1"), str(step)) for step in range(30)]
     assert all(isinstance(row, MaskedRow) and row.num_labels >= 1 for row in shown)
+
+
+def test_a_row_of_special_tokens_alone_is_refused() -> None:
+    """It would have no label, and a step of such rows no mean."""
+    MASKING.check(EncodedRow([1, 50, 2], 3, "b:1"))
+    with pytest.raises(DataError, match="b:2: the text has no token"):
+        MASKING.check(EncodedRow([1, 2], 2, "b:2"))
+
+
+def test_all_tokens_of_a_text_are_read() -> None:
+    """Of a completion the last is predicted only."""
+    assert MASKING.hide(ROW, "1").num_inputs == len(ROW.token_ids) == ROW.num_inputs + 1
 
 
 def test_a_tokenizer_without_a_mask_is_refused() -> None:

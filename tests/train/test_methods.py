@@ -22,6 +22,7 @@ from atoll.errors import ConfigError
 from atoll.model.adapter import AdapterSpec
 from atoll.model.adapter_files import read_adapter, write_adapter
 from atoll.model.decoder import Decoder
+from atoll.train.job import entering_states
 from atoll.train.plan import _LATER_ADAPTER, _LATER_TRAINER, _without_defaults
 from atoll.train.schedule import learning_rate
 from atoll.train.start import Start, converted, start_adapter
@@ -210,6 +211,13 @@ def test_a_resumed_run_ends_as_one_in_peace(decoder: Decoder, tmp_path: Path, me
 
 
 # ---- NEFTune
+
+
+def test_noise_keeps_no_states(decoder: Decoder) -> None:
+    """What enters a block differs in every step; a dry run counts on the same."""
+    config = TrainerConfig(epochs=3, batch_size=2)
+    assert entering_states(decoder, 1, 8, config) is not None
+    assert entering_states(decoder, 1, 8, config.model_copy(update={"neftune_noise_alpha": 5.0})) is None
 
 
 def test_noise_has_the_papers_size_and_is_for_training_alone(decoder: Decoder, tmp_path: Path) -> None:

@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
-from atoll.cli.options import OutOption
 from atoll.cli.output import say, write
 
 
 def cancel(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name, as the table of the training shows it.", show_default=False)],
-    out: OutOption = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to look for it.", show_default=False)] = None,
 ) -> None:
     """Cancel one training; the others go on.
 

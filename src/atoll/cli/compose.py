@@ -129,7 +129,7 @@ def compose(
       atoll compose --examples few.jsonl --test test.jsonl --template "{text} Label:" --target label --publish my_task
       atoll compose --examples builtin:date_format --k 5 --exclude date_format --no-controls
       atoll compose --examples few.jsonl --from summaries --from legal@2 --method cma --time 60 --rank 16 --publish legal_summaries
-      atoll compose examples/compose.yaml --json
+      atoll compose examples/compose.yaml --set compose.folds=3 --json
     """
     flags = {
         **_rows(examples, test),

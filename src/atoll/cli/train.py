@@ -49,7 +49,7 @@ def train(
     random draws; the best is published under the file's name.
 
     --processes N trains one adapter in N processes of this machine, `torchrun … -m atoll train FILE` on several machines: the same adapter, to
-    rounding. Each process holds the base.
+    rounding. Each process holds the base, or with `trainer.fsdp` its share.
 
     `atoll schema train` describes every key of the file. Files in Ludwig's form are read as they are.
 

@@ -36,7 +36,7 @@ _RATE, _STEPS = 5e-4, 6.0
 def few_shot_trainer(num_examples: int, seed: int = 0) -> TrainerConfig:
     """How LoRA is trained on k examples: 6 √k steps (13 for 5, 27 for 20, 60 for 100) of up to 8 examples each, at 5e-4 with a cosine."""
     steps = max(1, round(_STEPS * math.sqrt(num_examples)))
-    return TrainerConfig(max_steps=steps, batch_size=_BATCH, learning_rate=_RATE, warmup_fraction=0.1, checkpoint_every=None, seed=seed)
+    return TrainerConfig(max_steps=steps, batch_size=_BATCH, learning_rate=_RATE, warmup_fraction=0.1, checkpoint_every=None, log_to=(), seed=seed)
 
 
 def train_on_examples(
@@ -46,7 +46,6 @@ def train_on_examples(
     base: str = "",
     seed: int = 0,
     trainer: TrainerConfig | None = None,
-    adapter: LoraAdapterConfig = FEW_SHOT_ADAPTER,
     report: Report | None = None,
     stop_asked: Callable[[], bool] | None = None,
 ) -> Adapter:
@@ -56,7 +55,7 @@ def train_on_examples(
     """
     shape = decoder.shape
     settings = trainer or few_shot_trainer(len(rows), seed)
-    spec = spec_over(base, adapter, decoder)
+    spec = spec_over(base, FEW_SHOT_ADAPTER, decoder)
     start = new_adapter(spec, shape.linears, shape.num_layers, torch.Generator().manual_seed(settings.seed))
 
     def on_step(headline: str, step: int, total: int) -> None:

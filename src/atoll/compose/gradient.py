@@ -20,7 +20,10 @@ from atoll.errors import TrainingError
 
 
 def search_gradient(run: Run) -> None:
-    """As many steps as the budget has room for. Raises TrainingError where the gradient at the start is not finite."""
+    """As many steps as the budget has room for if all go well: one that goes too far costs less, and is not made up for.
+
+    Raises TrainingError where the gradient at the start is not finite.
+    """
     objective, settings = run.objective, run.settings
     coefficients = torch.stack([objective.coefficients(examples) for examples in _searched(run)])
     starts = run.starts(coefficients, "uniform")

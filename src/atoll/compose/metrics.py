@@ -3,7 +3,7 @@
 They say more directly what a task asks for, but with k examples they take k + 1 values: a search without gradients must find its way over steps. The
 label loss is the better guide unless it is known to mislead.
 
-Used by objective.py's callers, in place of losses.LabelLosses.
+For callers of search.py from Python, in place of losses.LabelLosses.
 """
 
 from __future__ import annotations

@@ -63,9 +63,10 @@ def why_not(adapter: Adapter) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Pool:
-    """Adapters of one base, checked against it. stacks holds what stands at (layer, group); linears is the base's {target: (d_out, d_in)},
+    """Adapters of one base, checked against it.
 
-    groups its linears that share an input. can_merge: whether the base computes blocks of merged weights.
+    stacks holds what stands at (layer, group); linears is the base's {target: (d_out, d_in)}, groups its linears that share an input. can_merge:
+    whether the base computes blocks of merged weights.
     """
 
     adapters: tuple[Adapter, ...]

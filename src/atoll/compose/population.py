@@ -70,9 +70,11 @@ def search_nevergrad(run: Run, name: str) -> None:
                 values = run.values(optimiser.ask(batch), racing=run.settings.racing)
                 optimiser.tell(values)
     finally:
-        if run.best is not None:
-            run.recommendation = optimiser.recommendation()
-        optimiser.close()
+        try:
+            if run.best is not None:
+                run.recommendation = optimiser.recommendation()
+        finally:  # whatever it says: its threads would keep the process alive
+            optimiser.close()
     raise Ended("budget")
 
 

@@ -172,10 +172,6 @@ class Run:
         self._count(len(leaf) * (len(graded) + len(others) + (GRADIENT_COST - 1) * with_backward))
         return scores, leaf.grad if wanted and leaf.grad is not None else torch.zeros_like(leaf)
 
-    def all_scores(self, weights: Tensor) -> Tensor:
-        """[P, k]: of all examples, held out or not. No candidate is offered."""
-        return self._scores(weights, range(self.objective.scores.num_examples))
-
     def offer(self, weights: Tensor, value: float, held_out: float | None = None) -> None:
         """Keep a candidate if it is the best: by its held-out value where examples are held out, else by its value. Raises Ended out of patience."""
         if held_out is None and self.objective.held_out:

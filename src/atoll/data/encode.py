@@ -36,6 +36,11 @@ class EncodedRow:
         return 1 if self.train_on_prompt else self.num_prompt
 
     @property
+    def num_inputs(self) -> int:
+        """How many tokens go into a forward: all but the last, which nothing follows."""
+        return len(self.token_ids) - 1
+
+    @property
     def num_labels(self) -> int:
         """How many tokens of the row count in the loss."""
         return len(self.token_ids) - self.first_label

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atoll.data.encode import EncodedRow
-from atoll.errors import ConfigError
+from atoll.errors import ConfigError, DataError
 
 _AS_MASK, _AS_ANOTHER = 0.8, 0.1  # of the hidden tokens: so many become the mask, so many another token, the others stay as they are
 
@@ -23,6 +23,10 @@ class MaskedRow(EncodedRow):
 
     places: tuple[int, ...] = ()
     hidden: tuple[int, ...] = ()
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self.token_ids)
 
     @property
     def num_labels(self) -> int:
@@ -45,6 +49,11 @@ class Masking:
         if tokenizer.mask_token_id is None:
             raise ConfigError("the base's tokenizer has no mask token, so no token can be hidden", hint="choose a base that was trained with one")
         return cls(probability, tokenizer.mask_token_id, len(tokenizer), frozenset(tokenizer.all_special_ids), seed)
+
+    def check(self, row: EncodedRow) -> None:
+        """Raise DataError for a row of special tokens alone, of which none can be hidden."""
+        if self.special.issuperset(row.token_ids):
+            raise DataError(f"{row.where}: the text has no token that could be hidden", hint="leave the row out, or give it a text")
 
     def hide(self, row: EncodedRow, draw: str) -> MaskedRow:
         """The row with tokens hidden; the same for the same draw."""

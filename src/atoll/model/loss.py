@@ -3,7 +3,8 @@
 The head is frozen, so the gradient with respect to the hidden states can be made in the forward, chunk by chunk, while the chunk's logits are at
 hand: with a vocabulary of 49,152, four thousand tokens of float32 logits would be 805 MB written, read, and written again.
 
-Used by train and compose. The sum (not the mean) is returned: the caller divides by the label tokens of the whole effective batch, or of each row.
+Used by train and compose, through the decoders. Sums and single losses are returned, no means: the caller divides by the label tokens of the whole
+effective batch, or of each row.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 No step moves it, so a job that changes only the upper blocks need not run the lower ones again. A row is always run alone, because in a packed batch
 its last bits depend on the rows beside it: whether a row was kept, or made again because the memory was full, the job ends with the same bits.
 
-Used by loop.py and by plan.py, which measures.
+Used by job.py, by plan.py, which measures, and by workflows.many, whose jobs share the room.
 """
 
 from __future__ import annotations

@@ -57,8 +57,12 @@ def total_steps(num_rows: int, config: TrainerConfig) -> int:
 
 
 def entering_states(decoder: Decoder, first_layer: int, num_rows: int, config: TrainerConfig, room: Room | None = None) -> EnteringStates | None:
-    """Where a job that changes nothing below block first_layer keeps what enters there; None where rows are seen once and keeping pays nothing."""
-    if not first_layer or not decoder.can_enter or total_steps(num_rows, config) <= math.ceil(num_rows / config.batch_size):
+    """Where a job that changes nothing below block first_layer keeps what enters there.
+
+    None where rows are seen once and keeping pays nothing, and where noise gives a row other embeddings in every step.
+    """
+    seen_once = total_steps(num_rows, config) <= math.ceil(num_rows / config.batch_size)
+    if not first_layer or not decoder.can_enter or seen_once or config.neftune_noise_alpha is not None:
         return None
     return EnteringStates(decoder, first_layer, config.reuse_mib * MIB, room)
 
@@ -106,11 +110,11 @@ class TrainingJob:
         self.weights.drop_grads()
         self.total_steps = total_steps(len(self._train), config)
         self._steps_an_epoch = math.ceil(len(self._train) / config.batch_size)
-        has_noise = config.neftune_noise_alpha is not None  # each row has its own in every step: nothing is kept or shared
-        self._entering = None if has_noise else entering_states(decoder, self.weights.first_layer, len(self._train), config, room)
+        self._entering = entering_states(decoder, self.weights.first_layer, len(self._train), config, room)
         self._eval_every = config.eval_every or self._steps_an_epoch
         self._positions = tuple(spec.positions for spec in adapter.spec.reft)
         dropout = adapter.spec.dropout or any(spec.dropout for spec in adapter.spec.reft)
+        has_noise = config.neftune_noise_alpha is not None  # each row its own
         self._shares = not (has_noise or dropout or decoder.rotary.by_length or decoder.whole_prompts)
         self._best: Tensor | None = None
         self.progress = Progress()
@@ -205,7 +209,8 @@ class TrainingJob:
         alpha, seed, hidden = self.config.neftune_noise_alpha, self.weights.dropout_seed, self.decoder.shape.hidden
         if alpha is None or seed is None:
             return None
-        bound = alpha / math.sqrt((num_tokens + 1) * hidden)  # the row's last token is predicted only
+        length = num_tokens if self._masking is not None else num_tokens + 1  # but for hidden tokens, the row's last is predicted only
+        bound = alpha / math.sqrt(length * hidden)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} noise {row}".encode()))
         return torch.empty(num_tokens, hidden).uniform_(-bound, bound, generator=generator)
 

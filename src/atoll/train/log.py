@@ -30,8 +30,12 @@ class RunLog:
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= from_step]
             write_file(path, "".join(f"{line}\n" for line in kept if from_step).encode())
-        self._file = path.open("a", encoding="utf-8")
         self._loggers = open_loggers(log_to, folder, from_step, title, settings or {})
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError:
+            close_all(self._loggers, False)
+            raise
 
     def write(self, step: int, **numbers: float) -> None:
         """Record numbers (loss in nats a label token, learning rate, tokens per second, …) of one step."""

@@ -159,13 +159,15 @@ def _admit(
     """Fill the places that are free. A job that cannot begin, or has nothing left to do, ends at once."""
     while len(running) < at_once and (following := next(waiting, None)) is not None:
         index, make = following
-        started = Spent.now()
+        started, job = Spent.now(), None
         try:
             job = make()
             making = Spent.now() - started
             job.open()
             charge(job.progress, making)
         except Exception as error:
+            if job is not None:
+                job.close()
             on_result(index, _as_training_error(error))
             continue
         if job.finished:
@@ -329,7 +331,7 @@ def _forward_backward(items: Sequence[_Item]) -> None:
     if losses[0].requires_grad:  # not where none of the rows' prompts has a token that is edited
         torch.stack(parts).sum().backward()
     spent = Spent.now() - started
-    num_tokens = [sum(len(row.token_ids) - 1 for row in item.group.rows) for item in items]
+    num_tokens = [sum(row.num_inputs for row in item.group.rows) for item in items]
     for item, loss, tokens in zip(items, losses, num_tokens, strict=True):
         item.job.add(float(loss.detach()), tokens, spent.share(tokens / sum(num_tokens)))
 

@@ -135,7 +135,8 @@ class CostEstimate:
 def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tuple[str, ...] = ()) -> TrainingPlan:
     """Encode the rows and fix everything that decides the result. stop goes into the adapter's prompt format.
 
-    Raises DataError and ConfigError as encode_examples does, and BaseMismatch when layers_to_transform names a layer that the base lacks.
+    Raises DataError and ConfigError as encode_examples and Masking.check do, and BaseMismatch when layers_to_transform names a layer that the base
+    lacks.
     """
     trainer = config.trainer
     masking, decoder = None, base.decoder
@@ -161,6 +162,9 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
         )
         for examples, max_length in ((data.train, trainer.max_length), (data.validation, None if trainer.max_length == "p95" else trainer.max_length))
     ]
+    if masking is not None:
+        for row in (row for part in encoded for row in part.rows):
+            masking.check(row)
     prompt = data.task.prompt_format(stop)
     shape = base.decoder.shape
     spec = spec_over(base.name, config.adapter, decoder)
@@ -173,9 +177,8 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
         "rows": [[row.token_ids, row.first_label, *([row.num_prompt] if spec.reft else [])] for part in encoded for row in part.rows],
     }
     lowest = first_layer(spec, shape.num_layers, shape.linears)
-    if (
-        lowest and type(decoder).can_enter
-    ):  # (whether or not this one is held in parts) then rows enter there one by one (train.entering), which decides last bits
+    if lowest and type(decoder).can_enter:  # whether or not this one is held in parts
+        # then rows enter there one by one (train.entering), which decides last bits
         identity["first_layer"] = lowest
     if classes:
         identity["labels"] = classes

@@ -1,6 +1,6 @@
 """From the adapter section of a config to the AdapterSpec over one base: layers counted from the end become numbers, names are checked.
 
-Used by plan.py, and by loop.py and the dry run to know which tokens a spec edits.
+Used by plan.py, and by job.py and the dry run to know which tokens a spec edits.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The hub's record says what was asked for, what came of it and what it cost; a run that is still going says its losses in its folder's log.
 
-Used by the command line and by sweeping.py.
+Used by the command line.
 """
 
 from __future__ import annotations

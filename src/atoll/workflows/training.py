@@ -173,7 +173,10 @@ def finished(folder: Path, plan: TrainingPlan, hub: Hub | None) -> TrainOutcome 
     path = folder / RESULT_FILE
     if not path.is_file() or not (folder / "adapter").is_dir():
         return None
-    written = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        written = dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:  # damaged: its checkpoint tells the same
+        return None
     if written.get("job") != plan.digest:
         raise TrainingError(
             f"{folder} holds the finished run of another job: config, data or base have changed since",

@@ -1,8 +1,7 @@
-"""Resident adapters for the compiled forward: each in one block of memory, in the order in which its sites are read, and one more for each side of
-a ReFT part.
+"""Resident adapters for the compiled forward: each in one block of memory, in the order in which its sites are read.
 
-Ranks stay what they are (padded to pairs, and to 16 where linears share an input), so a small adapter takes little. Nothing is gathered: the forward
-takes a pointer a row, and one for each group of edited tokens.
+Each side of a ReFT part has a block of its own. Ranks stay what they are (padded to pairs, and to 16 where linears share an input), so a small
+adapter takes little. Nothing is gathered: the forward takes a pointer a row, and one for each group of edited tokens.
 
 Used by the engine's pool through `CompiledDecoder.new_bank`; the plain version is model/bank.py.
 """
