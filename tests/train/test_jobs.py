@@ -65,6 +65,19 @@ def weights_of(outcome: TrainResult | Exception) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
+def test_a_job_that_cannot_be_opened_is_closed(decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends with the reason, its log is not left open, and the next one trains."""
+    job, closed = toy_job(tmp_path / "a", decoder=decoder, max_steps=1), list[bool]()
+
+    def fails() -> None:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(job, "open", fails)
+    monkeypatch.setattr(job, "close", lambda: closed.append(True))
+    found = run([lambda: job, lambda: toy_job(tmp_path / "b", decoder=decoder, max_steps=1)])
+    assert closed == [True] and isinstance(found[0], TrainingError) and isinstance(found[1], TrainResult)
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 def test_each_job_ends_as_it_would_alone(decoder: Decoder, tmp_path: Path, at_once: int) -> None:
     """Joined forwards, places that others leave, and jobs that come later: none may show in the weights, beyond the rounding of float32."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+
+import pytest
 
 from atoll.train.log import LOG_FILE, RunLog, follow_log
 
@@ -19,6 +22,20 @@ def test_each_call_is_a_line_that_is_there_at_once(tmp_path: Path) -> None:
         assert json.loads((tmp_path / LOG_FILE).read_text()) == {"step": 1, "loss": 2.5, "learning_rate": 0.1}
         log.write(1, validation_loss=2.25)
     assert steps_of(tmp_path) == [1, 1]
+
+
+def test_a_log_that_cannot_be_opened_closes_its_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold files and threads of their own."""
+    closed: list[bool] = []
+
+    class Told:
+        def close(self, whole: bool) -> None:
+            closed.append(whole)
+
+    monkeypatch.setattr("atoll.train.log.open_loggers", lambda *_: [Told()])
+    with pytest.raises(FileNotFoundError):
+        RunLog(tmp_path / "missing", 0)
+    assert closed == [False]
 
 
 def test_lines_of_steps_that_are_taken_again_are_cut(tmp_path: Path) -> None:
@@ -58,6 +75,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     with RunLog(tmp_path, 0) as log:
         for step in (1, 2, 3):
             log.write(step, loss=float(step), learning_rate=0.5)
+    time.sleep(1.0)  # a later run's file has a later second in its name, by which they are read
     with RunLog(tmp_path, 2) as log:
         log.write(3, loss=30.0)
     events = EventAccumulator(str(tmp_path / "tensorboard"))

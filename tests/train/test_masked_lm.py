@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,14 @@ from tests.families import ALIKE, encoder_tokenizer
 from tests.train.jobs import log_lines
 
 from atoll.config import LandConfig, TrainConfig
-from atoll.errors import BaseFormatError, ConfigError
+from atoll.errors import BaseFormatError, ConfigError, DataError
 from atoll.hub.store import Hub
 from atoll.model.adapter_files import read_adapter
 from atoll.model.base import Base, load_base
 from atoll.model.batch import AdapterBatch, PackedBatch
 from atoll.model.sites import peft_key
-from atoll.train.plan import estimate_cost
+from atoll.train.loop import train
+from atoll.train.plan import estimate_cost, training_job
 from atoll.train.rows import RowGroup, adapter_batch, pack_groups
 from atoll.train.weights import TrainableAdapter
 from atoll.workflows import land, make_plan, train_and_publish, train_many
@@ -155,6 +158,30 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     given = {"base": str(folder), "data": {"path": "builtin:unit_conversion", **ROWS}, "trainer": TRAINER, "adapter": alone}
     with pytest.raises(ConfigError, match="ReFT alone"):
         make_plan(TrainConfig.model_validate(given))
+
+
+def test_a_text_of_special_tokens_alone_is_refused(tmp_path: Path) -> None:
+    """Before any step: it has no label."""
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": text, "completion": text}) + "\n" for text in [*(f"number {n}" for n in range(20)), "</s>"]))
+    trainer = {**TRAINER, "batch_size": 2}
+    given = {"base": str(write_masked_base(tmp_path / "base", "bert")), "data": {"path": str(rows), "ratios": [1.0, 0.0, 0.0]}, "trainer": trainer}
+    with pytest.raises(DataError, match=r"texts\.jsonl:21: the text has no token that could be hidden"):
+        make_plan(TrainConfig.model_validate(given))
+
+
+def test_all_tokens_of_a_text_are_counted_and_bound_its_noise(tmp_path: Path) -> None:
+    """All of them go into the forward: into the speed, the cost, and the L of NEFTune's ± alpha / √(L D)."""
+    config = config_of(write_masked_base(tmp_path / "base", "bert"))
+    config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"neftune_noise_alpha": 5.0, "max_steps": 1})})
+    job = training_job(make_plan(config), tmp_path / "run")
+    groups = job.begin_step()
+    job.enter(groups[0], 0)
+    drawn, bound = job.noise(64, 0), 5.0 / math.sqrt(64 * 64)
+    assert drawn is not None and 0.98 * bound < float(drawn.abs().max()) <= bound
+    assert float(drawn.abs().max()) > 5.0 / math.sqrt(65 * 64)
+    result = train(training_job(make_plan(config), tmp_path / "run"))
+    assert result.progress.tokens == sum(len(row.token_ids) for group in groups for row in group.rows)
 
 
 def test_states_are_those_of_the_text_as_it_is(tmp_path: Path) -> None:

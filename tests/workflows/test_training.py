@@ -8,7 +8,7 @@ import pytest
 
 from atoll.config import TrainConfig
 from atoll.data.task import load_task
-from atoll.errors import ConfigError
+from atoll.errors import ConfigError, TrainingError
 from atoll.model.adapter_files import read_adapter
 from atoll.model.base import load_base
 from atoll.workflows import make_plan, prompt_ids, train_and_publish
@@ -56,3 +56,16 @@ def test_training_twice_into_one_folder_reuses_the_finished_run(tiny_base_dir: P
     assert not first.reused and second.reused and first.version is not None
     assert second.version is not None and second.version.digest == first.version.digest
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("content", ["", '{"job": ', "[1]", "7"])
+def test_a_damaged_result_is_refused_and_nothing_is_trained_over_it(tiny_base_dir: Path, tmp_path: Path, content: str) -> None:
+    """Whose run it was cannot be told, and the adapter beside it may be another job's."""
+    data = {"path": "builtin:unit_conversion", **ROWS}
+    config = TrainConfig.model_validate({"base": str(tiny_base_dir), "name": "units", "data": data, "trainer": QUICK, "adapter": {"r": 2}})
+    before = train_and_publish(config, out=tmp_path / "run").adapter_folder / "adapter_model.safetensors"
+    kept = before.read_bytes()
+    (tmp_path / "run" / "result.json").write_text(content)
+    with pytest.raises(TrainingError, match=r"result\.json is damaged"):
+        train_and_publish(config, out=tmp_path / "run")
+    assert before.read_bytes() == kept

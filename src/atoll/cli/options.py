@@ -15,7 +15,7 @@ DEFAULT_BASE = "smollm2-135m-instruct"  # the embedded one, which every machine 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of text.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; KEY is its place in the file. May be given several times."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; KEY is its sections and name, with dots. May be given several times."),
 ]
 AtOnceOption = Annotated[
     int | None,

@@ -163,8 +163,9 @@ def plan_training(config: TrainConfig, base: Base, data: TaskData, *, stop: tupl
         for examples, max_length in ((data.train, trainer.max_length), (data.validation, None if trainer.max_length == "p95" else trainer.max_length))
     ]
     if masking is not None:
-        for row in (row for part in encoded for row in part.rows):
-            masking.check(row)
+        for part in encoded:
+            for row in part.rows:
+                masking.check(row)
     prompt = data.task.prompt_format(stop)
     shape = base.decoder.shape
     spec = spec_over(base.name, config.adapter, decoder)

@@ -175,8 +175,11 @@ def finished(folder: Path, plan: TrainingPlan, hub: Hub | None) -> TrainOutcome 
         return None
     try:
         written = dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:  # damaged: its checkpoint tells the same
-        return None
+    except (TypeError, ValueError) as error:  # whose it is cannot be told, and its checkpoint is gone: nothing is trained over it
+        raise TrainingError(
+            f"{path} is damaged: expected the JSON object that a finished run leaves",
+            hint="choose another --out folder, or delete this one to train again",
+        ) from error
     if written.get("job") != plan.digest:
         raise TrainingError(
             f"{folder} holds the finished run of another job: config, data or base have changed since",
