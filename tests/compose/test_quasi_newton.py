@@ -11,7 +11,7 @@ from torch import Tensor
 from atoll.compose.quasi_newton import QuasiNewton
 
 Function = Callable[[Tensor], Tensor]  # [S, n] -> [S]
-BOX = (-1.5, 1.5)
+BOX = (torch.tensor(-1.5), torch.tensor(1.5))
 
 
 def looks(search: QuasiNewton, function: Function, most: int) -> int:
@@ -62,7 +62,7 @@ def test_each_search_of_a_batch_goes_as_if_it_were_alone() -> None:
 
 def test_a_minimum_outside_the_box_is_taken_where_the_box_ends() -> None:
     """And the weights that are free are still found: a bound that is active must not spoil the curvature of the others."""
-    search = QuasiNewton(torch.zeros(1, 3), (-0.5, 0.5), 0.5)
+    search = QuasiNewton(torch.zeros(1, 3), (torch.tensor(-0.5), torch.tensor(0.5)), 0.5)
     looks(search, uneven, 30)
     torch.testing.assert_close(search.weights[0], torch.tensor([0.5, -0.3, 0.1]), rtol=0, atol=1e-3)
     assert float(search.ask().abs().max()) <= 0.5

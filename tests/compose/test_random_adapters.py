@@ -7,8 +7,8 @@ import torch
 from tests.adapters import random_adapter, random_reft
 from tests.compose.scenes import mixed_adapters
 
-from atoll.compose.pool import Pool
-from atoll.compose.random_adapters import random_like, random_pool, update_norm
+from atoll.compose.pool import Pool, update_norm
+from atoll.compose.random_adapters import random_like, random_pool
 from atoll.errors import UnsupportedAdapter
 from atoll.model.adapter import Adapter, LoraModule
 from atoll.model.decoder import Decoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -15,8 +16,8 @@ from tests.compose.scenes import Bowl, Valley, examples, strong
 from torch import Tensor
 
 from atoll.compose.losses import LabelLosses
-from atoll.compose.objective import FewShot, Objective, unregularised
-from atoll.compose.pool import Pool
+from atoll.compose.objective import FewShot, Objective, l1, unregularised
+from atoll.compose.pool import Pool, reach
 from atoll.compose.population import _Nevergrad
 from atoll.compose.quasi_newton import QuasiNewton
 from atoll.compose.run import Settings
@@ -93,6 +94,29 @@ def test_a_search_from_the_best_never_ends_above_what_is_simple() -> None:
         for target in ([0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1 / 3] * 3):
             found = search(Objective(Bowl(target), unregularised()), 3, method, budget=9)
             assert found.value < 1e-9, (method, target)
+
+
+@pytest.mark.parametrize("method", ["gradient", "gradient_per_layer"])
+def test_an_adapter_far_larger_than_the_others_does_not_lead_the_search_astray(decoder: Decoder, method: str) -> None:
+    """Its weight alone would decide how long each step is; the search over weights by reach finds what it finds with one of usual size."""
+    rows, small = examples(6), [random_adapter(decoder, 4, seed=index) for index in range(6)]
+    values = {}
+    for factor in (1.0, 30.0, 1000.0):
+        pool = Pool.of([*small, strong(random_adapter(decoder, 4, seed=40), factor)], decoder)
+        assert (max(pool.reach) > 1) == (factor > 1) and pool.reach[:6] == (1.0,) * 6
+        scores = LabelLosses(decoder, pool, rows)
+        objective, settings = Objective(scores, l1(acts=pool.acts)), Settings(reach=pool.reach)
+        values[factor] = search(objective, pool.num, method, settings=settings).value
+        simple = torch.cat([torch.zeros(1, 7), torch.eye(7)])
+        assert values[factor] <= float((scores.scores(simple, range(6)).mean(1) + objective.regulariser(simple)).min()) + 1e-5
+    assert max(values.values()) < min(values.values()) + 0.05
+
+
+def test_the_reach_of_adapters_that_are_broken_or_untrained_is_that_of_all(decoder: Decoder) -> None:
+    usual = random_adapter(decoder, 2, seed=1)
+    others = [strong(usual, factor) for factor in (0.0, math.nan, math.inf, 8.0)]
+    assert reach([usual, *others]) == (1, 1, 1, 1, pytest.approx(2.0))
+    assert reach([strong(usual, 0.0)] * 2) == (1, 1)
 
 
 def test_best_single_and_uniform_are_what_they_say() -> None:

@@ -22,6 +22,7 @@ from atoll.model.fingerprint import tensor_shapes
 from atoll.workflows import compose as compose_module
 from atoll.workflows import compose_and_publish, locked
 from atoll.workflows import compose_controls as controls_module
+from atoll.workflows.compose_plan import plan_composition
 from atoll.workflows.compose_report import Report
 
 CONTESTANTS = ["base", "best single", "uniform", "random adapters", "k-shot LoRA", "in-context", "composed"]
@@ -149,7 +150,23 @@ def test_composed_and_reft_adapters_are_left_out_unless_they_are_named(base: Bas
 def test_an_adapter_of_unknown_origin_is_composed_with_a_warning(base: Base, hub: Hub, examples: Path, tmp_path: Path) -> None:
     publish(hub, random_adapter(base.decoder, 2, seed=5), "stranger", tmp_path / "made")
     outcome = compose_and_publish(config_of(base, examples, controls=False), out=tmp_path / "out", hub=hub, publish=False)
-    assert any("stranger@1 fit" in warning and "not known to have been trained on it" in warning for warning in outcome.warnings)
+    assert any("stranger@1 composed, though not known to have been trained on exactly this base" in warning for warning in outcome.warnings)
+
+
+def test_an_adapter_of_other_weights_is_left_out_unless_it_is_named(base: Base, hub: Hub, examples: Path, tmp_path: Path) -> None:
+    """Its shapes fit, but what it changes are other weights: nobody would have asked for that."""
+    other = {**base.describe(), "name": "elsewhere", "weights_fingerprint": "0" * 64}
+    publish(hub, random_adapter(base.decoder, 2, seed=6), "alien", tmp_path / "made", base=other)
+    plan = plan_composition(config_of(base, examples), hub, base=base)
+    assert "alien@1" not in {version.ref for version in plan.versions}
+    assert any(warning.startswith("alien@1 left out: made for other weights (elsewhere) than") for warning in plan.warnings)
+    named = plan_composition(config_of(base, examples, compose={"adapters": ["alien", "sizes"]}), hub, base=base)
+    assert {version.ref for version in named.versions} == {"alien@1", "sizes@1"}
+    assert any("alien@1 composed, though its base had another weights" in warning for warning in named.warnings)
+    only = config_of(base, examples, compose={"exclude": ["colours", "shapes", "sizes", "sounds"]})
+    with pytest.raises(ConfigError, match="alien@1 fits in shape, but was made for other weights") as error:
+        plan_composition(only, hub, base=base)
+    assert "--from" in error.value.hint
 
 
 def test_the_result_is_compressed_to_the_rank_that_is_asked_for(base: Base, hub: Hub, examples: Path, tmp_path: Path) -> None:
@@ -341,7 +358,7 @@ def test_an_empty_hub_and_a_hub_of_other_bases_are_told_apart(base: Base, exampl
         compose_and_publish(config_of(base, examples), out=tmp_path / "out", hub=hub)
     adapter = random_adapter(decoder_of(tiny_model("llama", hidden_size=32)), 2)
     publish(hub, adapter, "wide", tmp_path / "made")
-    with pytest.raises(ConfigError, match="none of the hub's 1 LoRA adapters fits"):
+    with pytest.raises(ConfigError, match="none of the hub's 1 LoRA adapters was made for"):
         compose_and_publish(config_of(base, examples), out=tmp_path / "out", hub=hub)
     with pytest.raises(BaseMismatch, match="wide@1 does not fit"):
         compose_and_publish(config_of(base, examples, compose={"adapters": ["wide"]}), out=tmp_path / "out", hub=hub)

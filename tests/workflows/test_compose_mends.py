@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.adapters import publish, random_adapter
+from tests.compose.scenes import strong
 from tests.workflows.scenes import config_of, rows, write_rows
 
 from atoll.compose.objective import FewShot
@@ -104,6 +105,13 @@ def test_a_lora_below_a_composition_of_its_name_is_still_composed(base: Base, hu
     plan = plan_composition(config_of(base, examples), hub, base=base)
     assert {version.ref for version in plan.versions} == {"colours@1", "shapes@1", "sizes@1", "sounds@1"}
     assert any("sounds@1 used instead" in warning for warning in plan.warnings)
+
+
+def test_an_adapter_far_larger_than_the_others_is_told(base: Base, hub: Hub, examples: Path, tmp_path: Path) -> None:
+    publish(hub, strong(random_adapter(base.decoder, 2, seed=32), 40.0), "huge", tmp_path / "made", base=base.describe())
+    config = config_of(base, examples, controls=False, compose={"top_k": 10})
+    outcome = compose_and_publish(config, out=tmp_path / "out", hub=hub, publish=False)
+    assert [warning for warning in outcome.warnings if "check its alpha" in warning and "the update of huge@1 is" in warning]
 
 
 def test_weights_that_are_all_nought_are_told(base: Base, hub: Hub, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,9 @@ adapters; a search without gradients must try each of them. A look that turns ou
 When to stop is read from held-out examples, or from folds: beside the real search runs one search for each fold without its examples, as further
 candidates of the same batch. The mean loss of the folds' own examples says how far the real search should go.
 
+One adapter of a norm far above the others' would decide every step's length alone: the search runs over weights times their adapters' `reach`, where
+all are of one size.
+
 Used by search.py.
 """
 
@@ -26,19 +29,23 @@ def search_gradient(run: Run) -> None:
     """
     objective, settings = run.objective, run.settings
     coefficients = torch.stack([objective.coefficients(examples) for examples in _searched(run)])
+    far = run.reach.view(-1, *[1] * (len(run.shape) - 1)).expand(run.shape)
+    if bool((far > 1).any()) and not objective.folds:
+        run.values(run.simple())  # what a search over unlike adapters must not end above
     starts = run.starts(coefficients, "uniform")
-    searches = QuasiNewton(starts.flatten(1), settings.bounds, settings.step)
+    low, high = (bound * far.flatten() for bound in settings.bounds)
+    searches = QuasiNewton((starts * far).flatten(1), (low, high), settings.step)
     accepted = torch.zeros_like(coefficients)  # each search's scores at its weights
     steps = max(1, int((run.budget - run.evaluations + 1e-6) // (GRADIENT_COST * len(starts))))
     for step in range(steps):
-        weights = searches.ask().view_as(starts)
+        weights = (searches.ask().view_as(starts) / far).clamp(*settings.bounds)
         scores, gradient = run.gradient(weights, coefficients, searches.limits)
         if step == 0 and not bool(torch.isfinite(gradient).all()):
             raise TrainingError("the gradient of the composition weights is not finite", hint="look at the adapters' norms, or use narrower bounds")
         values = (scores * coefficients).sum(1) + objective.regulariser(weights)
-        taken = searches.tell(values, gradient.flatten(1))
+        taken = searches.tell(values, (gradient / far).flatten(1))
         accepted = torch.where(taken.unsqueeze(1), scores, accepted)
-        _offer(run, searches.weights.view_as(starts), accepted)
+        _offer(run, (searches.weights.view_as(starts) / far).clamp(*settings.bounds), accepted)
         run.check()
         if searches.ended:
             raise Ended("converged")

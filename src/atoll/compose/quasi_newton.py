@@ -31,13 +31,13 @@ class _Pair(NamedTuple):
 
 
 class QuasiNewton:
-    """S searches [S, n] in the box `bounds`, none of which changes a weight by more than `step` at a time.
+    """S searches [S, n] in the box `bounds` (the lowest and highest weights, [n] each), none of which changes a weight by more than `step` at a time.
 
     L-BFGS (Liu and Nocedal 1989), the direction being projected onto the free weights as in Bertsekas 1982: a weight at its bound whose gradient
     points outwards takes no part. Loop: values and gradients at `ask()` go to `tell`. `weights` are the best of each search so far.
     """
 
-    def __init__(self, start: Tensor, bounds: tuple[float, float], step: float) -> None:
+    def __init__(self, start: Tensor, bounds: tuple[Tensor, Tensor], step: float) -> None:
         self.weights = start.clone()
         self._bounds, self._step = bounds, step
         self._values = start.new_full((len(start),), torch.inf)

@@ -12,9 +12,8 @@ import hashlib
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from atoll.compose.pool import Pool
+from atoll.compose.pool import Pool, product_norm
 from atoll.errors import UnsupportedAdapter
 from atoll.model.adapter import Adapter, LoraModule
 from atoll.model.decoder import Decoder
@@ -40,18 +39,8 @@ def random_like(adapter: Adapter, seed: int, name: str = "") -> Adapter:
     return replace(adapter, modules={site: _drawn(module, site, seed, name) for site, module in adapter.modules.items()}, manifest={})
 
 
-def update_norm(module: LoraModule) -> float:
-    """‖s B A‖ in the Frobenius norm, from two r x r products: ‖B A‖² = Σ (BᵀB) ∘ (A Aᵀ). In float64."""
-    return abs(module.scaling) * _product_norm(module.a, module.b)
-
-
 def _drawn(module: LoraModule, site: Site, seed: int, name: str) -> LoraModule:
     digest = hashlib.sha256(f"atoll random adapter {seed} {name} {site.layer} {site.target}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4]))  # torch's CPU generator uses 32 bits of a seed
     a, b = torch.randn(module.a.shape, generator=generator), torch.randn(module.b.shape, generator=generator)
-    return LoraModule(a, b * (_product_norm(module.a, module.b) / _product_norm(a, b)), module.scaling)
-
-
-def _product_norm(a: Tensor, b: Tensor) -> float:
-    a, b = a.double(), b.double()
-    return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
+    return LoraModule(a, b * (product_norm(module.a, module.b) / product_norm(a, b)), module.scaling)

@@ -34,9 +34,10 @@ class Settings:
     bounds: of every weight. start: where the search begins, "best" (of 1/N each and every adapter alone, all of which are scored for it), "uniform"
     (1/N each), "zero" (the base) or weights of one's own; None is uniform for gradients, zero for nevergrad, as in LoraHub, and best for CMA-ES.
     patience: successive improvements of the search value (for a gradient: steps) without a better held-out value, after which a search stops. racing:
-    whether a generation's candidates race. step: the largest change of a weight in one step of a gradient search. sigma: CMA-ES's first step size.
-    population: candidates of a generation, None for the optimiser's own number. workers: how many candidates a nevergrad optimiser may have out at
-    once, None for as many as suit it.
+    whether a generation's candidates race. step: the largest change of a weight in one step of a gradient search. reach: how many times further each
+    adapter's weight reaches than it should (`Pool.reach`; None: none does), by which its start and its steps are smaller. sigma: CMA-ES's first step
+    size. population: candidates of a generation, None for the optimiser's own number. workers: how many candidates a nevergrad optimiser may have out
+    at once, None for as many as suit it.
     """
 
     bounds: tuple[float, float] = (-1.5, 1.5)
@@ -44,6 +45,7 @@ class Settings:
     patience: int = 10
     racing: bool = True
     step: float = 1.0
+    reach: Sequence[float] | None = None
     sigma: float = 0.3
     population: int | None = None
     workers: int | None = None
@@ -103,6 +105,11 @@ class Run:
     def seconds(self) -> float:
         return time.perf_counter() - self._started
 
+    @property
+    def reach(self) -> Tensor:
+        """[N]: by how much each adapter's start and steps are smaller, at least 1."""
+        return torch.ones(self.shape[0]) if self.settings.reach is None else torch.tensor(self.settings.reach, dtype=torch.float32)
+
     def starts(self, coefficients: Tensor, default: str = "best") -> Tensor:
         """[S, …] weights to begin with, inside the bounds, for S searches whose examples count coefficients [S, k].
 
@@ -111,18 +118,23 @@ class Run:
         """
         asked, num = self.settings.start or default, self.shape[0]
         if asked == "best":
-            simple = torch.cat([torch.zeros(1, num), torch.full((1, num), 1 / num), torch.eye(num)]).clamp(*self.settings.bounds)
-            scores = self._scores_of_simple(self._shaped(simple))
+            simple = self.simple()
+            scores = self._scores_of_simple(simple)
             values = scores.nan_to_num(NOT_FINITE, NOT_FINITE) @ coefficients.T + self.objective.regulariser(simple).unsqueeze(1)
-            return self._shaped(simple[1 + values[1:].argmin(0)])
+            return simple[1 + values[1:].argmin(0)]
         if asked == "uniform":
-            weights = torch.full((num,), 1 / num)
+            weights = 1 / num / self.reach
         elif asked == "zero":
             weights = torch.zeros(num)
         else:
             weights = torch.as_tensor(asked, dtype=torch.float32).clone()
         one = (weights.unsqueeze(0) if weights.shape == self.shape else self._shaped(weights.unsqueeze(0))).clamp(*self.settings.bounds)
         return one.expand(len(coefficients), *self.shape).clone()
+
+    def simple(self) -> Tensor:
+        """[N + 2, …] candidates that need no search, inside the bounds: the base, 1/N each, and every adapter alone."""
+        num = self.shape[0]
+        return self._shaped(torch.cat([torch.zeros(1, num), (1 / num / self.reach).unsqueeze(0), torch.eye(num)]).clamp(*self.settings.bounds))
 
     def start(self, default: str = "best") -> Tensor:
         """The weights to begin with, for a single search."""

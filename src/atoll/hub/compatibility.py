@@ -39,6 +39,7 @@ class Verdict:
     reason: str
     tensor: str | None = None  # the first tensor that does not fit; None unless shapes are why it was refused
     quantization: str | None = None  # how its base was rounded; None unless that is why it was refused
+    differing: tuple[str, ...] = ()  # what of the base is known to be another: "config", "weights", "tokenizer", "chat template"
 
     @property
     def usable(self) -> bool:
@@ -88,7 +89,8 @@ def verdict(
     if "chat template" in unknown and not recorded.keys().isdisjoint(template) and _first(recorded, template) == _first(base_fingerprint, template):
         unknown.remove("chat template")
     if differing:
-        return Verdict("compatible", f"every tensor fits, but the base has another {_listed(differing)} than the adapter was made for{named}")
+        reason = f"every tensor fits, but the base has another {_listed(differing)} than the adapter was made for{named}"
+        return Verdict("compatible", reason, differing=tuple(differing))
     if differs and len(unknown) < len(_PARTS):  # where nothing is known of the base, nothing is known of its rounding
         return Verdict("compatible", f"every tensor fits, but the adapter {differs}")
     if unknown:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from atoll.compose.candidates import FORMS
 from atoll.compose.objective import Objective, Scores, l1
+from atoll.compose.pool import Pool, reach
 from atoll.compose.result import record_of
 from atoll.compose.run import GRADIENT_COST, Settings
 from atoll.compose.search import Found, search
@@ -30,6 +31,7 @@ from atoll.lorahub.objective import STRENGTH, CalledScores, GetLoss, GetRegular,
 from atoll.lorahub.pairs import PairLearner
 from atoll.model.base import EMBEDDED, load_base, load_tokenizer
 from atoll.model.generic import base_folder, greedy_answers, is_encoder_decoder, load_encoder_decoder
+from atoll.model.generic_pool import GenericPool
 from atoll.model.pull import pull
 
 if TYPE_CHECKING:
@@ -49,6 +51,9 @@ class Learner(Protocol):
     num: int
     num_layers: int
     dataset: ExampleDataset
+
+    @property
+    def pool(self) -> Pool | GenericPool: ...
 
     def scores(self, batch_size: int | None) -> Scores: ...
 
@@ -192,7 +197,8 @@ def _search(
     if own_regular and method.startswith("gradient"):
         raise ConfigError(f"the method {method} needs gradients, and a get_regular of one's own has none", hint="use cma or nevergrad:NGOpt")
     budget = max_inference_step * (GRADIENT_COST if method.startswith("gradient") else 1)
-    return search(objective, learner.num, method, budget=budget, seed=seed, settings=Settings(bounds=BOUNDS), report=report)
+    settings = Settings(bounds=BOUNDS, reach=reach(learner.pool.adapters))
+    return search(objective, learner.num, method, budget=budget, seed=seed, settings=settings, report=report)
 
 
 def _manifest(modules: Sequence[Module], weights: Any, record: Mapping[str, Any]) -> dict[str, Any]:

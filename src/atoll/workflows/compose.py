@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.compose.controls import COMPOSED
+from atoll.compose.pool import FAR, Pool
 from atoll.config_compose import ComposeConfig
 from atoll.config_cost import CostConfig
 from atoll.config_quantization import QuantizationConfig
@@ -151,7 +152,7 @@ def _composed(
     stopped = _stopped(plan, searched, measured)
     report = report_of(plan, searched, best, pool, adapter, measured, clock, stopped)
     adapter = replace(adapter, manifest=_manifest(plan, adapter, report))
-    warnings = (*plan.warnings, *best.ranking.left_out, *dict.fromkeys(measured.warnings), *_compressed(plan, adapter), *_empty(adapter))
+    warnings = (*plan.warnings, *best.ranking.left_out, *dict.fromkeys(measured.warnings), *_far(pool), *_compressed(plan, adapter), *_empty(adapter))
     _write(folder, adapter, report)
     outcome = ComposeOutcome(None, folder / "adapter", _parts(adapter.manifest), report, warnings, score=_score(searched.index(best), measured))
     _mark(folder, plan, outcome, {})
@@ -179,6 +180,16 @@ def _stopped(plan: ComposePlan, searched: list[Searched], measured: Measured) ->
     if measured.stopped:
         said.append("the controls were stopped, and those that were not finished are left out")
     return "; ".join(said)
+
+
+def _far(pool: Pool) -> list[str]:
+    """A sentence where one adapter is far larger than the others."""
+    far = sorted(((reach * FAR, name) for name, reach in zip(pool.names, pool.reach, strict=True) if reach > 1), reverse=True)
+    if not far:
+        return []
+    most, name = far[0]
+    others = f" (and {counted(len(far) - 1, 'more adapter')} more than {FAR:g} times)" if len(far) > 1 else ""
+    return [f"the update of {name} is {most:.3g} times as large as the median of those composed{others}: check its alpha; exclude it if it is broken"]
 
 
 def _compressed(plan: ComposePlan, adapter: Adapter) -> list[str]:

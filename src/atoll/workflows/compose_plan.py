@@ -228,37 +228,64 @@ def _newest_loras(listed: Sequence[Version], hub: Hub) -> tuple[list[Version], l
 
 
 def _fitting(versions: Sequence[Version], hub: Hub, base: Base, *, named: bool) -> tuple[tuple[Version, ...], tuple[str, ...]]:
-    """The versions that run on the base, and sentences about the rest. Raises BaseMismatch for one asked for by name, ConfigError for none."""
+    """The versions that belong to the base, and sentences about the rest.
+
+    Of other weights, where the shapes fit, only those that were asked for by name. Raises BaseMismatch for one that was and does not fit,
+    ConfigError for none.
+    """
     fingerprint, shapes = base.fingerprint.to_json(), tensor_shapes(base.path)
     fitting: list[Version] = []
-    compatible: list[str] = []
-    refused: list[tuple[str, Verdict]] = []
+    doubtful: dict[str, list[str]] = {}  # what is to be said of them -> references
+    strange: list[tuple[Version, Verdict]] = []
     for version in versions:
         verdict = hub.check_base(version.ref, fingerprint, shapes)
-        if verdict.usable:
-            fitting.append(version)
-            compatible += [version.ref] if verdict.kind == "compatible" else []
-        elif named:
+        if named and not verdict.usable:
             hint = verdict.hint("name the base that it was trained on with --base", can_ignore=False)
             raise BaseMismatch(f"{version.ref} does not fit {base.title}: {verdict.reason}", hint=hint)
-        else:
-            refused.append((version.ref, verdict))
-    rounded = [(ref, verdict) for ref, verdict in refused if verdict.quantization is not None]
+        if not verdict.usable or ("weights" in verdict.differing and not named):
+            strange.append((version, verdict))
+            continue
+        fitting.append(version)
+        if verdict.kind == "compatible":
+            doubtful.setdefault(_doubt(verdict), []).append(version.ref)
+    rounded = [(version, verdict) for version, verdict in strange if verdict.quantization is not None]
+    alike = [version for version, verdict in strange if verdict.usable]
     if not fitting:
-        first = f" ({rounded[0][0]}: {rounded[0][1].reason})" if rounded else ""
-        other = "name the base that they were trained on with --base, or train some"
-        hint = rounded[0][1].hint(other, can_ignore=False) if rounded else other
-        raise ConfigError(f"none of the hub's {len(versions)} LoRA adapters fits {base.title}{first}", hint=hint)
-    sentences = []
-    if compatible:
-        sentences.append(f"{_listed(compatible)} fit {base.title} in shape, but are not known to have been trained on it")
+        raise _none_fits(versions, base, rounded, alike)
+    sentences = [f"{_listed(refs)} composed, {'each of them ' if len(refs) > 1 else ''}{doubt}" for doubt, refs in doubtful.items()]
     for name in dict.fromkeys(verdict.quantization for _, verdict in rounded):
-        refs = [ref for ref, verdict in rounded if verdict.quantization == name]
+        refs = [version.ref for version, verdict in rounded if verdict.quantization == name]
         sentences.append(f"{_listed(refs)} left out: trained on the base rounded to {name} (--quantization {name} composes on it)")
-    others = [ref for ref, verdict in refused if verdict.quantization is None]
+    for other in dict.fromkeys(version.base for version in alike):
+        refs = [version.ref for version in alike if version.base == other]
+        sentences.append(
+            f"{_listed(refs)} left out: made for other weights{f' ({other})' if other else ''} than {base.title}'s (--from names adapters to compose "
+            "all the same)"
+        )
+    others = [version.ref for version, verdict in strange if not verdict.usable and verdict.quantization is None]
     if others:
         sentences.append(f"{_listed(others)} left out: made for another base than {base.title}")
     return tuple(fitting), tuple(sentences)
+
+
+def _doubt(verdict: Verdict) -> str:
+    """Why an adapter that fits may still not belong to the base."""
+    if verdict.differing:
+        return f"though its base had another {' and '.join(verdict.differing)}"
+    return "though not known to have been trained on exactly this base"
+
+
+def _none_fits(versions: Sequence[Version], base: Base, rounded: Sequence[tuple[Version, Verdict]], alike: Sequence[Version]) -> ConfigError:
+    """The error where no version is left: with the nearest reason, and its way out."""
+    first, hint = "", "name the base that they were trained on with --base, or train some"
+    if rounded:
+        version, verdict = rounded[0]
+        first, hint = f" ({version.ref}: {verdict.reason})", verdict.hint(hint, can_ignore=False)
+    elif alike:
+        made = f" (made for {alike[0].base!r})" if alike[0].base else ""
+        first = f" ({alike[0].ref} fits in shape, but was made for other weights{made})"
+        hint = "name the base that they were trained on with --base, or adapters to compose all the same with --from"
+    return ConfigError(f"none of the hub's {len(versions)} LoRA adapters was made for {base.title}{first}", hint=hint)
 
 
 def _cut(drawn: Draws, base: Base) -> tuple[str, ...]:

@@ -115,7 +115,7 @@ def searcher(plan: ComposePlan, report: Report | None = None) -> Search:
             budget=settings.budget or _budget(settings, len(folds)),
             time_s=settings.time_s,
             seed=seed,
-            settings=SearchSettings(bounds=settings.bounds),
+            settings=SearchSettings(bounds=settings.bounds, reach=pool.reach),
             report=report,
             stop_asked=stop_asked,
         )
