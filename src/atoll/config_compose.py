@@ -27,7 +27,7 @@ class ComposeSettings(Section):
     adapters: tuple[str, ...] = Field(
         default=(), description="Compose only these: names or references of the hub (name, name@2, name:tag). Without it, every LoRA of the base."
     )
-    exclude: tuple[str, ...] = Field(default=(), description="Names that are left out.")
+    exclude: tuple[str, ...] = Field(default=(), description="Names or references that are left out.")
     k: int | None = Field(default=None, ge=1, description="Draw so many of the examples, by the seed; without it, all are used.")
     retrieve: Literal["auto", "loss", "slope", "text"] = Field(
         default="auto",

@@ -83,7 +83,7 @@ def test_test_rows_are_asked_of_all_contestants_of_every_seed(base: Base, hub: H
     assert outcome.version is not None
     assert [score.task for score in hub.scores(outcome.version.digest)] == ["warmth"]
     assert {score.digest for score in hub.scores(task="warmth")} == {outcome.version.digest, base.fingerprint.digest}
-    assert report.chosen_by.startswith("loss on ") or report.chosen_by == "held-out loss of its search"
+    assert report.chosen_by == "loss, less the base's, on the examples that each leaves out"
     assert len(hub.list("warmth")) == 1
 
 
@@ -141,10 +141,11 @@ def test_composed_and_reft_adapters_are_left_out_unless_they_are_named(base: Bas
     some = {"adapters": ["mixture", "sizes"], "top_k": 10}
     named = compose_and_publish(config_of(base, examples, controls=False, compose=some), out=tmp_path / "b", hub=hub, publish=False)
     assert {listed.name for listed in named.report.shortlist} == {"mixture@1", "sizes@1"}
-    less = {"exclude": ["Sizes", "smels"], "top_k": 10}
+    less = {"exclude": ["Sizes@1", "smels", "colours@7"], "top_k": 10}
     left = compose_and_publish(config_of(base, examples, controls=False, compose=less), out=tmp_path / "c", hub=hub, publish=False)
     assert {listed.name for listed in left.report.shortlist} == {"colours@1", "shapes@1", "sounds@1"}
     assert any("smels is excluded, but there is no such adapter" in warning for warning in left.warnings)
+    assert any("colours@7 is excluded, but it is colours@1 that is composed" in warning for warning in left.warnings)
 
 
 def test_an_adapter_of_unknown_origin_is_composed_with_a_warning(base: Base, hub: Hub, examples: Path, tmp_path: Path) -> None:
@@ -339,7 +340,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "folds of a method that has none": ({"compose": {"method": "cma"}}, ConfigError, "knows no folds"),
     "an optimiser that there is not": ({"compose": {"method": "nevergrad:NGOptt", "folds": None}}, ConfigError, "no optimiser 'NGOptt'"),
     "an adapter with edits by name": ({"compose": {"adapters": ["edits"]}}, ConfigError, "edits@1 is reft"),
-    "everything excluded": ({"compose": {"adapters": ["sizes"], "exclude": ["sizes"]}}, ConfigError, "excluded"),
+    "everything excluded": ({"compose": {"adapters": ["sizes"], "exclude": ["sizes"]}}, ConfigError, "every LoRA adapter named is excluded"),
     "a reserved name": ({"name": "latest"}, NameRefused, "reserved"),
 }
 

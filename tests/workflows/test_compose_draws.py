@@ -56,8 +56,20 @@ def test_one_example_is_one_seed(base: Base, tmp_path: Path) -> None:
     assert len(found.draws) == 1 and found.note == NOTHING_TO_DRAW
 
 
-def test_drawn_examples_leave_the_rest_to_choose_by(base: Base, both: dict[str, Any]) -> None:
-    found = drawn(base, both, {"k": 1, "seeds": 2})
+def test_drawn_examples_leave_the_rest_to_choose_by(base: Base, tmp_path: Path) -> None:
+    data = {"path": str(write_rows(tmp_path / "many.jsonl", rows(20)))}
+    found = drawn(base, data, {"k": 2, "seeds": 3})
     seen = {example.where for draw in found.draws for example in draw.examples}
-    assert len(found.undrawn) == 4 - len(seen) and not seen & {example.where for example in found.undrawn}
+    assert len(found.undrawn) == 20 - len(seen) and not seen & {example.where for example in found.undrawn}
     assert not any(draw.left_out for draw in found.draws)
+
+
+def test_where_seeds_leave_too_few_rows_in_common_each_is_chosen_by_those_it_did_not_draw(base: Base, hub: Hub, tmp_path: Path) -> None:
+    """Else the least loss on the rows that were searched on would choose, or one row that happens to be left."""
+    data = {"path": str(write_rows(tmp_path / "many.jsonl", rows(7)))}
+    found = drawn(base, data, {"k": 5, "seeds": 3})
+    assert found.undrawn == () and [len(draw.left_out) for draw in found.draws] == [2, 2, 2]
+    assert all(not {row.where for row in draw.left_out} & {row.where for row in draw.examples} for draw in found.draws)
+    config = config_of(base, data, compose={**NO_FOLDS, "k": 5, "seeds": 2}, controls=False)
+    report = compose_and_publish(config, out=tmp_path / "out", hub=hub, publish=False).report
+    assert report.chosen_by == "loss, less the base's, on the examples that each leaves out"

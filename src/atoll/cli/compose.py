@@ -74,7 +74,8 @@ def compose(
         typer.Option("--from", metavar="REF", help="Compose only this adapter and others given so; default: all of the base.", show_default=False),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", metavar="NAME", help="Leave this adapter out; may be given several times.", show_default=False)
+        list[str] | None,
+        typer.Option("--exclude", metavar="NAME[@N]", help="Leave this adapter out; may be given several times.", show_default=False),
     ] = None,
     top_k: Annotated[
         int | None, typer.Option("--top-k", min=1, metavar="N", help="Adapters that are searched over (10).", show_default=False)

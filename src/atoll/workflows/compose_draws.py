@@ -1,8 +1,8 @@
 """Which examples each seed of a composition gets, and by which rows the seeds are chosen between.
 
-A seed means something only where something depends on it. Where `k` of more examples are drawn, it is the draw, and rows that no seed drew choose.
-Where all examples are used, seeds of a deterministic search would be copies of one another: then there is one, or, where several were asked for, each
-leaves a part of the examples out and is chosen by that part.
+A seed means something only where something depends on it. Where `k` of more examples are drawn, it is the draw, and rows that no seed drew choose;
+where the seeds together leave too few of those, the ones that each did not draw itself. Where all examples are used, seeds of a deterministic search
+would be copies of one another: then there is one, or, where several were asked for, each leaves a part of the examples out and is chosen by that.
 
 Used by compose_plan.py; compose_search.py chooses.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from atoll.compose.objective import FewShot
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from atoll.model.base import Base
 
 PARTS = 5  # a seed that leaves a part out leaves out one of so many, or of as many as there are seeds
+DEV_ROWS = 50  # rows that choose among seeds, at most
+_FEWEST_DEV = 10  # rows that no seed drew, of which fewer are too few to choose by
 ONLY_SEED = "the only seed"
 NOTHING_TO_DRAW = "one seed: all examples are used, so there is nothing to draw"
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The examples of one seed, and their tokens as for training. few.rows[i] is examples[i]. left_out: those that this seed is chosen by."""
+    """The examples of one seed, and their tokens as for training: few.rows[i] is examples[i]. left_out: rows of its own that it is chosen by."""
 
     seed: int
     examples: tuple[Example, ...]
@@ -39,7 +41,10 @@ class Draw:
 
 @dataclass(frozen=True)
 class Draws:
-    """All seeds' examples, the rows that no seed drew, how the seeds came about where that is to be said, and where prompts were cut."""
+    """All seeds' examples, how the seeds came about where that is to be said (note), and where prompts were cut.
+
+    undrawn: at most DEV_ROWS rows that no seed drew; none where each seed is chosen by rows of its own.
+    """
 
     draws: tuple[Draw, ...]
     undrawn: tuple[Example, ...]
@@ -69,9 +74,21 @@ def draw_examples(config: ComposeConfig, data: TaskData, base: Base) -> Draws:
         few, shortened = encoded(drawn, data, base)
         cut |= dict.fromkeys(shortened)
         draws.append(Draw(seed, drawn, few, tuple(examples[index] for index in left_out)))
-    seen = {id(example) for draw in draws for example in (*draw.examples, *draw.left_out)}
-    undrawn = tuple(example for example in (*examples, *data.validation) if id(example) not in seen)
-    return Draws(tuple(draws), undrawn, note, tuple(cut))
+    rest = (*examples, *data.validation)
+    undrawn = _not_among(rest, [example for draw in draws for example in (*draw.examples, *draw.left_out)])
+    if is_drawn and num > 1 and len(undrawn) < _FEWEST_DEV:
+        draws = [replace(draw, left_out=_some(_not_among(rest, draw.examples), settings.seed)) for draw in draws]
+        undrawn = ()
+    return Draws(tuple(draws), _some(undrawn, settings.seed), note, tuple(cut))
+
+
+def _not_among(rows: Sequence[Example], taken: Sequence[Example]) -> tuple[Example, ...]:
+    known = {id(example) for example in taken}
+    return tuple(example for example in rows if id(example) not in known)
+
+
+def _some(rows: Sequence[Example], seed: int) -> tuple[Example, ...]:
+    return tuple(random.Random(f"atoll dev {seed}").sample(rows, min(DEV_ROWS, len(rows))))
 
 
 def drawn_examples(examples: Sequence[Example], k: int | None, seed: int) -> tuple[Example, ...]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,7 +25,7 @@ from atoll.data.task import Example, TaskData, load_task
 from atoll.errors import BaseMismatch, ConfigError, DataError
 from atoll.eval.arena import limits
 from atoll.eval.metrics import metric_for
-from atoll.hub.names import check_name, name_key
+from atoll.hub.names import Reference, check_name, name_key, parse_reference
 from atoll.model.adapter_files import read_adapter, read_manifest
 from atoll.model.base import load_base
 from atoll.model.fingerprint import tensor_shapes
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from atoll.model.adapter import Adapter
     from atoll.model.base import Base
 
-DEV_ROWS = 50  # examples that no seed drew: so many choose among the seeds
 _FORMAT = 2  # raise when the same inputs would give another result than before, so that old results are not taken for new ones
 
 
@@ -132,7 +130,7 @@ def plan_composition(
         versions=versions,
         candidates=tuple(_candidate(version, hub) for version in versions),
         draws=drawn.draws,
-        dev=tuple(random.Random(f"atoll dev {settings.seed}").sample(drawn.undrawn, min(DEV_ROWS, len(drawn.undrawn)))),
+        dev=drawn.undrawn,
         prompt=data.task.prompt_format(stop),
         max_new_tokens=max_new_tokens,
         warnings=(*left_out, *more, *_cut(drawn, base), *_leaks(data)),
@@ -182,7 +180,7 @@ def _check_examples(config: ComposeConfig, num: int) -> None:
 def _named(config: ComposeConfig, hub: Hub) -> tuple[tuple[Version, ...], tuple[str, ...]]:
     """The versions that the settings mean, and sentences about those left out for their kind. Raises ConfigError where none is left."""
     settings = config.compose
-    excluded = {name_key(check_name(name)) for name in settings.exclude}
+    excluded = {text: parse_reference(text) for text in settings.exclude}
     if settings.adapters:
         found = [hub.resolve(reference) for reference in settings.adapters]
         for version in found:
@@ -202,16 +200,32 @@ def _named(config: ComposeConfig, hub: Hub) -> tuple[tuple[Version, ...], tuple[
             sentences.append(
                 f"the newest of {_listed([version.name for version in older])} is composed: {_listed([v.ref for v in older])} used instead"
             )
-    strange = [name for name in settings.exclude if name_key(name) not in {name_key(version.name) for version in listed}]
-    sentences += [f"{name} is excluded, but there is no such adapter" for name in strange]
+    for text, reference in excluded.items():
+        if not any(_means(reference, version) for version in (*listed, *found)):
+            there = [version.ref for version in found if name_key(version.name) == name_key(reference.name or "")]
+            among = "none of the adapters named is that one" if settings.adapters else "there is no such adapter"
+            sentences.append(f"{text} is excluded, but {f'it is {there[0]} that is composed' if there else among}")
     kept: dict[str, Version] = {}
     for version in found:
-        if name_key(version.name) not in excluded:
+        if not any(_means(reference, version) for reference in excluded.values()):
             kept.setdefault(version.digest, version)  # one content may have several names
+    if not found:
+        raise ConfigError(
+            "the hub has no LoRA adapters to compose", hint="train some first (atoll train, atoll land), or bring them in with atoll hub pull"
+        )
     if not kept:
-        what = "all the adapters named are excluded" if found else "the hub has no LoRA adapters to compose"
-        raise ConfigError(what, hint="train some first (atoll train, atoll land), or bring them in with atoll hub pull")
+        where = "named" if settings.adapters else "of the hub"
+        raise ConfigError(f"every LoRA adapter {where} is excluded, so none is left to compose", hint="exclude fewer")
     return tuple(kept.values()), tuple(sentences)
+
+
+def _means(reference: Reference, version: Version) -> bool:
+    """Whether an exclusion by name, or by name and number as tables print it, is of this version."""
+    digest = reference.digest is not None and version.digest.startswith(reference.digest)
+    named = reference.name is None or name_key(reference.name) == name_key(version.name)
+    if reference.tag is not None:
+        return named and reference.tag in version.tags
+    return named and (digest or reference.number == version.number or reference.is_bare_name)
 
 
 def _newest_loras(listed: Sequence[Version], hub: Hub) -> tuple[list[Version], list[Version]]:
