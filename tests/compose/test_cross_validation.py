@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import signal
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from atoll.compose.cross_validation import Fold, cross_validated
+from atoll.compose.cross_validation import Finished, Fold, cross_validated
 from atoll.errors import Interrupted, TrainingError
 
 FOLDS = [(0, 3), (1, 4), (2,)]
@@ -101,11 +102,18 @@ def test_ctrl_c_keeps_the_finished_folds() -> None:
     assert later == [0]
 
 
-def test_out_of_time_no_new_fold_begins() -> None:
-    """The first one is always made, or there would be nothing to show."""
-    found = cross_validated({"a": known}, FOLDS, time_s=1e-9)
-    assert found.stopped
-    assert found.folds == (FOLDS[0],)
+def test_what_was_kept_is_gone_on_with() -> None:
+    """A second run takes the finished folds as they are, and the same comes out, failures too."""
+
+    def diverges(fold: Fold) -> Tensor:
+        raise TrainingError("the loss is nan: training diverged")
+
+    contestants, kept, calls = {"a": known, "b": worse, "c": diverges}, list[Sequence[Finished]](), list[int]()
+    whole = cross_validated(contestants, FOLDS, keep=lambda done: kept.append(list(done)))
+    assert [len(done) for done in kept] == [1, 2, 3]
+    again = cross_validated({**contestants, "a": lambda fold: (calls.append(fold.number), known(fold))[1]}, FOLDS, earlier=kept[1])
+    assert calls == [2] and again.to_json() == whole.to_json() and again.failures == whole.failures
+    assert again.gain("a", over="b") == whole.gain("a", over="b")
 
 
 def test_progress_names_fold_and_contestant() -> None:

@@ -12,7 +12,7 @@ from atoll.data.task import load_task
 from atoll.hub.store import Hub
 from atoll.model.base import Base
 from atoll.workflows import compose_and_publish
-from atoll.workflows.compose_draws import NOTHING_TO_DRAW, Draws, draw_examples
+from atoll.workflows.compose_draws import ALL_ALIKE, NOTHING_TO_DRAW, Draws, draw_examples
 
 NO_FOLDS = {"folds": None}
 
@@ -54,6 +54,9 @@ def test_one_example_is_one_seed(base: Base, tmp_path: Path) -> None:
     one = {"path": str(write_rows(tmp_path / "one.jsonl", rows(1)))}
     found = drawn(base, one, {"seeds": 3})
     assert len(found.draws) == 1 and found.note == NOTHING_TO_DRAW
+    same = {"path": str(write_rows(tmp_path / "same.jsonl", rows(1) * 4))}
+    found = drawn(base, same, {"seeds": 3})
+    assert len(found.draws) == 1 and found.note == ALL_ALIKE and not found.draws[0].left_out
 
 
 def test_drawn_examples_leave_the_rest_to_choose_by(base: Base, tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from atoll.compose.search import Found
 from atoll.hub.store import Hub
 from atoll.model.adapter_files import read_adapter
 from atoll.model.base import Base
+from atoll.workflows import compose as compose_module
 from atoll.workflows import compose_and_publish
+from atoll.workflows import compose_controls as controls_module
 from atoll.workflows import compose_search as search_module
 from atoll.workflows.compose_draws import encoded
 from atoll.workflows.compose_plan import plan_composition
@@ -97,6 +99,48 @@ def test_equal_inputs_are_held_out_together(base: Base, hub: Hub, tmp_path: Path
         assert all(index + 3 in fold for fold in found for index in fold if index < 3)
     apart = FewShot(few.rows[:3])
     assert sorted(map(len, apart.folds(2, seed=1))) == [1, 2]
+
+
+def test_examples_that_are_all_alike_cannot_be_held_out_and_are_told(base: Base, hub: Hub, tmp_path: Path) -> None:
+    """Held out they would have been seen, and every gain would look certain."""
+    same = write_rows(tmp_path / "few.jsonl", rows(1) * 4)
+    outcome = compose_and_publish(config_of(base, same), out=tmp_path / "out", hub=hub, publish=False)
+    assert not outcome.report.versus and all(line.loss is None for line in outcome.report.lines)
+    for words in (
+        "no held-out losses: all examples have the same input",
+        "of 4 examples all have the same input",
+        "all 4 examples have the same answer",
+    ):
+        assert any(words in warning for warning in outcome.warnings), words
+
+
+def test_what_ends_during_the_controls_leaves_the_adapter_and_the_finished_folds(
+    base: Base, hub: Hub, examples: Path, tests_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a process that is killed: nothing of ours runs any more. The same command goes on where it was."""
+    config, out = config_of(base, {"train": str(examples), "test": str(tests_file)}), tmp_path / "out"
+
+    def killed(*_: object, **__: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compose_module, "test_scores", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            compose_and_publish(config, out=out, hub=hub)
+    assert read_adapter(out / "adapter").manifest["composition"] and not (out / "result.json").exists()
+    assert "ended during the controls" in json.loads((out / "report.json").read_text())["stopped"]
+    earlier: list[int] = []
+    original = controls_module.cross_validated
+
+    def watched(*given: Any, **named: Any) -> Any:
+        earlier.append(len(named["earlier"]))
+        return original(*given, **named)
+
+    monkeypatch.setattr(controls_module, "cross_validated", watched)
+    outcome = compose_and_publish(config, out=out, hub=hub)
+    assert earlier == [2] and not outcome.reused and not outcome.report.stopped and not (out / "held_out.json").exists()
+    fresh = compose_and_publish(config, out=tmp_path / "fresh", hub=hub, publish=False)
+    assert earlier == [2, 0] and [line.loss for line in fresh.report.lines] == pytest.approx([line.loss for line in outcome.report.lines])
 
 
 def test_a_lora_below_a_composition_of_its_name_is_still_composed(base: Base, hub: Hub, examples: Path, tmp_path: Path) -> None:

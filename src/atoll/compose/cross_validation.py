@@ -32,6 +32,14 @@ class Fold(NamedTuple):
     stop_asked: Callable[[], bool]
 
 
+class Finished(NamedTuple):
+    """What one fold gave, by contestant: the losses of its held-out examples, the seconds it took, and the sentence of one that failed."""
+
+    losses: Mapping[str, Sequence[float]]
+    seconds: Mapping[str, float]
+    failures: Mapping[str, str]
+
+
 Contestant = Callable[[Fold], Tensor]  # the losses [len(fold.held_out)] of the held-out examples, in nats a label token
 
 
@@ -80,18 +88,19 @@ def cross_validated(
     contestants: Mapping[str, Contestant],
     folds: Sequence[Sequence[int]],
     *,
-    time_s: float | None = None,
+    earlier: Sequence[Finished] = (),
+    keep: Callable[[Sequence[Finished]], None] | None = None,
     report: Report | None = None,
     stop_asked: Callable[[], bool] | None = None,
 ) -> CrossValidation:
     """Every contestant in every fold. folds: groups of examples that together are all of them, each once.
 
     Fold by fold, with all contestants in each, so that whatever ends it early, what is returned compares them on the same examples: Ctrl-C, or
-    stop_asked() once true, ends it at the next chance, `time_s` before a new fold. A contestant that raises an AtollError is out, with the sentence,
-    and the others go on.
+    stop_asked() once true, ends it at the next chance. A contestant that raises an AtollError is out, with the sentence, and the others go on.
+
+    keep is called with all finished folds after each; earlier: what it was called with last in an earlier run of the same, which is gone on with.
     """
-    work = _Work(contestants, [tuple(fold) for fold in folds], report)
-    started = time.perf_counter()
+    work = _Work(contestants, [tuple(fold) for fold in folds], report, list(earlier))
     keep_freed_memory()
     try:
         with interruptible() as interrupted:
@@ -99,13 +108,15 @@ def cross_validated(
             def asked() -> bool:
                 return interrupted() or (stop_asked is not None and stop_asked())
 
-            for number in range(len(folds)):
-                if asked() or (number and time_s is not None and time.perf_counter() - started >= time_s):
+            for number in range(len(earlier), len(folds)):
+                if asked():
                     break
                 try:
                     work.fold(number, asked)
                 except Interrupted:
                     break
+                if keep is not None:
+                    keep(work.finished)
     finally:
         release_memory()
     return work.outcome()
@@ -114,22 +125,26 @@ def cross_validated(
 class _Work:
     """One cross-validation while it runs."""
 
-    def __init__(self, contestants: Mapping[str, Contestant], folds: Sequence[tuple[int, ...]], report: Report | None) -> None:
-        self._contestants, self._folds, self._report = contestants, folds, report
+    def __init__(
+        self, contestants: Mapping[str, Contestant], folds: Sequence[tuple[int, ...]], report: Report | None, finished: list[Finished]
+    ) -> None:
+        self._contestants, self._folds, self._report, self.finished = contestants, folds, report, finished
         self._everyone = sorted(example for fold in folds for example in fold)
         assert self._everyone == list(range(len(self._everyone))), "the folds are not a partition of the examples"
-        self._losses = {name: torch.full((len(self._everyone),), math.nan) for name in contestants}
-        self._seconds = dict.fromkeys(contestants, 0.0)
-        self._failures: dict[str, str] = {}
-        self._finished = 0
+
+    @property
+    def failures(self) -> dict[str, str]:
+        return {name: said for finished in self.finished for name, said in finished.failures.items()}
 
     def fold(self, number: int, stop_asked: Callable[[], bool]) -> None:
         """All contestants on one fold, or none: raises Interrupted before anything of it is kept."""
         held_out = self._folds[number]
         fold = Fold(number, tuple(example for example in self._everyone if example not in set(held_out)), held_out, stop_asked)
-        found = {}
+        losses: dict[str, Sequence[float]] = {}
+        seconds: dict[str, float] = {}
+        failures: dict[str, str] = {}
         for place, (name, contestant) in enumerate(self._contestants.items()):
-            if name in self._failures:
+            if name in self.failures:
                 continue
             if stop_asked():
                 raise Interrupted("the cross-validation was stopped")
@@ -137,27 +152,28 @@ class _Work:
                 self._report(f"fold {number + 1}: {name}", number * len(self._contestants) + place, len(self._folds) * len(self._contestants))
             started = time.perf_counter()
             try:
-                found[name] = contestant(fold)
+                losses[name] = contestant(fold).detach().float().cpu().tolist()
             except Interrupted:
                 raise
             except AtollError as error:
-                self._failures[name] = error.message
-            self._seconds[name] += time.perf_counter() - started
-        for name, losses in found.items():
-            self._losses[name][list(held_out)] = losses.detach().float().cpu()
-        self._finished += 1
+                failures[name] = error.message
+            seconds[name] = time.perf_counter() - started
+        self.finished.append(Finished(losses, seconds, failures))
 
     def outcome(self) -> CrossValidation:
-        folds = tuple(self._folds[: self._finished])
-        results = {
-            name: HeldOut(losses, tuple(float(losses[list(fold)].mean()) for fold in folds), self._seconds[name])
-            for name, losses in self._losses.items()
-            if name not in self._failures and folds
-        }
+        folds, failures = tuple(self._folds[: len(self.finished)]), self.failures
         if self._report is not None:
             total = len(self._folds) * len(self._contestants)
-            self._report("cross-validation", self._finished * len(self._contestants), total)
-        return CrossValidation(folds, results, dict(self._failures), self._finished < len(self._folds))
+            self._report("cross-validation", len(self.finished) * len(self._contestants), total)
+        results = {name: self._held_out(name) for name in self._contestants if name not in failures and folds}
+        return CrossValidation(folds, results, failures, len(folds) < len(self._folds))
+
+    def _held_out(self, name: str) -> HeldOut:
+        losses = torch.full((len(self._everyone),), math.nan)
+        for fold, finished in zip(self._folds, self.finished, strict=False):
+            losses[list(fold)] = torch.tensor(finished.losses[name])
+        means = tuple(float(losses[list(fold)].mean()) for fold in self._folds[: len(self.finished)])
+        return HeldOut(losses, means, sum(finished.seconds[name] for finished in self.finished))
 
 
 def _stderr(values: Sequence[float]) -> float | None:

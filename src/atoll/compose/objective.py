@@ -78,33 +78,52 @@ class FewShot:
         content = [[list(row.token_ids), row.first_label] for row in self.rows]
         return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
+    @property
+    def all_alike(self) -> bool:
+        """Whether all inputs are the same, so that nothing can be held out that was not seen."""
+        return len(self._alike(0)) < 2
+
     def hold_out(self, share: float, seed: int) -> tuple[int, ...]:
-        """Examples to hold out: at least one and not all, drawn by `seed`. Raises ConfigError where there are too few for that."""
+        """Examples to hold out: at least one and not all, drawn by `seed`; equal inputs together, or one would have been seen.
+
+        Raises ConfigError where there are too few for that, or all are alike.
+        """
         if not 0 < share < 1:
             raise ConfigError(f"the share of examples to hold out is {share}, expected a number between 0 and 1", hint="0.25 is a good start")
         if len(self.rows) < 2:
             raise ConfigError("one example cannot be held out of one", hint="give more examples, or hold none out")
-        num = min(len(self.rows) - 1, max(1, round(share * len(self.rows))))
-        return tuple(sorted(self._shuffled(seed)[:num]))
+        groups = self._alike(seed)
+        if len(groups) < 2:
+            raise ConfigError(f"the {len(self.rows)} examples have one and the same input, so none can be held out", hint="give other examples")
+        num, taken = max(1, round(share * len(self.rows))), list[int]()
+        for group in groups[:-1]:
+            if not taken or len(taken) + len(group) <= num:
+                taken += group
+        return tuple(sorted(taken))
 
     def folds(self, num: int, seed: int) -> tuple[tuple[int, ...], ...]:
-        """The examples in `num` groups of nearly equal size, drawn by `seed`; fewer groups where fewer inputs differ.
+        """The examples in `num` groups of nearly equal size, drawn by `seed`; fewer groups where fewer inputs differ, none where all are alike.
 
         Examples with equal inputs share a group, or one that is held out would have been seen. Raises ConfigError for fewer examples than groups, or
         one group.
         """
         if not 2 <= num <= len(self.rows):
             raise ConfigError(f"{len(self.rows)} examples cannot be cut into {num} folds", hint="use 2 folds or more, and no more than examples")
-        order = self._shuffled(seed)
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for index in order:
-            row = self.rows[index]
-            alike.setdefault(tuple(row.token_ids[: row.first_label]), []).append(index)
-        groups = list(alike.values()) if len(alike) > 1 else [[index] for index in order]
+        groups = self._alike(seed)
+        if len(groups) < 2:
+            return ()
         found: list[list[int]] = [[] for _ in range(num)]
         for group in groups:
             min(found, key=len).extend(group)
         return tuple(tuple(sorted(fold)) for fold in found if fold)
+
+    def _alike(self, seed: int) -> list[list[int]]:
+        """The examples in groups of equal inputs, in an order drawn by `seed`."""
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for index in self._shuffled(seed):
+            row = self.rows[index]
+            alike.setdefault(tuple(row.token_ids[: row.first_label]), []).append(index)
+        return list(alike.values())
 
     def _shuffled(self, seed: int) -> list[int]:
         order = list(range(len(self.rows)))

@@ -2,8 +2,9 @@
 
     plan ─► rank and search, once a seed ─► choose a seed ─► controls ─► adapter and report ─► hub
 
-The adapter's folder takes its name in one rename, and only then the result is marked as done: whatever stops the work, there is a whole result of
-before or of now, or none; and one that could not be published is found and published by the same command.
+The adapter's folder takes its name in one rename, before the controls and with their figures after them, and only then the result is marked as done:
+whatever stops the work, there is a whole adapter of before or of now, or none. The same command goes on with the controls' finished folds and scores,
+and publishes a result that could not be published.
 
 Used by the command line, the server's worker and the library.
 """
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from atoll.model.base import Base
 
 REPORT_FILE = "report.json"
+FOLDS_FILE = "held_out.json"  # finished folds of the controls, for a run that goes on with them
 
 
 @dataclass(frozen=True)
@@ -137,23 +139,30 @@ def _composed(
     with interruptible() as interrupted:
         searched = search_all(plan, clock, progress, lambda: interrupted() or stop_asked())
     best = chosen(searched)
+    pool = controls_of(plan, best).pool()
+    composed = adapter_of(plan, pool, best.found, best.draw.few)
     measured = Measured()
+
+    def with_report(stopped: str) -> tuple[Adapter, Report]:
+        report = report_of(plan, searched, best, pool, composed, measured, clock, stopped)
+        return replace(composed, manifest=_manifest(plan, composed, report)), report
+
     with interruptible() as interrupted:
 
         def asked() -> bool:
             return interrupted() or stop_asked()
 
+        if plan.config.controls or plan.data.test:  # which may take longer than the search: whatever ends them, what was found is there
+            _write(folder, *with_report("it ended during the controls, which are left out"))
         if plan.config.controls:
-            held_out_losses(plan, best, measured, clock, progress, asked)
+            held_out_losses(plan, best, folder / FOLDS_FILE, measured, clock, progress, asked)
         if plan.data.test and not measured.stopped:
             test_scores(plan, searched, hub, folder / "scores", measured, clock, progress, asked, record=publish)
-    pool = controls_of(plan, best).pool()
-    adapter = adapter_of(plan, pool, best.found, best.draw.few)
-    stopped = _stopped(plan, searched, measured)
-    report = report_of(plan, searched, best, pool, adapter, measured, clock, stopped)
-    adapter = replace(adapter, manifest=_manifest(plan, adapter, report))
-    warnings = (*plan.warnings, *best.ranking.left_out, *dict.fromkeys(measured.warnings), *_far(pool), *_compressed(plan, adapter), *_empty(adapter))
+    adapter, report = with_report(_stopped(plan, searched, measured))
+    warnings = (*plan.warnings, *best.ranking.left_out, *dict.fromkeys(measured.warnings), *_far(pool), *_squeezed(plan, adapter), *_empty(adapter))
     _write(folder, adapter, report)
+    if not measured.stopped:
+        (folder / FOLDS_FILE).unlink(missing_ok=True)
     outcome = ComposeOutcome(None, folder / "adapter", _parts(adapter.manifest), report, warnings, score=_score(searched.index(best), measured))
     _mark(folder, plan, outcome, {})
     if publish:
@@ -192,7 +201,7 @@ def _far(pool: Pool) -> list[str]:
     return [f"the update of {name} is {most:.3g} times as large as the median of those composed{others}: check its alpha; exclude it if it is broken"]
 
 
-def _compressed(plan: ComposePlan, adapter: Adapter) -> list[str]:
+def _squeezed(plan: ComposePlan, adapter: Adapter) -> list[str]:
     """A sentence where the result was compressed though nobody asked for it."""
     kept = adapter.manifest["composition"]["energy_kept"]
     if plan.config.compose.rank is not None or kept >= 1:

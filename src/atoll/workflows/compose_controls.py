@@ -10,16 +10,17 @@ Used by compose.py; compose_report.py makes tables and advice of it.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from atoll.compose.controls import BASE, BEST_SINGLE, COMPOSED, IN_CONTEXT, RANDOM, TRAINED, UNIFORM
-from atoll.compose.cross_validation import CrossValidation, cross_validated
+from atoll.compose.cross_validation import CrossValidation, Finished, cross_validated
 from atoll.compose.few_shot_lora import train_on_examples
 from atoll.compose.in_context import in_context
 from atoll.compose.losses import LabelLosses
@@ -31,6 +32,7 @@ from atoll.eval.arena import Arena, Entrant
 from atoll.eval.baseline import Baseline, majority_baseline
 from atoll.eval.evaluate import choose_examples
 from atoll.eval.score import Score, better_base
+from atoll.files import write_file
 from atoll.workflows.compose_clock import Clock
 from atoll.workflows.compose_plan import ComposePlan
 from atoll.workflows.compose_search import Searched, adapter_of, controls_of, fold_groups, searcher
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
     from atoll.compose.pool import Pool
     from atoll.hub.store import Hub
     from atoll.model.adapter import Adapter
-
-NEEDS_TWO = "one example cannot be held out of one"
 
 
 @dataclass
@@ -61,21 +61,36 @@ class Measured:
     warnings: list[str] = field(default_factory=list)
 
 
-def held_out_losses(plan: ComposePlan, best: Searched, measured: Measured, clock: Clock, progress: Progress, stop_asked: Callable[[], bool]) -> None:
-    """Cross-validate all contestants over the examples of the seed that is kept."""
+def held_out_losses(
+    plan: ComposePlan, best: Searched, file: Path, measured: Measured, clock: Clock, progress: Progress, stop_asked: Callable[[], bool]
+) -> None:
+    """Cross-validate all contestants over the examples of the seed that is kept. file: where finished folds are kept for the same plan's next run."""
     folds = fold_groups(plan, best.draw)
     if not folds:
-        measured.warnings.append(f"no held-out losses: {NEEDS_TWO}")
+        why = "all examples have the same input" if len(best.draw.few) > 1 else "one example cannot be held out of one"
+        measured.warnings.append(f"no held-out losses: {why}")
         return
+    of = {"job": plan.digest, "seed": best.draw.seed}
     with clock.part("cross-validation"):
         found = cross_validated(
             controls_of(plan, best).contestants(),
             folds,
+            earlier=_kept_folds(file, of),
+            keep=lambda done: write_file(file, json.dumps({**of, "folds": [fold._asdict() for fold in done]})),
             report=lambda what, at, total: progress(f"controls, held out: {what}", at, total),
             stop_asked=stop_asked,
         )
     measured.cross, measured.stopped = found, measured.stopped or found.stopped
     measured.failures.update(found.failures)
+
+
+def _kept_folds(file: Path, of: Mapping[str, Any]) -> list[Finished]:
+    """The folds that an earlier run of the same plan finished; none where there are none, or they are damaged."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return [Finished(**fold) for fold in kept["folds"]] if {key: kept[key] for key in of} == of else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def test_scores(

@@ -26,6 +26,7 @@ PARTS = 5  # a seed that leaves a part out leaves out one of so many, or of as m
 DEV_ROWS = 50  # rows that choose among seeds, at most
 _FEWEST_DEV = 10  # rows that no seed drew, of which fewer are too few to choose by
 ONLY_SEED = "the only seed"
+ALL_ALIKE = "one seed: all examples have the same input, so none can be left out"
 NOTHING_TO_DRAW = "one seed: all examples are used, so there is nothing to draw"
 
 
@@ -65,7 +66,8 @@ def draw_examples(config: ComposeConfig, data: TaskData, base: Base) -> Draws:
             num, note = 1, NOTHING_TO_DRAW
         elif len(whole) > 1:
             parts = whole.folds(min(len(whole), max(PARTS, num)), settings.seed)
-            num = min(num, len(parts)) if settings.deterministic else num  # more would leave the same parts out again
+            num = min(num, max(1, len(parts))) if settings.deterministic else num  # more would leave the same parts out again
+            note = "" if parts else ALL_ALIKE
     draws, cut = [], dict[str, None]()
     for place, seed in enumerate(range(settings.seed, settings.seed + num)):
         left_out = parts[place % len(parts)] if parts else ()

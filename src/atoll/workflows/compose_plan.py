@@ -133,7 +133,7 @@ def plan_composition(
         dev=drawn.undrawn,
         prompt=data.task.prompt_format(stop),
         max_new_tokens=max_new_tokens,
-        warnings=(*left_out, *more, *_cut(drawn, base), *_leaks(data)),
+        warnings=(*left_out, *more, *_cut(drawn, base), *_repeats(data), *_leaks(data)),
         seeds_note=drawn.note,
     )
 
@@ -308,6 +308,18 @@ def _cut(drawn: Draws, base: Base) -> tuple[str, ...]:
         return ()
     num = counted(len(drawn.cut), "example")
     return (f"{num} lost the beginning of their prompt to fit {base.context_length} tokens (first: {drawn.cut[0]})",)
+
+
+def _repeats(data: TaskData) -> tuple[str, ...]:
+    """Sentences about examples that say less than their number."""
+    rows, said = data.train, []
+    inputs = {json.dumps(row.turns) for row in rows}
+    if len(inputs) < len(rows):
+        same = "all have the same input" if len(inputs) == 1 else f"only {len(inputs)} have different inputs"
+        said.append(f"of {len(rows)} examples {same}: equal ones are held out together")
+    if len(rows) > 1 and len({row.completion for row in rows}) == 1:
+        said.append(f"all {len(rows)} examples have the same answer, so what is found may be no more than always giving it")
+    return tuple(said)
 
 
 def _leaks(data: TaskData) -> tuple[str, ...]:

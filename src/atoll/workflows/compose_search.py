@@ -95,7 +95,7 @@ def adapter_of(plan: ComposePlan, pool: Pool, found: Found, few: FewShot) -> Ada
 
 
 def fold_groups(plan: ComposePlan, draw: Draw) -> tuple[tuple[int, ...], ...]:
-    """The folds of the cross-validation over a draw's examples; none where there is one example."""
+    """The folds of the cross-validation over a draw's examples; none where there is one example, or all have the same input."""
     k = len(draw.few)
     return draw.few.folds(min(plan.config.compose.control_folds, k), draw.seed) if k > 1 else ()
 
@@ -126,7 +126,7 @@ def searcher(plan: ComposePlan, report: Report | None = None) -> Search:
 def _held_out(settings: ComposeSettings, few: FewShot, seed: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """(examples held out once, folds), at least one of them empty. In a cross-validation there are fewer examples than the settings were made for."""
     k = len(few)
-    if k < 2:
+    if few.all_alike:
         return (), ()
     if settings.hold_out is not None:
         return few.hold_out(settings.hold_out, seed), ()
