@@ -63,6 +63,36 @@ def test_a_table_the_parts_and_advice_are_printed_and_the_result_is_published(at
     assert "the result was found and kept" in again.err and again.out == result.out
 
 
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(atoll, few, tmp_path):
+    result = atoll("compose", *TASK, *QUICK, "--test", "test.jsonl", "--k", 3, "--dry-run")
+    assert result.code == 0, result.err
+    assert "3, of which the best 2 are searched over by gradient_per_layer: colours@1, shapes@1, sizes@1" in result.out
+    assert "3 of 4, 3 seeds, of which one is kept by rows that each leaves out" in result.out and "⟦" in result.out
+    assert "cross-validation     about" in result.out and "190 answers of at most 3 tokens" in result.out
+    found = atoll("compose", *TASK, *QUICK, "--no-controls", "--dry-run", "--json").json()
+    assert found["seeds"] == [0] and list(found["estimate"]["seconds"]) == ["ranking", "search"] and len(found["prompts"]) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_training_instead_is_one_command_away(atoll, few, tmp_path, monkeypatch):
+    """Where LoRA on the same examples is as good, the command that trains it is printed, and works from anywhere."""
+    result = atoll("compose", *TASK, *QUICK, "--set", "compose.method=uniform", "--set", "compose.folds=0")
+    file = tmp_path / "runs" / "compose" / "few" / "train.yaml"
+    assert "to train on the examples instead: atoll train runs/compose/few/train.yaml" in result.err
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    trained = atoll("train", file, "--set", "trainer.dtype=float32", "--set", "trainer.log_to=[]")
+    assert trained.code == 0, trained.err
+    assert atoll("hub", "show", "few-lora", "--json").json()["kind"] == "lora"
+
+
+def test_publishing_over_a_trained_adapter_is_told(atoll, few):
+    result = atoll("compose", *TASK, *QUICK, "--no-controls", "--publish", "colours")
+    assert "colours@1 is an adapter of kind lora: the composition becomes the newest version of colours" in result.err
+    again = atoll("compose", *TASK, *QUICK, "--no-controls", "--publish", "colours", "--top-k", 1)
+    assert "published: colours@" in again.err and "of kind lora" not in again.err
+
+
 def test_json_has_all_of_it_and_test_rows_are_scored(atoll, few, tmp_path):
     result = atoll("compose", *TASK, *QUICK, "--test", "test.jsonl", "--seeds", 1, "--json")
     assert result.code == 0, result.err

@@ -110,7 +110,7 @@ SAID: dict[str, tuple[Report, list[str]]] = {
     "one adapter is better": (report({"base": CLEAR, "best single": WORSE}), ["intents@1 alone is better (difference -0.200 ± 0.050): use it"]),
     "random adapters do as well": (report({"base": CLEAR, "random adapters": EVEN}), ["that it helps what these adapters know is not shown"]),
     "equal weights do as well": (report({"base": CLEAR, "uniform": EVEN}), ["Equal weights do as well"]),
-    "training is better": (report({"base": CLEAR, "k-shot LoRA": WORSE}), ["train instead, made in 12 s"]),
+    "training is better": (report({"base": CLEAR, "k-shot LoRA": WORSE}), ["train instead, made in 12 s."]),
     "examples in the prompt are better": (report({"base": EVEN, "in-context": WORSE}, over_base={"in-context": CLEAR}), ["put them there"]),
     "a constant answer does as well": (report({"base": CLEAR, "majority": EVEN}), ["most common answer does as well"]),
     "only the form has changed": (report({"base": CLEAR}, options=EVEN), ["in the form of the answers", "0.500 against 0.550"]),

@@ -114,6 +114,7 @@ def compose(
     dtype: Annotated[
         str | None, typer.Option("--dtype", metavar="DTYPE", help="Number format of the base: bfloat16 or float32.", show_default=False)
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be composed and how long it would take; write nothing.")] = False,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -122,7 +123,8 @@ def compose(
     Ranks the hub's adapters by the examples, searches weights for the best of them, and prints what the result is worth: beside the base, the most
     common answer, the best adapter alone, equal weights, random adapters, LoRA trained on the same examples, and the base with the examples in its
     prompt, by held-out loss and, with --test, by the task's metric. Then says what to do. Ctrl-C ends the search with the best so far, or leaves out
-    the rest of the controls. Everything goes to --out (default runs/compose/NAME).
+    the rest of the controls. Everything goes to --out (default runs/compose/NAME): the adapter, the report, and train.yaml, which trains on the
+    examples instead.
 
     \b
     Examples:
@@ -152,6 +154,11 @@ def compose(
     loaded = _load(file, {**overrides(settings), **given, **rounding}, {key: OPTIONS[key] for key in given if key in OPTIONS})
     for warning in loaded.warnings:
         warn(warning)
+    if dry_run:
+        from atoll.cli.compose_dry_run import show_plan
+
+        show_plan(loaded, as_json)
+        return
     from atoll.workflows import compose_and_publish
 
     with progress_bar() as progress:
@@ -227,6 +234,11 @@ def _show(outcome: ComposeOutcome) -> None:
         write(LAYERS_NOTE)
     for sentence in report.advice:
         write(f"\n{sentence}")
+    from atoll.workflows.compose_advice import is_training_as_good
+    from atoll.workflows.compose_instead import TRAIN_FILE
+
+    if is_training_as_good(report) and (training := outcome.adapter_folder.with_name(TRAIN_FILE)).exists():
+        say(f"to train on the examples instead: atoll train {training}")
     if outcome.reused:
         say("this had been composed already; the result was found and kept")
     elif report.took:

@@ -2,7 +2,7 @@
 
 Nothing is trained and no folder or hub is touched; only a base that is not on this disk yet is fetched, since its tokenizer does the counting.
 
-Used by train.
+Used by train, and compose_dry_run.py for previews.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _show_prompts(plan: TrainingPlan) -> None:
             write(f"--- {row.where}: {row.first_label} tokens masked, {row.num_labels} learned")
         if plan.spec.reft:
             write(f"edited: {_edited_text(row, plan)}")
-        _write_preview(preview_of(row, plan.base.tokenizer))
+        write_preview(preview_of(row, plan.base.tokenizer))
     write("")
 
 
@@ -128,7 +128,7 @@ def preview_of(row: EncodedRow, tokenizer: Any) -> list[tuple[str, bool]]:
     return [(_without_middle(clean(text)), learned) for text, learned in preview(row, tokenizer)]
 
 
-def _write_preview(segments: Sequence[tuple[str, bool]]) -> None:
+def write_preview(segments: Sequence[tuple[str, bool]]) -> None:
     """The marks ⟦ ⟧ are always there; on a terminal the masked part is dim as well."""
     if not to_terminal():
         write("".join(f"⟦{text}⟧" if learned else text for text, learned in segments))

@@ -61,7 +61,8 @@ def why_not(adapter: Adapter) -> tuple[str, str]:
         way_out = "leave it out of the search; edits can be added to the result with fixed weights (merge strategy cat)"
         return f"{adapter.spec.kind}: it edits hidden states, and the search weights LoRA factors only", way_out
     if adapter.spec.use_dora:
-        return "DoRA's: its magnitudes belong to its own update, which has no weighted sum", "leave it out of the search, or train it as a plain LoRA"
+        way_out = "leave it out of the search, or train it as a plain LoRA"
+        return "a DoRA adapter: its magnitudes belong to its own update, which has no weighted sum", way_out
     return "", ""
 
 

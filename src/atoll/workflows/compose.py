@@ -26,12 +26,14 @@ from atoll.config_quantization import QuantizationConfig
 from atoll.data.task import TaskData
 from atoll.errors import AtollError, StorageError
 from atoll.files import write_file
+from atoll.hub.names import name_key
 from atoll.model.adapter import Adapter
 from atoll.model.adapter_files import read_adapter, write_adapter
 from atoll.train.cost import Cost, Meter, Used
 from atoll.train.interrupt import interruptible
 from atoll.workflows.compose_clock import Clock
 from atoll.workflows.compose_controls import Measured, held_out_losses, test_scores
+from atoll.workflows.compose_instead import TRAIN_FILE, training_file
 from atoll.workflows.compose_lines import report_of
 from atoll.workflows.compose_plan import ComposePlan, plan_composition
 from atoll.workflows.compose_report import Report, counted
@@ -125,6 +127,8 @@ def compose_and_publish(
                 outcome = _composed(plan, hub, folder, publish, clock, progress, asked)
             spent = {"seconds": clock.total, "cost": Cost.of(None, used, rates).to_json()}
             record.update(**spent, digest=outcome.version.digest if outcome.version else None)
+        if config.data.is_given:
+            write_file(folder / TRAIN_FILE, training_file(plan, root))
         _mark(folder, plan, outcome, spent)
     return outcome
 
@@ -160,6 +164,7 @@ def _composed(
             test_scores(plan, searched, hub, folder / "scores", measured, clock, progress, asked, record=publish)
     adapter, report = with_report(_stopped(plan, searched, measured))
     warnings = (*plan.warnings, *best.ranking.left_out, *dict.fromkeys(measured.warnings), *_far(pool), *_squeezed(plan, adapter), *_empty(adapter))
+    warnings += _beside(hub, plan.name) if publish else ()
     _write(folder, adapter, report)
     if not measured.stopped:
         (folder / FOLDS_FILE).unlink(missing_ok=True)
@@ -189,6 +194,15 @@ def _stopped(plan: ComposePlan, searched: list[Searched], measured: Measured) ->
     if measured.stopped:
         said.append("the controls were stopped, and those that were not finished are left out")
     return "; ".join(said)
+
+
+def _beside(hub: Hub, name: str) -> tuple[str, ...]:
+    """A sentence where the name is that of an adapter which was trained: its users get the composition from now on."""
+    named = [version for version in hub.list(name, all_versions=True) if name_key(version.name) == name_key(name) and not version.yanked]
+    newest = max(named, key=lambda version: version.number, default=None)
+    if newest is None or newest.kind == "composed":
+        return ()
+    return (f"{newest.ref} is an adapter of kind {newest.kind}: the composition becomes the newest version of {newest.name}, and {newest.ref} stays",)
 
 
 def _far(pool: Pool) -> list[str]:

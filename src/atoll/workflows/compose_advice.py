@@ -18,12 +18,13 @@ _ALL = (BASE, BEST_SINGLE, UNIFORM, RANDOM, TRAINED, IN_CONTEXT)  # what must ha
 _INSTEAD = {  # what may be used in place of the composition, the simplest first
     BEST_SINGLE: "{name} alone is better ({gain}): use it.",
     UNIFORM: "Equal weights are better ({gain}): use the method uniform.",
-    IN_CONTEXT: "The base with the examples in its prompt is better ({gain}): put them there, if longer prompts are affordable.",
+    IN_CONTEXT: "The base with the examples in its prompt is better ({gain}): put them there (each with its answer and an empty line before the "
+    "question; in a chat, as earlier turns), if longer prompts are affordable.",
     TRAINED: "LoRA trained on the same examples is better ({gain}): train instead{seconds}.",
 }
 # docs/notebook.md, "composing, what it is worth"
 _WITH_FIVE = (
-    "With 5 examples, composing was far better than training on them where the hub held the task's skills (56 % against 25 % over 16 generated "
+    "With 5 examples each, composing was far better than training on them where the hub held the task's skills (56 % against 25 % over 16 generated "
     "tasks), and a little worse where it did not (35 % against 38 % over 16 real ones)."
 )
 _WITH_MORE = (
@@ -50,14 +51,17 @@ def advice(report: Report) -> tuple[str, ...]:
     if _is_better(over_base):
         return (*_verdict(report), *_as_good(report), *_better_ones(report), *_form_and_knowledge(report))
     if _is_worse(over_base):
-        first = f"The composition is worse than the base ({_shown(report, over_base)}): use the base as it is."
-        instead = _better_than_base(report)
-        first = first if not instead else first.replace(": use the base as it is.", ".")
+        first, way_out = f"The composition is worse than the base ({_shown(report, over_base)})", ": use the base as it is"
     else:
-        instead = _better_than_base(report)
-        way_out = "." if instead else ": give more examples or test rows."
-        first = f"The figures cannot tell the composition from the base ({_shown(report, over_base)}){way_out}"
-    return (first, *instead, *_form_and_knowledge(report))
+        first, way_out = f"The figures cannot tell the composition from the base ({_shown(report, over_base)})", ": give more examples or test rows"
+    instead = _better_than_base(report)
+    return (f"{first}{'' if instead else way_out}.", *instead, *_form_and_knowledge(report))
+
+
+def is_training_as_good(report: Report) -> bool:
+    """Whether LoRA on the same examples was measured, and the composition is not clearly better than it."""
+    gain = report.versus.get(TRAINED)
+    return gain is not None and not _is_better(gain)
 
 
 def _verdict(report: Report) -> list[str]:
@@ -169,7 +173,9 @@ def _name(report: Report, name: str) -> str:
 
 def _seconds(report: Report, name: str) -> str:
     line = report.line(name)
-    return f", made in {line.seconds:.0f} s" if line is not None and line.seconds else ""
+    if line is None or not line.seconds:
+        return ""
+    return f", made in {line.seconds:.0f} s" if line.seconds >= 1 else ", made in less than a second"
 
 
 def _shown(report: Report, gain: Gain) -> str:
