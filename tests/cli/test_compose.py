@@ -52,8 +52,8 @@ def test_a_table_the_parts_and_advice_are_printed_and_the_result_is_published(at
     assert result.code == 0, result.err
     lines = [line for line in result.out.splitlines() if line.startswith("|")]
     names = [line.split("|")[1].strip() for line in lines]
-    wanted = ["contestant", "---", "base", "best single", "uniform", "random adapters", "k-shot LoRA", "in-context", "composed"]
-    assert [names[0], "---", *names[2:9]] == wanted
+    wanted = ["contestant", "---", "base", "majority", "best single", "uniform", "random adapters", "k-shot LoRA", "in-context", "composed"]
+    assert [names[0], "---", *names[2:10]] == wanted
     assert "warmth: 2 of 3 adapters" in result.out and "of its layers" in result.out
     assert "published: warmth@1" in result.err and "took: reading" in result.err
     assert atoll("hub", "list", "--kind", "composed", "--json").json()[0]["name"] == "warmth"

@@ -13,6 +13,7 @@ from typing import Any
 from atoll.compose.controls import BASE, BEST_SINGLE, COMPOSED, IN_CONTEXT, RANDOM, TRAINED, UNIFORM
 from atoll.compose.pool import Pool
 from atoll.compose.result import in_force, mean_weight, own_layers
+from atoll.eval.baseline import constant_answer
 from atoll.model.adapter import Adapter
 from atoll.workflows.compose_advice import MAJORITY, advice
 from atoll.workflows.compose_clock import Clock
@@ -109,6 +110,9 @@ def _lines(plan: ComposePlan, best: Searched, pool: Pool, measured: Measured) ->
 def _line(plan: ComposePlan, best: Searched, pool: Pool, measured: Measured, name: str) -> Line:
     scores = measured.scores.get(name, [])
     facts: dict[str, Any] = {"name": name, "what": _what(plan, best, pool, measured, name), "note": measured.failures.get(name, "")}
+    if name == MAJORITY and measured.cross is not None and not measured.majority:
+        common = constant_answer(replace(plan.data, train=best.draw.examples))
+        facts |= {} if common is None else {"what": repr(common[0]), "note": f"{common[1]:.0%} of the examples; has no loss, is scored on test rows"}
     if measured.cross is not None and name in measured.cross.results:
         held_out = measured.cross.results[name]
         facts |= {"loss": held_out.mean, "loss_stderr": held_out.stderr, "seconds": held_out.seconds / max(1, len(held_out.folds))}

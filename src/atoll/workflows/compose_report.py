@@ -32,12 +32,12 @@ def counted(num: float, what: str) -> str:
 class Gain:
     """How much better one contestant is than another: a difference of scores, or how much smaller a loss is. stderr None: cannot be told.
 
-    errors: how many standard errors make it clear; more than 2 where the error itself stands on few numbers.
+    clear_beyond: how many standard errors make it clear; more than 2 where the error itself stands on few numbers.
     """
 
     value: float
     stderr: float | None
-    errors: float = 2.0
+    clear_beyond: float = 2.0
 
     @classmethod
     def over_folds(cls, value: float, stderr: float | None, num_folds: int) -> Gain:
@@ -46,8 +46,8 @@ class Gain:
 
     @property
     def is_clear(self) -> bool:
-        """Further from zero than `errors` standard errors, in either direction."""
-        return self.stderr is not None and abs(self.value) > self.errors * self.stderr
+        """Further from zero than `clear_beyond` standard errors, in either direction."""
+        return self.stderr is not None and abs(self.value) > self.clear_beyond * self.stderr
 
 
 @dataclass(frozen=True)
