@@ -8,7 +8,7 @@ from tests.compose.scenes import examples
 from torch import Tensor
 
 from atoll.compose.metrics import GeneratedScores, OptionScores
-from atoll.compose.objective import Objective, unregularised
+from atoll.compose.objective import Objective, l1
 from atoll.compose.pool import Pool
 from atoll.compose.search import search
 from atoll.data.encode import EncodedRow
@@ -89,7 +89,7 @@ def test_a_search_by_exact_match_finds_who_matches(decoder: Decoder, pool: Pool)
     scores = GeneratedScores(
         decoder, pool, PROMPTS, lambda text, example: float(text == wanted[0][example]), as_text, max_new_tokens=6, eos_ids={}, forward_tokens=50
     )
-    found = search(Objective(scores, unregularised()), 4, "best_single")
+    found = search(Objective(scores, l1(0.0)), 4, "best_single")
     assert (found.weights.tolist(), found.value) == ([0.0, 0.0, 1.0, 0.0], 0.0)
 
 
@@ -117,7 +117,7 @@ def test_options_are_ranked_by_their_whole_likelihood(decoder: Decoder, pool: Po
         torch.testing.assert_close(soft.scores(WEIGHTS, range(3)), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(soft.scores(WEIGHTS, [2, 0]), expected[:, [2, 0]], rtol=1e-4, atol=1e-4)
     assert (hard.differentiable, soft.differentiable, hard.num_examples) == (False, True, 3)
-    found = search(Objective(soft, unregularised()), 4, budget=40)
+    found = search(Objective(soft, l1(0.0)), 4, budget=40)
     assert found.value < float(expected.mean(1).min())
 
 

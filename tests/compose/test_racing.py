@@ -7,13 +7,13 @@ import torch
 from tests.compose.scenes import Bowl
 from torch import Tensor
 
-from atoll.compose.objective import Objective, unregularised
+from atoll.compose.objective import Objective, l1
 from atoll.compose.run import Run, Settings
 
 
 def run_of(scores: Bowl, **settings: object) -> Run:
     return Run(
-        Objective(scores, unregularised()),
+        Objective(scores, l1(0.0)),
         Settings(**settings),  # type: ignore[arg-type]
         layered=False,
         budget=1000,

@@ -11,11 +11,13 @@ import torch
 from tests.adapters import decoder_of, random_adapter, random_reft
 from tests.compose.scenes import examples, mixed_adapters, strong
 from tests.conftest import tiny_model
+from torch import Tensor
 
 from atoll.compose import measuring, retrieval
 from atoll.compose.losses import LabelLosses
+from atoll.compose.measuring import alone, slopes
 from atoll.compose.pool import Pool
-from atoll.compose.retrieval import Candidate, Ranked, rank, rank_by_loss, rank_by_slope, shortlist
+from atoll.compose.retrieval import Candidate, Ranked, rank
 from atoll.data.encode import EncodedRow
 from atoll.errors import AdapterFormatError, ConfigError, DataError, Interrupted
 from atoll.model.adapter import Adapter, LoraModule
@@ -32,6 +34,11 @@ def candidates(adapters: list[Adapter]) -> list[Candidate]:
     return [candidate(adapter, f"adapter-{index}") for index, adapter in enumerate(adapters)]
 
 
+def slope_of(losses: LabelLosses) -> Tensor:
+    """[N]: what the first bit of each adapter takes from the mean loss of all examples."""
+    return slopes(losses, [range(losses.num_examples)])[0][:, 0]
+
+
 @pytest.fixture(scope="module")
 def rows() -> list[EncodedRow]:
     return examples(4)
@@ -46,7 +53,7 @@ def adapters(decoder: Decoder) -> list[Adapter]:
 
 def test_loss_is_each_adapter_alone(decoder: Decoder, adapters: list[Adapter], rows: list[EncodedRow]) -> None:
     """At weight 1 and nothing beside it: what serving this adapter would score."""
-    found = rank_by_loss(LabelLosses(decoder, Pool.of(adapters, decoder), rows))
+    found = alone(LabelLosses(decoder, Pool.of(adapters, decoder), rows)).mean(1)
     for adapter, loss in zip(adapters, found, strict=True):
         single = LabelLosses(decoder, Pool.of([adapter], decoder), rows).scores(torch.ones(1, 1), range(len(rows)))
         torch.testing.assert_close(loss, single.mean(), **CLOSE)
@@ -57,7 +64,7 @@ def test_slope_is_the_loss_that_the_first_bit_of_an_adapter_takes_away(decoder: 
     losses = LabelLosses(decoder, Pool.of(adapters, decoder), rows, backward_tokens=20)  # several portions
     step = 1e-2
     difference = losses.scores(torch.cat([-step * torch.eye(7), step * torch.eye(7)]), range(len(rows))).mean(1)
-    torch.testing.assert_close(rank_by_slope(losses), (difference[:7] - difference[7:]) / (2 * step), rtol=0.05, atol=2e-3)
+    torch.testing.assert_close(slope_of(losses), (difference[:7] - difference[7:]) / (2 * step), rtol=0.05, atol=2e-3)
 
 
 def test_chunks_change_nothing(decoder: Decoder, adapters: list[Adapter], rows: list[EncodedRow], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,19 +89,19 @@ def test_chunks_change_nothing(decoder: Decoder, adapters: list[Adapter], rows: 
 def test_the_best_come_first_with_what_is_known_of_them(decoder: Decoder, adapters: list[Adapter], rows: list[EncodedRow]) -> None:
     """A smaller loss is better, a greater slope and likeness are."""
     described = [replace(one, text="about cats" if index == 5 else "about dogs") for index, one in enumerate(candidates(adapters))]
-    by_loss = shortlist(described, decoder, rows, top_k=3, by="loss")
-    losses = rank_by_loss(LabelLosses(decoder, Pool.of(adapters, decoder), rows))
-    assert [ranked.index for ranked in by_loss.ranked] == losses.argsort()[:3].tolist()
-    first = by_loss.ranked[0]
+    by_loss = rank(described, decoder, rows, by="loss").best(3)
+    losses = alone(LabelLosses(decoder, Pool.of(adapters, decoder), rows)).mean(1)
+    assert [ranked.index for ranked in by_loss] == losses.argsort()[:3].tolist()
+    first = by_loss[0]
     assert first.loss == pytest.approx(float(losses.min()), abs=1e-4)
     assert first.slope is None
     assert first.similarity is None
-    slopes = rank_by_slope(LabelLosses(decoder, Pool.of(adapters, decoder), rows))
-    assert [ranked.index for ranked in shortlist(described, decoder, rows, top_k=7, by="slope").ranked] == slopes.argsort(descending=True).tolist()
-    by_text = shortlist(described, decoder, rows, top_k=2, by="text", description="cats")
-    assert by_text.ranked[0].index == 5
-    assert by_text.ranked[1] == Ranked(0, None, None, 0.0)
-    assert len(shortlist(described, decoder, rows, top_k=50, by="loss").ranked) == 7
+    slopes = slope_of(LabelLosses(decoder, Pool.of(adapters, decoder), rows))
+    assert [ranked.index for ranked in rank(described, decoder, rows, by="slope").best(7)] == slopes.argsort(descending=True).tolist()
+    by_text = rank(described, decoder, rows, by="text", description="cats").best(2)
+    assert by_text[0].index == 5
+    assert by_text[1] == Ranked(0, None, None, 0.0)
+    assert len(rank(described, decoder, rows, by="loss").best(50)) == 7
 
 
 def test_some_of_the_examples_rank_as_if_there_were_no_others(decoder: Decoder, adapters: list[Adapter]) -> None:
@@ -217,6 +224,6 @@ def test_what_cannot_be_ranked_is_refused(decoder: Decoder, adapters: list[Adapt
     with pytest.raises(ConfigError, match="only with a description"):
         rank(candidates(adapters), decoder, rows, by="text", description=" ")
     with pytest.raises(ConfigError, match="top_k is 0"):
-        shortlist(candidates(adapters), decoder, rows, top_k=0)
+        rank(candidates(adapters), decoder, rows).best(0)
     with pytest.raises(DataError, match="no examples"):
         rank(candidates(adapters), decoder, [])

@@ -16,7 +16,7 @@ from tests.compose.scenes import Bowl, Valley, examples, strong
 from torch import Tensor
 
 from atoll.compose.losses import LabelLosses
-from atoll.compose.objective import FewShot, Objective, l1, unregularised
+from atoll.compose.objective import FewShot, Objective, l1
 from atoll.compose.pool import Pool, reach
 from atoll.compose.population import _Nevergrad
 from atoll.compose.quasi_newton import QuasiNewton
@@ -35,7 +35,7 @@ SEARCHES = ["gradient", "gradient_per_layer", "cma", "nevergrad:NGOpt", "nevergr
 
 
 def bowl(**options: object) -> Objective:
-    return Objective(Bowl(TARGET, **options), unregularised())  # type: ignore[arg-type]
+    return Objective(Bowl(TARGET, **options), l1(0.0))  # type: ignore[arg-type]
 
 
 def flat(found: Found) -> Tensor:
@@ -82,7 +82,7 @@ def test_a_planted_mixture_is_found(decoder: Decoder, planted: tuple[Pool, list[
     scores = LabelLosses(decoder, pool, rows)
     base, truth = scores.scores(torch.tensor([[0.0] * pool.num, PLANTED]), range(10)).mean(1).tolist()
     assert base - truth > 0.2, "there must be something to find"
-    found = search(Objective(scores, unregularised()), pool.num, method, budget=budget, settings=Settings(start="zero"))
+    found = search(Objective(scores, l1(0.0)), pool.num, method, budget=budget, settings=Settings(start="zero"))
     assert found.value < truth + 0.02
     # 160 labels do not say more of a weight; a weight a layer has more freedom than they have information
     assert float((flat(found) - torch.tensor(PLANTED)).abs().max()) < (0.4 if method == "gradient_per_layer" else 0.25)
@@ -92,7 +92,7 @@ def test_a_search_from_the_best_never_ends_above_what_is_simple() -> None:
     """The base, 1/N each and every adapter alone are scored first: losing to one of them on the examples would be absurd."""
     for method in ("gradient", "cma"):
         for target in ([0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1 / 3] * 3):
-            found = search(Objective(Bowl(target), unregularised()), 3, method, budget=9)
+            found = search(Objective(Bowl(target), l1(0.0)), 3, method, budget=9)
             assert found.value < 1e-9, (method, target)
 
 
@@ -130,7 +130,7 @@ def test_best_single_and_uniform_are_what_they_say() -> None:
 def test_weights_stay_inside_their_bounds() -> None:
     """LoraHub's box is ±1.5; outside it adapters break the base."""
     for method in SEARCHES:
-        found = search(Objective(Bowl([9.0, -9.0]), unregularised()), 2, method, budget=80, settings=Settings(bounds=(-0.5, 0.5)))
+        found = search(Objective(Bowl([9.0, -9.0]), l1(0.0)), 2, method, budget=80, settings=Settings(bounds=(-0.5, 0.5)))
         assert float(found.weights.abs().max()) <= 0.5
         torch.testing.assert_close(flat(found), torch.tensor([0.5, -0.5]), rtol=0, atol=0.1)
 
@@ -138,13 +138,13 @@ def test_weights_stay_inside_their_bounds() -> None:
 def test_one_adapter_alone_can_be_weighted() -> None:
     """CMA-ES does not search in one dimension by itself."""
     for method in SEARCHES:
-        found = search(Objective(Bowl([0.4]), unregularised()), 1, method, budget=60)
+        found = search(Objective(Bowl([0.4]), l1(0.0)), 1, method, budget=60)
         torch.testing.assert_close(flat(found), torch.tensor([0.4]), rtol=0, atol=0.1)
 
 
 def test_the_regulariser_is_in_the_value_and_the_gradient() -> None:
     """An adapter that does not help gets no weight when weights cost something."""
-    free, paid = (search(Objective(Bowl([0.05, 1.0]), regulariser), 2, budget=150).weights for regulariser in (unregularised(), None))
+    free, paid = (search(Objective(Bowl([0.05, 1.0]), regulariser), 2, budget=150).weights for regulariser in (l1(0.0), None))
     assert paid[0].abs() < free[0].abs()
     assert paid[1] < free[1]
 
@@ -190,7 +190,7 @@ def test_seeds_differ_where_a_search_draws(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("budget", [13, 40])
 def test_a_budget_is_kept(method: str, budget: int) -> None:
     """Counted in rows that were really run: an evaluation is one candidate on all examples, and a gradient step is three."""
-    objective = Objective(Valley(TARGET), unregularised())
+    objective = Objective(Valley(TARGET), l1(0.0))
     found = search(objective, 3, method, budget=budget)
     rows = objective.scores.rows  # type: ignore[attr-defined]
     steps = sum(1 for _ in found.history) if method.startswith("gradient") else 0
@@ -203,7 +203,7 @@ def test_a_budget_is_kept(method: str, budget: int) -> None:
 @pytest.mark.parametrize("method", ["gradient", "gradient_per_layer"])
 def test_a_look_that_goes_too_far_costs_no_backward_and_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a narrow valley's looks some are refused: their gradients are never read, in whichever portion the value is beyond its limit."""
-    objective = Objective(Valley(TARGET), unregularised())
+    objective = Objective(Valley(TARGET), l1(0.0))
     found = search(objective, 3, method, budget=60)
     monkeypatch.setattr(QuasiNewton, "limits", property(lambda self: torch.full_like(self._values, torch.inf)))
     tell = QuasiNewton.tell
@@ -275,11 +275,11 @@ def test_nevergrads_own_threads_end_with_the_search(name: str) -> None:
         return original(weights, rows)
 
     before, kept = threading.active_count(), []
-    search(Objective(Bowl(TARGET), unregularised()), 3, f"nevergrad:{name}", budget=30)
-    search(Objective(Bowl(TARGET), unregularised()), 3, f"nevergrad:{name}", budget=300, time_s=0.01)
+    search(Objective(Bowl(TARGET), l1(0.0)), 3, f"nevergrad:{name}", budget=30)
+    search(Objective(Bowl(TARGET), l1(0.0)), 3, f"nevergrad:{name}", budget=300, time_s=0.01)
     scores.scores = failing  # type: ignore[method-assign]
     try:
-        search(Objective(scores, unregularised()), 3, f"nevergrad:{name}", budget=30)
+        search(Objective(scores, l1(0.0)), 3, f"nevergrad:{name}", budget=30)
     except RuntimeError as error:
         kept.append(error)  # with its frames, and all that they hold
     assert kept
@@ -307,10 +307,10 @@ class Slow(Bowl):
 def test_a_time_budget_ends_the_search_between_forwards(method: str) -> None:
     """With the best so far, which is always something: even a budget that is over at once has seen one candidate."""
     time_s = 0.05 if method.startswith("gradient") else 0.3  # a gradient is soon at the bottom of a bowl
-    found = search(Objective(Slow(TARGET, at_once=2), unregularised()), 3, method, budget=100_000, time_s=time_s)
+    found = search(Objective(Slow(TARGET, at_once=2), l1(0.0)), 3, method, budget=100_000, time_s=time_s)
     assert found.stopped_by == "time"
     assert found.value < 1.0
-    found = search(Objective(Slow(TARGET, at_once=2), unregularised()), 3, method, time_s=1e-9)
+    found = search(Objective(Slow(TARGET, at_once=2), l1(0.0)), 3, method, time_s=1e-9)
     assert found.stopped_by == "time"
     assert found.evaluations <= 5
 
@@ -329,7 +329,7 @@ def test_ctrl_c_keeps_the_best_so_far(method: str) -> None:
 
     scores.scores = interrupting  # type: ignore[method-assign]
     before = signal.getsignal(signal.SIGINT)
-    found = search(Objective(scores, unregularised()), 3, method, budget=1000)
+    found = search(Objective(scores, l1(0.0)), 3, method, budget=1000)
     assert found.stopped_by == "interrupted"
     assert len(calls) <= 5
     assert found.value == pytest.approx(float(original(found.weights[None], range(5)).mean()))
@@ -365,14 +365,14 @@ class Overfit(Bowl):
 def test_a_search_stops_where_the_held_out_examples_are_best(method: str) -> None:
     """The weights returned are those of the best held-out value, not of the last or the lowest search value."""
     settings = Settings(start="zero", patience=5, step=0.05)
-    objective = Objective(Overfit(), unregularised(), held_out=(4, 5))
+    objective = Objective(Overfit(), l1(0.0), held_out=(4, 5))
     found = search(objective, 2, method, budget=400, settings=settings)
     assert found.stopped_by == "held out"
     assert found.held_out == pytest.approx(min(point.held_out for point in found.history if point.held_out is not None))
     assert abs(float(flat(found)[0]) - 0.5) < 0.2
     assert found.value > min(point.value for point in found.history)
     endless = Settings(start="zero", patience=10_000, step=0.05)
-    far = search(Objective(Overfit(), unregularised(), held_out=(4, 5)), 2, method, budget=400, settings=endless)
+    far = search(Objective(Overfit(), l1(0.0), held_out=(4, 5)), 2, method, budget=400, settings=endless)
     assert far.held_out is not None
     assert far.evaluations > found.evaluations, "stopping early is what the patience is for"
 
@@ -381,7 +381,7 @@ def test_folds_hold_every_example_out_without_losing_one() -> None:
     """The real search uses all examples; the searches beside it only say how long it should go."""
     scores = Bowl([1.0, 0.0], num_examples=4, spread=0.4)
     folds = FewShot(examples(4)).folds(4, seed=0)
-    found = search(Objective(scores, unregularised(), folds=folds), 2, budget=900, settings=Settings(start="zero", patience=1000))
+    found = search(Objective(scores, l1(0.0), folds=folds), 2, budget=900, settings=Settings(start="zero", patience=1000))
     assert found.held_out is not None
     assert found.held_out == min(point.held_out for point in found.history if point.held_out is not None)
     mean = scores.targets.mean(0)
@@ -435,7 +435,7 @@ def test_an_adapter_that_overflows_is_no_start() -> None:
 
     scores.scores = broken  # type: ignore[method-assign]
     for method in ("gradient", "cma"):
-        found = search(Objective(scores, unregularised()), 3, method, budget=9)
+        found = search(Objective(scores, l1(0.0)), 3, method, budget=9)
         assert found.weights.tolist() == [0.0, 1.0, 0.0]
 
 

@@ -15,7 +15,7 @@ Used by workflows, with cross_validation.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,9 +74,9 @@ class Controls:
         self._held: tuple[tuple[int, ...], Pool] | None = None  # the pool asked for last: contestants of one fold share it
         self._base_losses: Tensor | None = None
 
-    def contestants(self, leave_out: Collection[str] = ()) -> dict[str, Contestant]:
+    def contestants(self) -> dict[str, Contestant]:
         """All of them by name, in the order of a table."""
-        every: dict[str, Contestant] = {
+        return {
             BASE: self.base,
             BEST_SINGLE: self.best_single,
             UNIFORM: self.uniform,
@@ -85,7 +85,6 @@ class Controls:
             TRAINED: self.trained,
             IN_CONTEXT: self.in_context,
         }
-        return {name: contestant for name, contestant in every.items() if name not in leave_out}
 
     def pool(self, examples: Sequence[int] | None = None) -> Pool:
         """The shortlist that some of the examples (None: all) choose, loaded. The one asked for last is kept."""

@@ -12,7 +12,7 @@ Used by objective.py and by metrics.py, which scores options with it; `losses` b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from atoll.train.rows import RowGroup, pack_groups, shared_beginning
 FORWARD_TOKENS = 16384  # tokens of a forward: some 0.5 GB of activations at a hidden size of 576
 BACKWARD_TOKENS = 2048  # tokens of a forward whose activations are kept for the backward, as in training
 _KEPT_BATCHES = 64
+_KEPT_STATES = 1 << 28  # bytes
 
 
 def losses(decoder: Decoder, pool: Pool, weights: Tensor, rows: Sequence[EncodedRow], *, form: str = "cat") -> Tensor:
@@ -128,7 +129,8 @@ class LabelLosses:
             labelled = pack_groups([group] * num, self.decoder.device)
             counts = torch.tensor([row.num_labels for row in rows])
             example_of_label = torch.repeat_interleave(torch.arange(len(rows)), counts).to(self.decoder.device)
-            _make_room(self._packed)
+            if len(self._packed) >= _KEPT_BATCHES:
+                self._packed.pop(next(iter(self._packed)))
             self._packed[key] = _Packed(labelled.batch, labelled.labels, example_of_label)
         return self._packed[key]
 
@@ -137,15 +139,12 @@ class LabelLosses:
         first = self.pool.first_layer
         if first == 0 or not self.decoder.can_enter:
             return None
-        if examples not in self._below:
-            _make_room(self._below)
-            self._below[examples] = self.decoder.residual_before(first, self._pack(examples, 1).batch)
-        return first, self._below[examples].repeat(num, 1)
-
-
-def _make_room(kept: dict[Any, Any]) -> None:
-    while len(kept) >= _KEPT_BATCHES:
-        kept.pop(next(iter(kept)))
+        entering = self._below.get(examples)
+        if entering is None:
+            entering = self.decoder.residual_before(first, self._pack(examples, 1).batch)
+            if entering.nbytes + sum(kept.nbytes for kept in self._below.values()) <= _KEPT_STATES:
+                self._below[examples] = entering
+        return first, entering.repeat(num, 1)
 
 
 def check_rows(rows: Sequence[EncodedRow], context: int | None = None) -> None:

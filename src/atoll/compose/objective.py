@@ -3,7 +3,7 @@
     value(w) = Σₑ cₑ scoreₑ(w) + regulariser(w)
 
 By default cₑ = 1/k and the regulariser is 0.05 mean|w|: a true mean of losses, and a strength that means the same for any number of examples and
-adapters. LoraHub divides a mean loss by the number of examples once more, in batches: `lorahub_importance` gives the cₑ that do the same.
+adapters. LoraHub divides a mean loss by the number of examples once more, so that its loss counts for 1/k of what it says.
 
 Some examples may be held out: they are in no value, only in the decision when to stop. With very few examples that costs too many of them; folds then
 let every example be held out from a search of its own beside the real one (gradient.py). Nothing here is ever chosen on the test set.
@@ -132,7 +132,7 @@ class FewShot:
 
 
 def l1(strength: float = 0.05, acts: Tensor | None = None) -> Regulariser:
-    """strength * mean|w|: keeps weights small and many of them near zero. LoraHub's own, of which its article writes the sum.
+    """strength * mean|w| (0: none): keeps weights small and many of them near zero. LoraHub's own, of which its article writes the sum.
 
     acts [N, L] bool (`Pool.acts`): the mean of weights [P, N, L] is over these alone, so that layers that an adapter lacks do not thin it out.
     """
@@ -140,28 +140,6 @@ def l1(strength: float = 0.05, acts: Tensor | None = None) -> Regulariser:
         return lambda weights: strength * weights.flatten(1).abs().mean(1)
     has = acts.float() / acts.sum()
     return lambda weights: strength * ((weights.abs() * has).flatten(1).sum(1) if weights.dim() == 3 else weights.abs().mean(1))
-
-
-def l2(strength: float = 0.05) -> Regulariser:
-    """strength * mean w²: keeps weights small, and alike adapters at like weights."""
-    return lambda weights: strength * weights.flatten(1).square().mean(1)
-
-
-def unregularised() -> Regulariser:
-    return lambda weights: weights.new_zeros(len(weights))
-
-
-def lorahub_importance(rows: Sequence[EncodedRow], batch_size: int | None = None) -> tuple[float, ...]:
-    """The cₑ of lorahub 0.1.0: the token-mean losses of the batches, summed, divided by the number of examples. batch_size: None takes all at once.
-
-    With one batch the mean is divided by the number of examples a second time, so against 0.05 mean|w| the loss counts for 1/k of what it says.
-    """
-    found: list[float] = []
-    size = batch_size or len(rows)
-    for batch in (rows[start : start + size] for start in range(0, len(rows), size)):
-        labels = sum(row.num_labels for row in batch)
-        found += [row.num_labels / labels / len(rows) for row in batch]
-    return tuple(found)
 
 
 class Objective:

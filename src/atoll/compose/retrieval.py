@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from atoll.compose.measuring import Candidate as Candidate
-from atoll.compose.measuring import Measuring, alone, slopes
-from atoll.compose.objective import Scores
+from atoll.compose.measuring import Measuring
 from atoll.compose.run import Report
 from atoll.compose.text_similarity import similarity as similarity
 from atoll.data.encode import EncodedRow
@@ -51,14 +50,6 @@ class Ranked:
     loss: float | None = None
     slope: float | None = None
     similarity: float | None = None
-
-
-@dataclass(frozen=True)
-class Shortlist:
-    """The best candidates, best first; a sentence for each that was left out because it is broken or does not fit."""
-
-    ranked: tuple[Ranked, ...]
-    left_out: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -100,32 +91,6 @@ class Ranking:
             return everyone
         orders = [self.slopes[:, list(examples)].nanmean(1), self.likeness]
         return _in_turn([_descending(order, everyone) for order in orders if not bool(order[everyone].isnan().all())], MEASURED)
-
-
-def rank_by_loss(losses: Scores) -> Tensor:
-    """[N] float32: the mean score of the examples under each adapter alone, at weight 1. Smaller is better."""
-    return alone(losses).mean(1)
-
-
-def rank_by_slope(losses: Scores) -> Tensor:
-    """[N] float32: -dL/dwᵢ at w = 0 of the mean score L. Greater is better. For the form cat: product is flat there."""
-    return slopes(losses, [range(losses.num_examples)])[0][:, 0]
-
-
-def shortlist(
-    candidates: Sequence[Candidate],
-    decoder: Decoder,
-    rows: Sequence[EncodedRow],
-    *,
-    top_k: int = 10,
-    by: By = "auto",
-    description: str = "",
-    report: Report | None = None,
-    stop_asked: Callable[[], bool] | None = None,
-) -> Shortlist:
-    """The best `top_k` candidates for some examples; arguments and errors as of `rank`."""
-    ranking = rank(candidates, decoder, rows, by=by, description=description, report=report, stop_asked=stop_asked)
-    return Shortlist(tuple(ranking.best(top_k)), ranking.left_out)
 
 
 def rank(
