@@ -46,7 +46,8 @@ def train(
     The run's folder (--out, default runs/NAME) keeps checkpoints, the log and the adapter; the same command goes on where a stopped one ended. With
     several files every adapter has a folder of its name in --out (default runs); they share one base in memory and train together, each as it would
     alone, and one that fails does not stop the others. A file with a `sweep:` section is many trainings: every combination of the values there, or
-    random draws; the best is published under the file's name.
+    random draws; the best is published under the file's name. Where the values change what losses are of (base, rows, template, train_on_prompt),
+    they cannot be compared: the table shows all, and none is named best.
 
     --processes N trains one adapter in N processes of this machine, `torchrun … -m atoll train FILE` on several machines: the same adapter, to
     rounding. Each process holds the base, or with `trainer.fsdp` its share.
