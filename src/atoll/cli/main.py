@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from atoll.cli import cancel, chat, compose, evaluate, generate, hub, keys, land, leaderboard, pull, runs, schema, serve, tasks, train
+from atoll.cli import cancel, chat, classify, compose, evaluate, generate, hub, keys, land, leaderboard, pull, runs, schema, serve, tasks, train
 from atoll.cli.environment import prepare
 from atoll.cli.output import print_error
 from atoll.cli.processes import is_spokesman
@@ -38,6 +38,7 @@ app.command("eval")(evaluate.evaluate)
 app.command()(compose.compose)
 app.command()(leaderboard.leaderboard)
 app.command()(generate.generate)
+app.command()(classify.classify)
 app.command()(chat.chat)
 app.command()(serve.serve)
 app.command()(pull.pull)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from atoll.cli.classify import trial_of
 from atoll.cli.job_table import job_table
 from atoll.cli.leaderboard import cost_text
 from atoll.cli.options import stopped
@@ -62,7 +63,7 @@ def _show(outcome: SweepOutcome) -> None:
     if outcome.best is not None:
         say(f"best by {outcome.best_by.replace('_', ' ')}: {outcome.best}")
     if outcome.version is not None:
-        say(f'published as {outcome.version.ref}; try it: atoll generate --adapter {outcome.version.name} "..."')
+        say("; ".join(part for part in (f"published as {outcome.version.ref}", trial_of(outcome.version)) if part))
     say(f"written: {outcome.path}")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atoll.cli.classify import trial_of
 from atoll.cli.job_table import job_table
 from atoll.cli.leaderboard import cost_text
 from atoll.cli.options import AtOnceOption, BaseOption, JsonOption, OutOption, SetOption, overrides, stopped
@@ -182,4 +183,4 @@ def _show(outcome: TrainOutcome) -> None:
         say(f"trained {training['steps']} steps in {duration(training['seconds'])}{took}, loss {training['train_loss']:.3f}{ended}")
     write(version.ref if version is not None else str(outcome.adapter_folder))
     if version is not None:
-        say(f'sha256:{version.digest}\ntry it: atoll generate --adapter {version.name} "..."')
+        say("\n".join(line for line in (f"sha256:{version.digest}", trial_of(version)) if line))
