@@ -46,9 +46,11 @@ def train(
 
     The run's folder (--out, default runs/NAME) keeps checkpoints, the log and the adapter; the same command goes on where a stopped one ended. With
     several files every adapter has a folder of its name in --out (default runs); they share one base in memory and train together, each as it would
-    alone, and one that fails does not stop the others. A file with a `sweep:` section is many trainings: every combination of the values there, or
-    random draws; the best is published under the file's name. Where the values change what losses are of (base, rows, template, train_on_prompt),
-    they cannot be compared: the table shows all, and none is named best.
+    alone, and one that fails does not stop the others; files, rows and base are checked before the first step of any.
+
+    A file with a `sweep:` section is many trainings: every combination of the values there, or random draws; the best is published under the file's
+    name. Where the values change what losses are of (base, rows, template, train_on_prompt), they cannot be compared: the table shows all, and none
+    is named best.
 
     --processes N trains one adapter in N processes of this machine, `torchrun … -m atoll train FILE` on several machines: the same adapter, to
     rounding. Each process holds the base, or with `trainer.fsdp` its share.
@@ -138,7 +140,8 @@ def _train_many(every: Sequence[LoadedConfig[TrainConfig]], out: Path | None, pu
 
     try:
         with job_table() as table:
-            outcomes = train_many([(loaded.config, loaded.root) for loaded in every], out=out, publish=publish, at_once=at_once, table=table)
+            configs, named = [(loaded.config, loaded.root) for loaded in every], [loaded.path.name for loaded in every]
+            outcomes = train_many(configs, out=out, publish=publish, at_once=at_once, named=named, table=table)
     except KeyboardInterrupt:
         raise stopped() from None
     failures = [(loaded, outcome) for loaded, outcome in zip(every, outcomes, strict=True) if isinstance(outcome, AtollError)]

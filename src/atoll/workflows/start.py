@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atoll.errors import Busy, ConfigError, StorageError
+from atoll.errors import AtollError, Busy, ConfigError, StorageError
 
 if TYPE_CHECKING:
     from atoll.hub.store import Hub
@@ -29,6 +29,15 @@ def silent(stage: str, done: int, total: int) -> None:
 def prefixed(progress: Progress, prefix: str) -> Progress:
     """Progress whose stages begin with `prefix`."""
     return lambda stage, done, total: progress(f"{prefix} {stage}", done, total)
+
+
+@contextlib.contextmanager
+def about(what: str, *, also: str = "") -> Iterator[None]:
+    """Errors from inside begin with what they are about, where several things are at hand; also: a second hint."""
+    try:
+        yield
+    except AtollError as error:
+        raise type(error)(f"{what}: {error.message}", hint="; ".join(hint for hint in (error.hint, also) if hint)) from error
 
 
 def require(*modules: str) -> None:
