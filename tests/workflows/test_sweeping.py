@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import write_tiny_base
+from tests.train.test_masked_lm import write_masked_base
 
 from atoll.config_sweep import load_sweep
 from atoll.errors import ConfigError, Interrupted, TrainingError
@@ -129,6 +131,17 @@ def test_what_is_measured_on_different_things_has_no_best(axis: str, what: str, 
     """A loss is a mean over label tokens: of other tokens it is another quantity, and its lowest says nothing. What is alike is compared as ever."""
     doubt = planned(tmp_path, tiny_base_dir, axis)
     assert (what in doubt and "cannot be compared" in doubt) if what else not doubt
+
+
+def test_other_bases_and_other_hidden_tokens_have_no_best_loss(tiny_base_dir: Path, tmp_path: Path) -> None:
+    """Fewer hidden tokens are an easier task; and the metric, which needs answers, is no way out of that."""
+    other = write_tiny_base(tmp_path / "other", seed=1)
+    doubt = planned(tmp_path, tiny_base_dir, f"base: ['{tiny_base_dir}', '{other}']")
+    assert "where the bases differ" in doubt and "best_by: metric" in doubt
+    assert not planned(tmp_path, tiny_base_dir, f"base: ['{tiny_base_dir}', '{other}']\n  best_by: metric")
+    encoder = write_masked_base(tmp_path / "encoder", "bert", pooler=True)
+    doubt = planned(tmp_path, encoder, "trainer.mlm_probability: [0.05, 0.5]")
+    assert "the hidden tokens differ" in doubt and "metric" not in doubt
 
 
 def test_a_sweep_of_incomparable_losses_names_and_publishes_none(file: Path, tmp_path: Path) -> None:

@@ -44,9 +44,11 @@ def train(
 ) -> None:
     """Train an adapter, or several at once, and publish to the hub.
 
-    The run's folder (--out, default runs/NAME) keeps checkpoints, the log and the adapter; the same command goes on where a stopped one ended. With
-    several files every adapter has a folder of its name in --out (default runs); they share one base in memory and train together, each as it would
-    alone, and one that fails does not stop the others; files, rows and base are checked before the first step of any.
+    The run's folder (--out, default runs/NAME) keeps checkpoints, the log and the adapter. Ctrl-C and SIGTERM end the step at hand and keep it, with
+    exit code 130; the same command goes on from there.
+
+    With several files every adapter has a folder of its name in --out (default runs); they share one base in memory and train together, each as it
+    would alone, and one that fails does not stop the others. Files, rows and base are checked before the first step of any.
 
     A file with a `sweep:` section is many trainings: every combination of the values there, or random draws; the best is published under the file's
     name. Where the values change what losses are of (base, rows, template, train_on_prompt), they cannot be compared: the table shows all, and none
