@@ -1,8 +1,8 @@
 """`atoll`: the entry point, its commands, and what becomes of errors.
 
 The one idea: commands raise, and only `run` decides what the user sees. An AtollError is one sentence and a hint, never a traceback; whatever else
-goes wrong is a mistake of ours and keeps its traceback. Exit codes: 0 done, 1 an error or a failed task, 2 wrong usage, 130 stopped by Ctrl-C (training
-also by SIGTERM).
+goes wrong is a mistake of ours and keeps its traceback. Exit codes: 0 done, 1 an error or a failed task, 2 wrong usage, 130 stopped by Ctrl-C
+(training also by SIGTERM).
 
 Commands import torch, the database and the like only when they run, so that `atoll --help` answers at once.
 """
