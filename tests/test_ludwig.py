@@ -243,7 +243,10 @@ def test_what_would_change_the_result_is_refused_in_the_files_own_words(tmp_path
         ("{type: adalora}", "adapter.type 'adalora' is not supported"),
         ("{type: lorra}", "adapter.type is 'lorra', which is not known"),
         ("{type: lora, init_lora_weights: loftq}", "adapter.init_lora_weights 'loftq' is not supported"),
-        ("{type: lora, use_dora: true, init_lora_weights: pissa}", "use_dora cannot start with init_lora_weights pissa"),
+        (
+            "{type: lora, use_dora: true, init_lora_weights: pissa}",
+            "use_dora cannot start with init_lora_weights pissa: DoRA learns",
+        ),
         ("{type: lora, bias_type: all}", "adapter.bias_type is known but not supported"),
         ("{type: lora, pretrained_adapter_weights: a}", "known but not supported"),
         ("{type: lora, r: 0}", "adapter.r is 0: must be at least 1"),

@@ -175,18 +175,19 @@ class LoraAdapterConfig(Section):
     @field_validator("target_modules", mode="before")
     @classmethod
     def _check_targets(cls, value: Any) -> Any:
-        valid = f"valid names are {', '.join(TARGET_MODULES)}, or all-linear for all of them"
         if value == "all-linear":
             return value
         if not isinstance(value, (list, tuple)):
             hint = "; write all-linear" if isinstance(value, str) and nearest(value, ("all-linear",)) else ""
             raise ValueError(f"must be all-linear or a list such as [q_proj, v_proj], but this is {kind_of(value)}{hint}")
         if not value:
-            raise ValueError(f"must not be empty; {valid}")
+            raise ValueError("must not be empty; name linear layers of the base's blocks, or all-linear for all of them")
         for name in value:
-            if name not in TARGET_MODULES + OTHER_MODULES:
-                guess = nearest(name, TARGET_MODULES + OTHER_MODULES) if isinstance(name, str) else None
-                raise ValueError(f"{name!r} is not a linear layer of a block; {f'did you mean {guess}? ' if guess else ''}{valid}")
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"must hold names of linear layers, but this is {kind_of(name)}")
+            guess = None if name in TARGET_MODULES + OTHER_MODULES else nearest(name, TARGET_MODULES + OTHER_MODULES)
+            if guess is not None:  # what is like no name is left to the base, which knows its own (train.spec)
+                raise ValueError(f"{name!r} is not a linear layer of a block; did you mean {guess}?")
         if len(set(value)) < len(value):
             raise ValueError("names a layer twice")
         return tuple(value)
@@ -219,7 +220,11 @@ class LoraAdapterConfig(Section):
     def _check_start(self) -> LoraAdapterConfig:
         if self.starts_in_base:
             if self.use_dora:
-                raise ValueError(f"use_dora cannot start with init_lora_weights {self.init_lora_weights}, whose base is another")
+                start = self.init_lora_weights
+                raise ValueError(
+                    f"use_dora cannot start with init_lora_weights {start}: DoRA learns the lengths of the rows of the base's own weights, and "
+                    f"{start} begins by taking a part out of these weights; leave one of the two out"
+                )
             most = max((self.r, *self.rank_pattern.values()))
             if most > MAX_RANK // 2:
                 raise ValueError(f"init_lora_weights {self.init_lora_weights} saves twice the rank {most}, and {MAX_RANK} is the most")
@@ -238,8 +243,10 @@ class LoraAdapterConfig(Section):
     @property
     def targets(self) -> tuple[str, ...]:
         """The target modules by name, in the order of a block; `all-linear` written out for a Llama-like base."""
+        if self.target_modules == "all-linear":
+            return TARGET_MODULES
         known = TARGET_MODULES + OTHER_MODULES
-        return TARGET_MODULES if self.target_modules == "all-linear" else tuple(t for t in known if t in self.target_modules)
+        return tuple(sorted(self.target_modules, key=lambda name: known.index(name) if name in known else len(known)))
 
 
 AdapterConfig: TypeAlias = LoraAdapterConfig | ReftAdapterConfig

@@ -16,7 +16,6 @@ Used by workflows/sweeping.py and the command line.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import random
@@ -38,7 +37,6 @@ CONTROLS = ("samples", "seed", "best_by")
 MOST_POINTS = 1000
 _RANGE_KEYS = {"min", "max", "log"}
 _LONGEST_NAME = 96
-_OTHER_LOSSES = ("base", "data", "trainer.train_on_prompt", "trainer.max_length", "quantization")  # losses differ in what they are of
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,7 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         swept = {**values, "name": own}
         points.append(SweepPoint(own, values, cast("LoadedConfig[TrainConfig]", load_parsed(plain, "train", given, swept))))
     warnings = tuple(dict.fromkeys(warning for point in points for warning in point.loaded.warnings))
-    masked = any(point.loaded.config.trainer.mlm_probability is not None for point in points)
-    return LoadedSweep(name, tuple(points), tuple(axes), best_by, file.path, first.root, warnings + _doubts(axes, best_by, masked))
+    return LoadedSweep(name, tuple(points), tuple(axes), best_by, file.path, first.root, warnings)
 
 
 def _axis(file: YamlFile, key: str, value: Any) -> Sequence[Any] | _Range:
@@ -251,13 +248,3 @@ def _slug(value: Any) -> str:
         return ".".join(map(_slug, value)) or "empty"
     text = "none" if value is None else str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-") or "empty"
-
-
-def _doubts(axes: Mapping[str, Any], best_by: BestBy, masked: bool) -> tuple[str, ...]:
-    """A validation loss is a mean over label tokens: of other rows, texts or tokens it is another quantity. masked: the labels are hidden tokens."""
-    others = (*_OTHER_LOSSES, *(("trainer.mlm_probability", "trainer.seed") if masked else ()))
-    touched = [key for key, other in itertools.product(axes, others) if key == other or key.startswith(f"{other}.")]
-    if best_by != "validation_loss" or not touched:
-        return ()
-    safer = "" if masked else "; best_by: metric is safer"
-    return (f"validation losses are compared across values of {', '.join(touched)}, which may change what they are of{safer}",)

@@ -142,6 +142,17 @@ def test_a_name_that_could_climb_or_confuse_is_refused(atoll, adapter, name):
     refused(atoll("hub", "publish", adapter, name), "cannot be the name")
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_of_several_files_the_bad_one_is_named_and_nothing_begins(atoll, job, tmp_path, dry):
+    """Who starts ten trainings wants to know which of them to mend, and that the others have not run."""
+    other = json.loads(job.read_text()) | {"name": "other"}
+    other["data"]["path"] = "missing.jsonl"
+    (tmp_path / "other.yaml").write_text(json.dumps(other))
+    ended = atoll("train", job, "other.yaml", *dry)
+    assert ended.code == 1 and "error: other.yaml: data file" in ended.err and not (tmp_path / "runs").exists()
+    assert dry or "nothing was trained" in ended.err
+
+
 def test_a_full_disk_stores_nothing_and_says_so(atoll, adapter, monkeypatch):
     """Publishing checks for room first; half an adapter must never be visible."""
     usage = shutil.disk_usage(adapter)

@@ -6,6 +6,10 @@ import json
 import shutil
 
 import pytest
+from tests.conftest import write_tiny_base
+
+from atoll.hub import Hub
+from atoll.model.fingerprint import describe_base
 
 
 @pytest.fixture
@@ -38,6 +42,27 @@ def test_a_stranger_s_adapter_can_be_bound_to_a_base(atoll, adapter, tiny_base_d
     bound, loose = (atoll("hub", "show", name, "--json").json()["manifest"]["base"] for name in ("bound", "loose"))
     assert len(bound["weights_fingerprint"]) == 64
     assert loose.get("weights_fingerprint") is None
+
+
+def test_an_adapter_is_not_bound_to_a_base_that_it_cannot_fit(atoll, adapter, tmp_path, trained_home):
+    """It could never be used, and the advice would be to use the base that it names. Of equal shapes but another name, a word is enough."""
+    (adapter / "manifest.json").unlink()
+    narrow = write_tiny_base(tmp_path / "narrow", hidden_size=32)
+    refused = atoll("hub", "publish", adapter, "bound", "--base", narrow)
+    assert (
+        refused.code == 1
+        and "does not fit the base" in refused.err
+        and "the base's model.layers.0.mlp.down_proj has 32" in refused.err
+        and "made for" not in refused.err
+    )
+    assert atoll("hub", "list", "--json").json() == []
+    Hub().publish(adapter, "bound", base={"name": str(narrow), **describe_base(narrow).to_json()})  # the library takes the caller's word
+    asked = atoll("generate", "--adapter", "bound", "--dtype", "float32", "a red thing is")
+    assert asked.code == 1 and "does not fit" in asked.err and "--base" not in asked.err
+    twin = write_tiny_base(tmp_path / "twin")
+    bound = atoll("hub", "publish", adapter, "bound", "--base", twin)
+    assert bound.code == 0 and "was trained on" in bound.err and "twin" in bound.err
+    assert "warning" not in atoll("hub", "publish", adapter, "again", "--base", write_tiny_base(tmp_path / "copy/tiny-llama")).err
 
 
 def test_labels_move_and_yanked_versions_leave_bare_names(atoll, adapter):

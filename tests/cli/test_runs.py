@@ -11,6 +11,9 @@ import pytest
 
 from atoll.hub import Hub
 from atoll.train.log import LOG_FILE, RunLog, follow_log, read_log
+from atoll.workflows.comparing import losses_of
+from atoll.workflows.runs import recorded_run
+from atoll.workflows.start import locked
 
 STARTED = datetime(2030, 1, 2, 3, 4, tzinfo=UTC)
 
@@ -77,6 +80,47 @@ def test_the_log_of_a_run_is_printed_and_one_that_is_not_there_is_a_sentence(ato
     assert [json.loads(line)["step"] for line in lines] == [2, 3]
     assert "step 3  loss 0.3333  learning rate 0.5" in atoll("runs", "tail", "small").out
     assert "no folder on record" in atoll("runs", "tail", "large").err
+
+
+def test_a_killed_run_counts_as_interrupted(atoll: Any, tmp_path: Path) -> None:
+    """Nobody records its end: that nobody holds its folder tells it, also a folder above it, as a sweep's. One that is held goes on."""
+    folder = tmp_path / "sweep/point"
+    folder.mkdir(parents=True)
+    with RunLog(folder, 0, log_to=()) as log:
+        log.write(7, loss=0.25)
+    number = str(record("killed", 4, "running", folder=str(folder)))
+    record("elsewhere", 4, "running", folder=str(tmp_path / "not here"))
+    with locked(tmp_path / "sweep"):
+        assert atoll("runs", "show", number, "--json").json()["status"] == "running"
+        assert len(atoll("runs", "list", "--status", "running", "--json").json()) == 2
+    told = atoll("runs", "show", number, "--json").json()
+    assert told["status"] == "interrupted" and told["progress"]["step"] == 7 and told["message"]
+    assert [run["name"] for run in atoll("runs", "list", "--status", "interrupted", "--json").json()] == ["killed"]
+    tailed = atoll("runs", "tail", number)  # it would wait for ever
+    assert tailed.code == 0 and "step 7" in tailed.out
+
+
+def test_a_tail_ends_when_the_process_of_its_run_does(atoll: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was alive when the tail began."""
+    number = record("killed", 4, "running", folder=str(tmp_path))
+    lock = locked(tmp_path)
+    lock.__enter__()
+    monkeypatch.setattr(follow_log, "__kwdefaults__", {"sleep": lambda seconds: lock.__exit__(None, None, None)})
+    assert f"run {number} is interrupted" in atoll("runs", "tail", number).err
+
+
+def test_a_run_that_goes_on_leaves_the_killed_one_its_figures(tmp_path: Path) -> None:
+    """The log in the folder is the second's from then on, and so is its start; the killed one keeps its own, whatever its settings were."""
+    with RunLog(tmp_path, 0, log_to=()) as log:
+        log.write(3, loss=0.75)
+    number = record("killed", 4, "running", folder=str(tmp_path))
+    hub = Hub()
+    with recorded_run(hub, "train", "another", {"base": "tiny"}, tmp_path), RunLog(tmp_path, 3, log_to=()) as log:
+        log.write(9, loss=0.5)
+    second, first = hub.runs()
+    assert (first.id, first.status, first.started, first.name) == (number, "interrupted", STARTED, "killed")
+    assert losses_of(first)["step"] == 3 and losses_of(first)["train_loss"] == 0.75
+    assert second.status == "finished" and second.id != number
 
 
 def test_a_running_job_is_followed_over_a_resumption_until_its_end(tmp_path: Path) -> None:

@@ -262,6 +262,8 @@ def test_an_option_that_is_not_applied_is_refused_by_name(key: str, value: Any, 
     change_config(folder, **{key: value})
     error = refused(folder, UnsupportedAdapter, CONFIG_FILE, key, repr(value))
     assert "without that option" in error.hint
+    converts = value in ("pissa", "pissa_niter_16", "olora", "corda")
+    assert ("path_initial_model_for_weight_conversion" in error.hint) == converts, "PEFT turns these into ordinary LoRAs, and no others"
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_ctrl_c_keeps_every_running_job(decoder: Decoder, tmp_path: Path) -> Non
         if statuses[0].step == 4:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(Interrupted, match="5 jobs asked for"):
+    with pytest.raises(Interrupted, match=r"3 of 5 jobs running: job 1 after step 4 of 6, job 3 after step 4 of 5, job 5"):
         train_jobs(makers(decoder, tmp_path), found.__setitem__, at_once=4, report=report)
     assert isinstance(found[1], TrainResult), "it needed three steps"
     assert (tmp_path / "a" / FILE).is_file() and (tmp_path / "c" / FILE).is_file()

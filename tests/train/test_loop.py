@@ -244,9 +244,16 @@ def test_a_diverged_loss_ends_the_run_and_keeps_the_checkpoint(decoder: Decoder,
     """The run must stop with a way out, not train NaNs to the end."""
     with pytest.raises(TrainingError, match=r"the loss at step 2 is .*: training diverged") as found:
         toy_job(tmp_path, decoder=decoder, adapter=absurd_adapter(decoder), max_grad_norm=0, learning_rate=1.0, checkpoint_every=1).run()
-    assert found.value.hint == "lower trainer.learning_rate (now 1.0); the last checkpoint is kept"
+    assert found.value.hint == "lower trainer.learning_rate (now 1.0)"  # with another rate it is another job, which needs no checkpoint of this one
     assert (tmp_path / FILE).is_file()
     assert [line["step"] for line in log_lines(tmp_path)] == [1]
+
+
+def test_a_loss_is_told_in_four_digits(decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a sentence for people."""
+    monkeypatch.setattr(torch.linalg, "vector_norm", lambda values: math.inf)
+    with pytest.raises(TrainingError, match=r"the loss at step 1 is \d\.\d{1,3} with a gradient norm of inf"):
+        toy_job(tmp_path, decoder=decoder).run()
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run(decoder: Decoder, tmp_path: Path) -> None:

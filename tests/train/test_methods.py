@@ -271,7 +271,10 @@ def test_jobs_of_before_keep_their_identity_and_each_method_has_another() -> Non
 @pytest.mark.parametrize(
     ("adapter", "said"),
     [
-        ({"use_dora": True, "init_lora_weights": "pissa"}, "use_dora cannot start with init_lora_weights pissa"),
+        (
+            {"use_dora": True, "init_lora_weights": "pissa"},
+            "and pissa begins by taking a part out of these weights; leave one",
+        ),
         ({"use_dora": True, "init_lora_weights": "olora"}, "use_dora cannot start"),
         ({"r": 600, "init_lora_weights": "pissa"}, "saves twice the rank 600"),
         ({"rank_pattern": {"q_proj": 513}, "init_lora_weights": "olora"}, "saves twice the rank 513"),

@@ -16,7 +16,7 @@ from atoll.model.adapter import Adapter, AdapterSpec, new_adapter
 from atoll.model.base import Base, load_base
 from atoll.model.positions import Positions
 from atoll.model.reft import ReftSpec
-from atoll.model.sites import TARGETS
+from atoll.model.sites import TARGETS, module_name
 from atoll.train.plan import TrainingPlan, estimate_cost, plan_training, training_job, with_manifest
 from atoll.train.spec import adapter_spec
 
@@ -184,3 +184,11 @@ def test_rows_without_an_edited_token_are_counted(base: Base) -> None:
     assert plan_of(base, adapter={"type": "loreft"}).num_unedited == 0
     assert plan_of(base, adapter={"reft": some}).num_unedited == 0, "a LoRA learns from them"
     assert plan_of(base, adapter={"reft": {"positions": [lengths[-1]]}}).num_unedited == 20, "but then nothing trains the ReFT part"
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("c_attn", "c_proj", "c_fc")])
+def test_a_module_that_no_base_has_is_refused_with_those_of_this_one(targets: tuple[str, ...]) -> None:
+    """Llama's names help nobody who trains a GPT-2; a near miss is refused before the base is loaded, see test_config."""
+    config = LoraAdapterConfig(target_modules=("foo",))
+    with pytest.raises(ConfigError, match=f"names 'foo', but a block of this base has {', '.join(map(module_name, targets))}$"):
+        adapter_spec("tiny", config, 2, 64, targets)

@@ -69,27 +69,28 @@ def test_a_run_stopped_with_ctrl_c_goes_on_from_there(kind: str, runs: tuple[Pat
 
 
 class Signals:
-    """A progress report that presses Ctrl-C (SIGINT) `times` times at step `at`."""
+    """A progress report that presses Ctrl-C (or sends another signal) `times` times at step `at`."""
 
-    def __init__(self, at: int, times: int = 1) -> None:
-        self.at, self.times, self.steps = at, times, list[int]()
+    def __init__(self, at: int, times: int = 1, number: signal.Signals = signal.SIGINT) -> None:
+        self.at, self.times, self.number, self.steps = at, times, number, list[int]()
 
     def __call__(self, headline: str, step: int, total: int) -> None:
         self.steps.append(step)
         if step == self.at:
             for _ in range(self.times):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(self.number)
 
 
-def test_ctrl_c_ends_the_step_and_keeps_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_or_sigterm_ends_the_step_and_keeps_it(number: signal.Signals, tmp_path: Path) -> None:
     """The step at hand is not lost even where no checkpoint was due."""
-    before = signal.getsignal(signal.SIGINT)
-    report = Signals(at=3)
+    before = signal.getsignal(number)
+    report = Signals(at=3, number=number)
     with pytest.raises(Interrupted, match="training stopped after step 3 of 8") as found:
         toy_job(tmp_path / "a", checkpoint_every=None).run(report)
     assert "run the same command again" in found.value.hint
     assert report.steps == [1, 2, 3]
-    assert signal.getsignal(signal.SIGINT) is before, "Ctrl-C must work as before outside of training"
+    assert signal.getsignal(number) is before, "Ctrl-C must work as before outside of training"
     report = Signals(at=-1)
     resumed = toy_job(tmp_path / "a", checkpoint_every=None).run(report)
     assert report.steps == [4, 5, 6, 7, 8]

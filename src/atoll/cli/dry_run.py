@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from atoll.cli.output import Column, clean, duration, size, to_terminal, warn, write, write_json, write_table
@@ -28,7 +29,12 @@ NUM_CUT_SHOWN = 5
 
 def show_plans(every: Sequence[LoadedConfig[TrainConfig]], as_json: bool) -> None:
     """Plan each job, measure its cost, print both; as JSON one object, or a list where there are several files. Raises what loading raises."""
-    plans = [found for loaded in every if (found := show_plan(loaded, as_json)) is not None]
+    from atoll.workflows.start import about
+
+    plans = []
+    for loaded in every:
+        with about(loaded.path.name) if len(every) > 1 else nullcontext():
+            plans.append(show_plan(loaded, as_json))
     if as_json:
         write_json(plans[0] if len(every) == 1 else plans)
 

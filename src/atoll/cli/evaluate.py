@@ -27,6 +27,7 @@ def evaluate(
     ] = None,
     base: BaseOption = None,
     rows: Annotated[int | None, typer.Option("--rows", min=1, metavar="N", help="Use at most so many test rows.", show_default=False)] = None,
+    all_rows: Annotated[bool, typer.Option("--all-rows", help="Score all rows of the task, also those that training would get.")] = False,
     template: Annotated[
         str | None, typer.Option("--template", metavar="TEXT", help="For a file of rows: the prompt, with {column} in it.", show_default=False)
     ] = None,
@@ -50,11 +51,15 @@ def evaluate(
     prompt they were trained with. Raw outputs, scores and the leaderboard go to --out (default runs/eval/TASK); what is there already is not measured
     again.
 
+    Of a file of rows the test split is scored, the one that `atoll train` leaves out. --all-rows scores all of it: right for rows that no adapter has
+    learned.
+
     \b
     Examples:
       atoll eval builtin:dates --model dates
       atoll eval builtin:support_intents --model support_intents@1 --model support_intents:stable --rows 50
       atoll eval tickets.csv --model ticket-router --template "Ticket: {text}" --target team
+      atoll eval new_tickets.csv --all-rows --model ticket-router --template "Ticket: {text}" --target team
     """
     from atoll.config import DataConfig, EvalConfig, GenerationConfig
     from atoll.workflows import evaluate as evaluate_workflow
@@ -74,6 +79,7 @@ def evaluate(
                 dtype=dtype,
                 quantization=rounded,
                 ignore_quantization=ignore_quantization,
+                all_rows=all_rows,
                 out=out or RUNS / "eval" / Path(task.removeprefix("builtin:")).stem,
                 progress=progress,
             )

@@ -97,7 +97,7 @@ def generate(
     if rows is not None:
         _answer_rows(rows, adapter, base, (dtype, rounding), style, sampling, batch_size)
     else:
-        _answer_one(_fields(prompt, field), adapter, base, (dtype, rounding), style, sampling, as_json)
+        _answer_one(fields_of(prompt, field), adapter, base, (dtype, rounding), style, sampling, as_json)
 
 
 # ---- one prompt ----
@@ -143,7 +143,7 @@ def stream(session: Session, request: Request, *, trims: bool = False) -> Comple
     return completion
 
 
-def _fields(prompt: str | None, field: Sequence[str] | None) -> dict[str, str]:
+def fields_of(prompt: str | None, field: Sequence[str] | None) -> dict[str, str]:
     """PROMPT as the field "prompt", and the fields of --field."""
     fields: dict[str, str] = {}
     for text in field or ():

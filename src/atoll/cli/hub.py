@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atoll.cli.import_pyreft import base_record, import_pyreft
+from atoll.cli.import_pyreft import base_record, check_fit, import_pyreft
 from atoll.cli.options import BaseOption, JsonOption, LicenceOption, MessageOption, TagOption, usage
-from atoll.cli.output import Column, clean, duration, say, size, to_terminal, write, write_json, write_table
+from atoll.cli.output import Column, clean, duration, say, size, to_terminal, warn, write, write_json, write_table
 from atoll.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def publish(
 ) -> None:
     """Store a folder's adapter as the next version of a name.
 
-    The same content again is the same version. --base binds an adapter that does not say what it was trained on.
+    The same content again is the same version. --base binds an adapter that does not say what it was trained on; one that cannot fit that base is
+    refused.
 
     \b
     Examples:
@@ -81,9 +82,25 @@ def publish(
     """
     record = None
     if base is not None:
+        from atoll.model.adapter_files import WEIGHTS_FILE
+
         with progress_bar() as progress:
-            record, _ = base_record(base, progress)
+            record, base_path = base_record(base, progress)
+        if (folder / WEIGHTS_FILE).is_file():  # publishing says what is wrong with another folder
+            check_fit(folder, folder, record, base_path)
+            _warn_of_another_base(folder, base)
     show_published(_open().publish(folder, name, tags=tag or (), message=message, licence=licence, base=record), as_json)
+
+
+def _warn_of_another_base(folder: Path, base: str) -> None:
+    """Names prove nothing, and one base has many; but bases of one shape are easily mistaken for each other."""
+    from atoll.hub.intake import read_json_object
+    from atoll.model.adapter_files import CONFIG_FILE
+
+    config = folder / CONFIG_FILE
+    told = read_json_object(config).get("base_model_name_or_path") if config.is_file() else None
+    if isinstance(told, str) and told and Path(told).name.casefold() != Path(base).name.casefold():
+        warn(f"{config} says that the adapter was trained on {told!r}; it is published as one of {base!r}, whose shapes it fits")
 
 
 @app.command()

@@ -6,6 +6,7 @@ Used by hub.py, whose command it is.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,6 +69,18 @@ def base_record(name: str, progress: Any) -> tuple[dict[str, Any], Path]:
     return {"name": name, **describe_base(path).to_json()}, path
 
 
+def check_fit(source: Path, folder: Path, record: Mapping[str, Any], base_path: Path) -> None:
+    """Raises BaseMismatch where the weights in `folder` (what came of `source`) cannot be an adapter of the base of a record."""
+    from atoll.hub import verdict
+    from atoll.hub.intake import tensor_shapes
+    from atoll.model import fingerprint
+
+    claimed = {key: value for key, value in record.items() if key != "name"}  # the base's own name says nothing of what the adapter was made for
+    found = verdict(claimed, tensor_shapes(folder), record, fingerprint.tensor_shapes(base_path))
+    if not found.usable:
+        raise BaseMismatch(f"{source} does not fit the base {record['name']!r}: {found.reason}", hint="name the base that it was trained on")
+
+
 def _positions(text: str | None, folder: Path) -> str | list[int]:
     """As they would stand in a training file."""
     if text is None:
@@ -92,9 +105,7 @@ def _publish(
     message: str,
     licence: str | None,
 ) -> Version:
-    from atoll.hub import Hub, verdict
-    from atoll.hub.intake import tensor_shapes
-    from atoll.model import fingerprint
+    from atoll.hub import Hub
     from atoll.model.adapter_files import write_adapter
     from atoll.reft.convert import import_adapter
 
@@ -103,7 +114,5 @@ def _publish(
     with tempfile.TemporaryDirectory(prefix="atoll-pyreft-") as scratch:
         place = Path(scratch)
         write_adapter(place, replace(adapter, manifest={**manifest, "origin": {"source": "pyreft"}}))
-        found = verdict(record, tensor_shapes(place), record, fingerprint.tensor_shapes(base_path))
-        if not found.usable:
-            raise BaseMismatch(f"{folder} does not fit the base {record['name']!r}: {found.reason}", hint="name the base that it was trained on")
+        check_fit(folder, place, record, base_path)
         return Hub().publish(place, name, tags=tags, message=message, licence=licence)

@@ -1,7 +1,8 @@
 """`atoll`: the entry point, its commands, and what becomes of errors.
 
 The one idea: commands raise, and only `run` decides what the user sees. An AtollError is one sentence and a hint, never a traceback; whatever else
-goes wrong is a mistake of ours and keeps its traceback. Exit codes: 0 done, 1 an error or a failed task, 2 wrong usage, 130 stopped by Ctrl-C.
+goes wrong is a mistake of ours and keeps its traceback. Exit codes: 0 done, 1 an error or a failed task, 2 wrong usage, 130 stopped by Ctrl-C
+(training also by SIGTERM).
 
 Commands import torch, the database and the like only when they run, so that `atoll --help` answers at once.
 """
@@ -16,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from atoll.cli import cancel, chat, compose, evaluate, generate, hub, keys, land, leaderboard, pull, runs, schema, serve, tasks, train
+from atoll.cli import cancel, chat, classify, compose, evaluate, generate, hub, keys, land, leaderboard, pull, runs, schema, serve, tasks, train
 from atoll.cli.environment import prepare
 from atoll.cli.output import print_error
 from atoll.cli.processes import is_spokesman
@@ -37,6 +38,7 @@ app.command("eval")(evaluate.evaluate)
 app.command()(compose.compose)
 app.command()(leaderboard.leaderboard)
 app.command()(generate.generate)
+app.command()(classify.classify)
 app.command()(chat.chat)
 app.command()(serve.serve)
 app.command()(pull.pull)

@@ -66,16 +66,20 @@ def list_runs(
 ) -> None:
     """List runs, newest first, finished or not.
 
+    One whose process was killed counts as interrupted.
+
     \b
     Examples:
       atoll runs list
       atoll runs list --status failed
       atoll runs list --name dates --kind train --last 5 --json
     """
-    from atoll.workflows.comparing import losses_of
+    from atoll.workflows.comparing import as_it_is, losses_of
 
     _check_known(kind, status)
-    found = _open().runs(name=name, kind=kind, status=status)[:last]
+    hub = _open()
+    every = [as_it_is(hub, run) for run in hub.runs(name=name, kind=kind)]
+    found = [run for run in every if status in (None, run.status)][:last]
     if as_json:
         write_json([_as_json(run) for run in found])
     elif not found:
@@ -185,14 +189,16 @@ def tail(
         _tell(line, as_json)
     if not follow or found.status != "running":
         return
-    waiting = (line for place, line in enumerate(follow_log(folder, lambda: _is_over(hub, found.id))) if place >= len(there))
+    waiting = (line for place, line in enumerate(follow_log(folder, lambda: _now(hub, found.id).status != "running")) if place >= len(there))
     for line in waiting:
         _tell(line, as_json)
-    say(f"run {found.id} is {hub.runs(run_id=found.id)[0].status}")
+    say(f"run {found.id} is {_now(hub, found.id).status}")
 
 
-def _is_over(hub: Hub, run_id: int) -> bool:
-    return hub.runs(run_id=run_id)[0].status != "running"
+def _now(hub: Hub, run_id: int) -> Run:
+    from atoll.workflows.comparing import as_it_is
+
+    return as_it_is(hub, hub.runs(run_id=run_id)[0])
 
 
 def _tell(line: dict[str, Any], as_json: bool) -> None:

@@ -152,14 +152,17 @@ def _greet(service: Service, url: str) -> None:
     config, stats = service.config, service.stats()["engine"]
     adapter = next(iter(config.preload), None)
     key = "" if config.keys_file is None else " -H 'authorization: Bearer KEY'"
-    parameters = '"max_new_tokens": 40' + (f', "adapter_id": "{adapter}"' if adapter else "")
     access = f"keys of {config.keys_file}" if config.keys_file is not None else "without keys, this machine only"
     held = f", linears held as blocks in {size(service.base.decoder.linear_bytes)}" if service.base.decoder.holds_blocks else ""
     say(f"serving {service.base.title}{held} at {url} ({access}; {service.kernel} kernel, {config.engine.max_rows} rows)")
     if stats.get("adapters_registered"):
         say(f"  {stats['adapters_registered']} adapter(s) loaded, {size(stats['adapter_bytes'])}; others are loaded when a request names them")
-    body = f'{{"inputs": "Once upon a time", "parameters": {{{parameters}}}}}'
-    say(f"  try: curl {url}/generate{key} -H 'content-type: application/json' -d '{body}'")
+    if service.base.decoder.classifies:
+        route, text, parameters = "classify", "the parcel never came", f'"adapter_id": "{adapter or "NAME"}"'
+    else:
+        route, text, parameters = "generate", "Once upon a time", '"max_new_tokens": 40' + (f', "adapter_id": "{adapter}"' if adapter else "")
+    body = f'{{"inputs": "{text}", "parameters": {{{parameters}}}}}'
+    say(f"  try: curl {url}/{route}{key} -H 'content-type: application/json' -d '{body}'")
     say(f"  OpenAI clients: {url}/v1   routes: {url}/docs   adapters: {url}/adapters   stop: Ctrl-C")
 
 

@@ -101,9 +101,9 @@ def _open(hub: Hub, ref: str, base: Base, ignore_quantization: bool) -> OpenAdap
     version = hub.resolve(ref)
     verdict = hub.check_base(version.ref, base.fingerprint.to_json(), tensor_shapes(base.path), ignore_quantization=ignore_quantization)
     if not verdict.usable:
+        other = f": --base {version.base}" if version.base not in (None, base.name) else ""
         raise BaseMismatch(
-            f"{version.ref} does not fit the base {base.title!r}: {verdict.reason}",
-            hint=verdict.hint("use the base that it was trained on" + (f": --base {version.base}" if version.base else "")),
+            f"{version.ref} does not fit the base {base.title!r}: {verdict.reason}", hint=verdict.hint(f"use the base that it was trained on{other}")
         )
     if verdict.kind != "exact":
         warn(f"{version.ref} fits {base.title}, but it may have been trained on another base: {verdict.reason}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from atoll.cli.classify import trial_of
 from atoll.cli.job_table import job_table
 from atoll.cli.leaderboard import cost_text
 from atoll.cli.options import stopped
@@ -62,7 +63,7 @@ def _show(outcome: SweepOutcome) -> None:
     if outcome.best is not None:
         say(f"best by {outcome.best_by.replace('_', ' ')}: {outcome.best}")
     if outcome.version is not None:
-        say(f'published as {outcome.version.ref}; try it: atoll generate --adapter {outcome.version.name} "..."')
+        say("; ".join(part for part in (f"published as {outcome.version.ref}", trial_of(outcome.version)) if part))
     say(f"written: {outcome.path}")
 
 
@@ -70,7 +71,7 @@ def show_grid(loaded: LoadedSweep, at_once: int | None, as_json: bool) -> None:
     """Plan every point, measure the first, and print what would be trained. Raises what loading raises."""
     from atoll.train.loop import JOBS_AT_ONCE
     from atoll.train.plan import estimate_cost
-    from atoll.workflows.sweeping import plan_sweep
+    from atoll.workflows.sweeping import plan_sweep, why_incomparable
 
     with progress_bar() as progress:
         plans = plan_sweep(loaded, progress=progress)
@@ -78,6 +79,8 @@ def show_grid(loaded: LoadedSweep, at_once: int | None, as_json: bool) -> None:
         first = estimate_cost(plans[0])
     tokens = [_tokens(plan) for plan in plans]
     seconds = sum(first.seconds * each / tokens[0] for each in tokens)
+    doubt = why_incomparable(plans, loaded.best_by)
+    warnings = [*loaded.warnings, *([doubt] if doubt else [])]
     if as_json:
         facts = [
             {"name": point.name, "values": dict(point.values), "job": plan.digest, "steps": plan.total_steps, "parameters": plan.num_parameters}
@@ -85,7 +88,7 @@ def show_grid(loaded: LoadedSweep, at_once: int | None, as_json: bool) -> None:
         ]
         estimate = {"seconds": round(seconds, 1), "memory_bytes": first.memory_bytes, "tokens_per_s": round(first.tokens_per_s, 1)}
         about = {"name": loaded.name, "keys": list(loaded.keys), "best_by": loaded.best_by, "trainings": facts}
-        write_json({**about, "estimate": estimate, "warnings": list(loaded.warnings)})
+        write_json({**about, "estimate": estimate, "warnings": warnings})
         return
     columns = [Column("training"), *(Column(key, right=True) for key in loaded.keys), Column("steps", right=True), Column("parameters", right=True)]
     rows = [
@@ -94,10 +97,11 @@ def show_grid(loaded: LoadedSweep, at_once: int | None, as_json: bool) -> None:
     ]
     write_table(columns, rows)
     together = min(at_once or JOBS_AT_ONCE, len(plans))
-    write(f"\n{len(plans)} trainings, {together} at once; best by {loaded.best_by.replace('_', ' ')}, which is published as {loaded.name}")
+    chosen = "" if doubt else f"; best by {loaded.best_by.replace('_', ' ')}, which is published as {loaded.name}"
+    write(f"\n{len(plans)} trainings, {together} at once{chosen}")
     write(f"time    about {duration(seconds)} in all, one after another (measured on the first: {first.tokens_per_s:,.0f} tokens/s)")
     write(f"memory  about {size(first.memory_bytes)} for one of them alone")
-    for warning in loaded.warnings:
+    for warning in warnings:
         warn(warning)
 
 

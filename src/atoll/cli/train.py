@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from atoll.cli.classify import trial_of
 from atoll.cli.job_table import job_table
 from atoll.cli.leaderboard import cost_text
 from atoll.cli.options import AtOnceOption, BaseOption, JsonOption, OutOption, SetOption, overrides, stopped
@@ -43,10 +44,15 @@ def train(
 ) -> None:
     """Train an adapter, or several at once, and publish to the hub.
 
-    The run's folder (--out, default runs/NAME) keeps checkpoints, the log and the adapter; the same command goes on where a stopped one ended. With
-    several files every adapter has a folder of its name in --out (default runs); they share one base in memory and train together, each as it would
-    alone, and one that fails does not stop the others. A file with a `sweep:` section is many trainings: every combination of the values there, or
-    random draws; the best is published under the file's name.
+    The run's folder (--out, default runs/NAME) keeps checkpoints, the log and the adapter. Ctrl-C and SIGTERM end the step at hand and keep it, with
+    exit code 130; the same command goes on from there.
+
+    With several files every adapter has a folder of its name in --out (default runs); they share one base in memory and train together, each as it
+    would alone, and one that fails does not stop the others. Files, rows and base are checked before the first step of any.
+
+    A file with a `sweep:` section is many trainings: every combination of the values there, or random draws; the best is published under the file's
+    name. Where the values change what losses are of (base, rows, template, train_on_prompt), they cannot be compared: the table shows all, and none
+    is named best.
 
     --processes N trains one adapter in N processes of this machine, `torchrun … -m atoll train FILE` on several machines: the same adapter, to
     rounding. Each process holds the base, or with `trainer.fsdp` its share.
@@ -136,7 +142,8 @@ def _train_many(every: Sequence[LoadedConfig[TrainConfig]], out: Path | None, pu
 
     try:
         with job_table() as table:
-            outcomes = train_many([(loaded.config, loaded.root) for loaded in every], out=out, publish=publish, at_once=at_once, table=table)
+            configs, named = [(loaded.config, loaded.root) for loaded in every], [loaded.path.name for loaded in every]
+            outcomes = train_many(configs, out=out, publish=publish, at_once=at_once, named=named, table=table)
     except KeyboardInterrupt:
         raise stopped() from None
     failures = [(loaded, outcome) for loaded, outcome in zip(every, outcomes, strict=True) if isinstance(outcome, AtollError)]
@@ -181,4 +188,4 @@ def _show(outcome: TrainOutcome) -> None:
         say(f"trained {training['steps']} steps in {duration(training['seconds'])}{took}, loss {training['train_loss']:.3f}{ended}")
     write(version.ref if version is not None else str(outcome.adapter_folder))
     if version is not None:
-        say(f'sha256:{version.digest}\ntry it: atoll generate --adapter {version.name} "..."')
+        say("\n".join(line for line in (f"sha256:{version.digest}", trial_of(version)) if line))

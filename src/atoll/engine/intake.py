@@ -53,7 +53,8 @@ class Intake:
         """Raise RequestRefused where a request does not fit, names an unknown adapter, or has a grammar that cannot be followed."""
         if self._classifies:
             raise RequestRefused(
-                "the base is an encoder: it tells classes apart and writes no text", hint="ask for classes: POST /classify, or Engine.score"
+                "the base is an encoder: it tells classes apart and writes no text",
+                hint="ask for classes: atoll classify, POST /classify, or Engine.score",
             )
         if self._whole_prompts and request.sampling.prompt_logprobs is not None:
             raise RequestRefused(

@@ -43,6 +43,12 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "ensure_weight_tying": (False, None),
     "init_lora_weights": (True, False, "gaussian", "eva", None),  # the others (pissa, olora, loftq, …) also change the base weights
 }
+_WITHOUT = "merge or retrain the adapter without that option"
+_CONVERTED = ("pissa", "olora", "corda")  # starts inside the base's weights, which PEFT can turn into an ordinary LoRA while the start is at hand
+_CONVERT = (
+    "save it again as an ordinary LoRA: PEFT's save_pretrained(folder, path_initial_model_for_weight_conversion=START), where START is the adapter "
+    "as it was saved before training; or retrain it without that option"
+)
 # Keys that say nothing about the forward.
 _SILENT = frozenset(
     {
@@ -109,9 +115,8 @@ def read_config(config: Mapping[str, Any], path: Path, known: Sequence[str] | No
     for key, value in config.items():
         if key in _INERT:
             if not any(value is inert or (type(value) is type(inert) and value == inert) for inert in _INERT[key]):
-                raise UnsupportedAdapter(
-                    f"{path}: {key} is {value!r}, which Atoll does not apply", hint="merge or retrain the adapter without that option"
-                )
+                converts = key == "init_lora_weights" and str(value).lower().startswith(_CONVERTED)
+                raise UnsupportedAdapter(f"{path}: {key} is {value!r}, which Atoll does not apply", hint=_CONVERT if converts else _WITHOUT)
         elif key not in _SILENT and value not in (None, False, [], {}, ""):
             raise UnsupportedAdapter(
                 f"{path}: {key} is {value!r}, an option that Atoll does not know", hint="retrain the adapter without that option"
@@ -144,9 +149,7 @@ def _task_type(config: Mapping[str, Any], path: Path) -> str:
     """
     saved = config.get("modules_to_save") or []
     if saved and not (config.get("task_type") == CLASSIFIES and isinstance(saved, list) and all(name in _HEADS for name in saved)):
-        raise UnsupportedAdapter(
-            f"{path}: modules_to_save is {saved!r}, which Atoll does not apply", hint="merge or retrain the adapter without that option"
-        )
+        raise UnsupportedAdapter(f"{path}: modules_to_save is {saved!r}, which Atoll does not apply", hint=_WITHOUT)
     own = config.get("task_type")
     return CLASSIFIES if saved else own if own in ("SEQ_2_SEQ_LM", "FEATURE_EXTRACTION") else "CAUSAL_LM"
 

@@ -1,4 +1,4 @@
-"""Ctrl-C between the steps of long work: what is done is kept, and nothing is torn apart in the middle.
+"""Ctrl-C or SIGTERM between the steps of long work: what is done is kept, and nothing is torn apart in the middle.
 
 Used by loop.py and by the searches of compose.
 """
@@ -13,9 +13,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def interruptible(*, in_team: bool = False) -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a question that the loop asks between steps; a second one interrupts at once. Only the main thread gets signals.
+    """Turn the first Ctrl-C or SIGTERM into a question that the loop asks between steps; a second one interrupts at once.
 
-    in_team: of several processes each gets the terminal's signal, and again from the launcher, which also hands on SIGTERM: all ask only.
+    Only the main thread gets signals: elsewhere the answer is always no. in_team: of several processes each gets the terminal's signal, and again
+    from the launcher, which also hands on SIGTERM: all ask only.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -27,8 +28,7 @@ def interruptible(*, in_team: bool = False) -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.set()
 
-    numbers = (signal.SIGINT, signal.SIGTERM) if in_team else (signal.SIGINT,)
-    previous = {number: signal.signal(number, on_signal) for number in numbers}
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked.is_set
     finally:

@@ -100,7 +100,7 @@ class TrainingJob:
         if (refused := nothing_taught(train_rows, adapter.spec, decoder.shape.num_layers)) is not None:
             raise refused
         self.decoder, self.config, self.folder, self._digest, self.team = decoder, config, folder, job_digest, team
-        self._told = title, settings
+        self.title, self._settings = title, settings
         self._train, self._validation, self._masking = list(train_rows), list(validation_rows), masking
         self._lengths = [len(row.token_ids) for row in self._train]
         self.weights = TrainableAdapter(
@@ -130,7 +130,7 @@ class TrainingJob:
             self.weights.changed()
         if self.team.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._log = RunLog(self.folder, self.progress.step, self.config.log_to, title=self._told[0], settings=self._told[1])
+            self._log = RunLog(self.folder, self.progress.step, self.config.log_to, title=self.title, settings=self._settings)
         if self.team.count > 1:  # a start computed on another machine may differ in its last bits
             self.team.copy_first(self.weights.values.detach())
             self.weights.changed()
@@ -233,7 +233,7 @@ class TrainingJob:
         loss = summed / step.labels
         norm = float(torch.linalg.vector_norm(self.weights.grads))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._diverged(f"the loss at step {progress.step + 1} is {loss} with a gradient norm of {norm}")
+            raise self._diverged(f"the loss at step {progress.step + 1} is {loss:.4g} with a gradient norm of {norm:.4g}")
         if config.max_grad_norm and norm > config.max_grad_norm:
             self.weights.grads.mul_(config.max_grad_norm / norm)
         rate = learning_rate(progress.step, self.total_steps, config)
@@ -303,9 +303,7 @@ class TrainingJob:
             self._log.write(self.progress.step, **numbers)
 
     def _diverged(self, what: str) -> TrainingError:
-        return TrainingError(
-            f"{what}: training diverged", hint=f"lower trainer.learning_rate (now {self.config.learning_rate}); the last checkpoint is kept"
-        )
+        return TrainingError(f"{what}: training diverged", hint=f"lower trainer.learning_rate (now {self.config.learning_rate})")
 
 
 @dataclass

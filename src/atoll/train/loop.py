@@ -34,6 +34,7 @@ from atoll.train.team import ALONE, Team
 JOBS_AT_ONCE = 8
 _JOINED_TOKENS = 1024  # padded tokens of a forward that several jobs share,
 _JOINED_BELOW = 512  # and of a group that is worth joining: beyond, a product is bound by arithmetic and gains nothing
+_MOST_NAMED = 8  # jobs in one sentence
 
 _log = logging.getLogger(__name__)
 
@@ -199,7 +200,10 @@ def _interrupted(entries: Sequence[_Running], num_jobs: int) -> Interrupted:
     if num_jobs == 1:
         job = entries[0].job
         return Interrupted(f"training stopped after step {job.progress.step} of {job.total_steps}", hint=hint)
-    return Interrupted(f"training stopped with {num_jobs} jobs asked for and {len(entries)} of them running", hint=hint)
+    named = [f"{entry.job.title or f'job {entry.index + 1}'} after step {entry.job.progress.step} of {entry.job.total_steps}" for entry in entries]
+    more = [f"{len(named) - _MOST_NAMED} more"] if len(named) > _MOST_NAMED else []
+    stood = f": {', '.join(named[:_MOST_NAMED] + more)}" if named else ""
+    return Interrupted(f"training stopped with {len(entries)} of {num_jobs} jobs running{stood}", hint=hint)
 
 
 def _round(jobs: Sequence[TrainingJob], entries: dict[int, _Running]) -> None:
@@ -293,9 +297,7 @@ def _as_training_error(error: Exception) -> Exception:
     if isinstance(error, AtollError):
         return error
     _log.warning("a job failed: %s", error, exc_info=error)
-    return TrainingError(
-        f"training failed: {error or type(error).__name__}", hint="lower trainer.micro_batch_tokens if memory is short; the last checkpoint is kept"
-    )
+    return TrainingError(f"training failed: {error or type(error).__name__}", hint="lower trainer.micro_batch_tokens if memory is short")
 
 
 def _joined(items: Sequence[_Item]) -> list[list[_Item]]:

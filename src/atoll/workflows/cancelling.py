@@ -17,11 +17,11 @@ from pathlib import Path
 
 from atoll.errors import ConfigError, StorageError
 from atoll.files import write_file
+from atoll.workflows.start import is_held
 from atoll.yaml_file import nearest
 
 CANCEL_FILE = "cancel"
 _MARK = ".job.json"
-_LOCK = ".lock"
 
 
 def announce(folder: Path, name: str) -> None:
@@ -61,7 +61,7 @@ def running_jobs(out: Path) -> list[tuple[str, Path]]:
             name = str(told["name"])
         except (OSError, ValueError, KeyError, TypeError):
             continue  # just gone, or not ours
-        if _lives(told) and _is_held(mark.parent):
+        if _lives(told) and is_held(mark.parent):
             found.append((name, mark.parent))
     return found
 
@@ -96,20 +96,3 @@ def _lives(told: dict[str, object]) -> bool:
     except OSError:  # somebody else's
         return True
     return True
-
-
-def _is_held(folder: Path) -> bool:
-    """Whether a process holds the folder, or one above it."""
-    return any(_is_locked(each / _LOCK) for each in (folder, *folder.absolute().parents) if (each / _LOCK).exists())
-
-
-def _is_locked(lock: Path) -> bool:
-    from filelock import FileLock, Timeout
-
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # not ours to lock: somebody else's, so let them be asked
-        return True

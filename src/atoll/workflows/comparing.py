@@ -2,19 +2,20 @@
 
 The hub's record says what was asked for, what came of it and what it cost; a run that is still going says its losses in its folder's log.
 
-Used by the command line.
+Used by runs.py and the command line.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from atoll.config_section import by_dotted_key
 from atoll.errors import HubError
 from atoll.train.cost import Cost
 from atoll.train.log import read_log
+from atoll.workflows.start import is_held
 from atoll.yaml_file import nearest
 
 if TYPE_CHECKING:
@@ -47,6 +48,28 @@ class Comparison:
         return {"runs": about, **parts}
 
 
+def as_it_is(hub: Hub, run: Run) -> Run:
+    """The run, interrupted where it counts as running but no process holds its folder: it was killed, or its machine went down.
+
+    Of a folder that is not here nothing can be told.
+    """
+    if not _seems_dead(run):
+        return run
+    again = next(iter(hub.runs(run_id=run.id)), run)  # a process closes its record before it lets go of its folder
+    return ended_unseen(again) if again.status == "running" else again
+
+
+def _seems_dead(run: Run) -> bool:
+    from pathlib import Path
+
+    return run.status == "running" and run.folder is not None and Path(run.folder).is_dir() and not is_held(Path(run.folder))
+
+
+def ended_unseen(run: Run) -> Run:
+    """A run that counts as running, as one whose process died: interrupted, with the steps and losses of its log."""
+    return replace(run, status="interrupted", message="ended without a word", progress=losses_of(run) or None)
+
+
 def find_run(hub: Hub, text: str) -> Run:
     """The run of a number, or the newest of a name. Raises HubError with the nearest name."""
     by_number = hub.runs(run_id=int(text)) if text.isdecimal() else ()
@@ -55,7 +78,7 @@ def find_run(hub: Hub, text: str) -> Run:
         names = {run.name for run in hub.runs() if run.name}
         guess = nearest(text, names)
         raise HubError(f"there is no run {text!r} in the hub", hint=f"did you mean {guess}?" if guess else "`atoll runs list` shows what is there")
-    return found[0]
+    return as_it_is(hub, found[0])
 
 
 def folder_of(run: Run) -> Path:
@@ -73,7 +96,7 @@ def losses_of(run: Run) -> dict[str, Any]:
     """Steps and losses: of the record, or for one that is not over, of its log. Keys of LOSSES; {} where nothing is known."""
     if run.progress is not None:
         return {key: run.progress.get(key) for key in LOSSES}
-    if run.folder is None:
+    if run.folder is None or run.status != "running":  # a later run may stand in the same folder
         return {}
     from pathlib import Path
 

@@ -19,7 +19,7 @@ from atoll.hub.names import check_name
 from atoll.workflows.bases import Bases
 from atoll.workflows.cancelling import announce, is_cancelled, withdraw
 from atoll.workflows.runs import recorded_run
-from atoll.workflows.start import Progress, locked, open_hub, silent
+from atoll.workflows.start import Progress, about, locked, open_hub, silent
 from atoll.workflows.training import TrainOutcome, finished, keep, make_plan, plan_name, reached
 
 if TYPE_CHECKING:
@@ -57,18 +57,21 @@ def train_many(
     hub: Hub | None = None,
     publish: bool = True,
     at_once: int | None = None,
+    named: Sequence[str] | None = None,
     progress: Progress = silent,
     table: Table | None = None,
 ) -> list[TrainOutcome | AtollError]:
     """Train the adapters of several configs over one base, at once, each into its folder below `out` (default: runs), named after it.
 
-    configs: (config, the folder that its relative paths start at). A job that fails is an error in the list; the others go on. Raises ConfigError
-    where two configs have one name, and what loading raises, before the first step.
+    configs: (config, the folder that its relative paths start at); named: what each is called in errors (its file). A job that fails is an error in
+    the list; the others go on. Raises ConfigError where two configs have one name, and what loading raises: all is checked before the first step.
     """
     bases = Bases(progress)
     plans = []
-    for config, root in configs:
-        plans.append(make_plan(config, root=root, base=bases.of(config), progress=progress))
+    for place, (config, root) in enumerate(configs):
+        called = named[place] if named is not None else f"training {place + 1} of {len(configs)}"
+        with about(called, also="nothing was trained: all files are checked before the first step"):
+            plans.append(make_plan(config, root=root, base=bases.of(config), progress=progress))
         name = check_name(plan_name(plans[-1]))
         if name.casefold() in (plan_name(other).casefold() for other in plans[:-1]):
             raise ConfigError(f"two of the files train an adapter named {name!r}", hint="give one of them another name")

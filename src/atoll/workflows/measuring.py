@@ -6,13 +6,13 @@ Used by landing.py, the command line and the library.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atoll.config import DataConfig, EvalConfig, GenerationConfig, QuantizationConfig
+from atoll.config import BUILTIN, DataConfig, EvalConfig, GenerationConfig, QuantizationConfig
 from atoll.data.task import load_task
-from atoll.errors import AtollError
+from atoll.errors import AtollError, TaskError
 from atoll.eval.arena import Arena, note_of
 from atoll.eval.leaderboard import Leaderboard, RowNote, build_leaderboard, write_leaderboard
 from atoll.eval.score import Score
@@ -48,12 +48,14 @@ def evaluate(
     device: str = "cpu",
     quantization: QuantizationConfig | None = None,
     ignore_quantization: bool = False,
+    all_rows: bool = False,
     out: Path | None = None,
     progress: Progress = silent,
 ) -> LandOutcome:
     """Score the base and some adapters of the hub on one task, in one continuous batch; raw outputs and the leaderboard go to `out`.
 
-    models: hub references ("name", "name@2", "name:tag"); ignore_quantization: take adapters of a base that is rounded otherwise, too.
+    models: hub references ("name", "name@2", "name:tag"); ignore_quantization: take adapters of a base that is rounded otherwise, too; all_rows:
+    score those that training and validation would get from the task as well as its test rows.
     Raises AdapterNotFound, BaseMismatch for an adapter of another base, and what loading raises.
     """
     from atoll.model.base import load_base
@@ -61,13 +63,25 @@ def evaluate(
     require("scipy", "rouge_score")
     hub, settings, generation, out = hub or open_hub(), settings or EvalConfig(), generation or GenerationConfig(), out or Path("runs/eval")
     task = load_task(data, root=root)
+    others = (*task.train, *task.validation)
+    is_file = data.path is not None and not data.path.startswith(BUILTIN) and not ((root or Path()) / Path(data.path).expanduser()).is_dir()
+    if not task.test and not all_rows:
+        raise TaskError(
+            f"task {task.task.name!r} has no test rows to score: all {len(others)} are for training and validation",
+            hint="--all-rows scores all of them",
+        )
+    split: tuple[str, ...] = ()
+    if all_rows:
+        task = replace(task, test=(*others, *task.test))
+    elif is_file:
+        split = (f"scored is the test split of {data.path}, {len(task.test)} of its {len(others) + len(task.test)} rows; --all-rows scores all",)
     base = load_base(base_name, dtype=dtype, device=device, quantization=quantization, progress=progress)
     versions = [hub.resolve(model) for model in models]
     with locked(out):
         arena = Arena(base, hub, settings, out / "scores", ignore_quantization=ignore_quantization)
         scores = arena.measure(task, versions, generation, progress)
         note = {task.task.name: note_of(task, scores, settings, versions, hub)}
-        return write_board(base, scores, note, out, {}, arena.warnings)
+        return write_board(base, scores, note, out, {}, (*split, *arena.warnings))
 
 
 def write_board(

@@ -1,7 +1,8 @@
 """A sweep: train every point of it over one base in memory, say which was best, and publish that under the sweep's own name.
 
 Each training has a folder of its values' name and its job's digest, so that a sweep that was stopped goes on, and one with more values trains only
-those. Best is by validation loss, or by the task's metric on the validation rows: test rows choose nothing.
+those. Best is by validation loss, or by the task's metric on the validation rows: test rows choose nothing. Where the trainings were measured on
+different things, nothing is best.
 
 Used by the command line and the library.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.config import EvalConfig
-from atoll.config_sweep import LoadedSweep
+from atoll.config_sweep import BestBy, LoadedSweep
 from atoll.data.task import TaskData, load_task
 from atoll.errors import AtollError, ConfigError, Interrupted
 from atoll.files import write_file
@@ -56,7 +57,10 @@ class SweepLine:
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """The lines of a sweep, best first and failed ones last. best: the name of the best, None where nothing tells; version: as it was published."""
+    """The lines of a sweep, best first (in the file's order where nothing is best) and failed ones last.
+
+    best: the name of the best, None where nothing tells; version: as it was published.
+    """
 
     name: str
     keys: tuple[str, ...]
@@ -86,6 +90,41 @@ def plan_sweep(loaded: LoadedSweep, *, progress: Progress = silent) -> list[Trai
     return plans
 
 
+def why_incomparable(plans: Sequence[TrainingPlan], best_by: BestBy) -> str:
+    """Why no training of a sweep can be best by its figure, in a sentence; "" where one can.
+
+    A validation loss is a mean over label tokens: of another base, other texts or other tokens it is another quantity. A metric is over answers to
+    rows, whatever base or prompt they come from.
+    """
+    differing = _measured_apart(plans, best_by)
+    if not differing:
+        return ""
+    figures, way_out = ("scores", "") if best_by == "metric" else ("validation losses", "; best_by: metric compares answers to the same rows")
+    if any(plan.masking is not None for plan in plans):
+        way_out = ""
+    return f"no training is named best: {figures} cannot be compared where {' and '.join(differing)} differ{way_out}"
+
+
+def _measured_apart(plans: Sequence[TrainingPlan], best_by: BestBy) -> list[str]:
+    """What the figures of some plans are of that is not the same in all of them."""
+    rows = [plan.validation.rows for plan in plans]
+    of_loss: dict[str, Sequence[Any]] = {
+        "the bases": [plan.base.fingerprint.digest for plan in plans],
+        "the validation rows' texts": [[row.token_ids for row in each] for each in rows],
+        "the tokens that count": [[row.num_labels for row in each] for each in rows],
+        "the classes": [plan.labels for plan in plans],
+        "the hidden tokens": [plan.masking and (plan.masking.probability, plan.masking.seed) for plan in plans],
+    }
+    of_metric: dict[str, Sequence[Any]] = {
+        "the validation rows": [[example.row for example in plan.data.validation] for plan in plans],
+        "the answers": [[example.row[plan.data.task.target] for example in plan.data.validation] for plan in plans],
+        "the metrics": [(plan.data.task.metric, plan.data.task.match) for plan in plans],
+    }
+    parts = of_metric if best_by == "metric" else of_loss
+    differing = [what for what, each in parts.items() if any(one != each[0] for one in each)]
+    return [what for what in differing if what != "the tokens that count" or "the validation rows' texts" not in differing]
+
+
 def sweep(
     loaded: LoadedSweep,
     *,
@@ -98,7 +137,8 @@ def sweep(
 ) -> SweepOutcome:
     """Train every point into `out` (default: runs/<name>), at most `at_once` together, and write sweep.json there.
 
-    With publish, every adapter is published under its own name and the best under the sweep's. A training that fails is a line with an error.
+    With publish, every adapter is published under its own name and the best, if one can be told (why_incomparable), under the sweep's. A training
+    that fails is a line with an error.
     Raises Interrupted on Ctrl-C (run again, what is done is found), ConfigError where best_by: metric is asked for without publishing.
     """
     by_metric = loaded.best_by == "metric"
@@ -117,20 +157,26 @@ def sweep(
         folders = [folder / point.name / plan.digest[:12] for point, plan in zip(loaded.points, plans, strict=True)]
         outcomes = run_plans_in(list(zip(folders, plans, strict=True)), hub, at_once=at_once, progress=progress, table=table)
         scores = _scores(plans, outcomes, hub, folder, progress) if by_metric and hub is not None else {}
+        doubt = why_incomparable(plans, loaded.best_by)
+        figures: tuple[str, ...] = () if doubt else ("score",) if by_metric else ("best_loss",)
+        if by_metric and figures and not _measured_apart(plans, "validation_loss"):
+            figures += ("best_loss",)  # tells equal scores apart
         lines = _ranked(
             [
                 _line(point.name, point.values, place, outcome, scores.get(index))
                 for index, (point, place, outcome) in enumerate(zip(loaded.points, folders, outcomes, strict=True))
             ],
-            by_metric,
+            figures,
         )
-        best = lines[0] if (lines[0].score if by_metric else lines[0].best_loss) is not None else None
+        best = lines[0] if figures and getattr(lines[0], figures[0]) is not None else None
         version = None
         if best is not None and hub is not None:
             assert best.folder is not None
             version = hub.publish(Path(best.folder) / "adapter", loaded.name, message=f"best of {len(lines)} by {loaded.best_by}: {best.name}")
         warnings = (*loaded.warnings, *dict.fromkeys(warning for plan in plans for warning in plan.warnings))
-        if best is None and any(line.error is None for line in lines):
+        if doubt:
+            warnings += (doubt,)
+        elif best is None and any(line.error is None for line in lines):
             warnings += ("there are no validation rows, so nothing says which training was best",)
         name = best.name if best is not None else None
         outcome = SweepOutcome(loaded.name, loaded.keys, loaded.best_by, tuple(lines), name, version, folder / RESULT_FILE, warnings)
@@ -157,14 +203,14 @@ def _line(name: str, values: Mapping[str, Any], folder: Path, outcome: TrainOutc
     )
 
 
-def _ranked(lines: Sequence[SweepLine], by_metric: bool) -> list[SweepLine]:
-    """Best first: all metrics are better when higher, losses when lower."""
+def _ranked(lines: Sequence[SweepLine], figures: Sequence[str]) -> list[SweepLine]:
+    """Best first by the first of `figures` (fields of SweepLine), then by the next; all metrics are better when higher, losses when lower."""
 
-    def place(line: SweepLine) -> tuple[bool, float]:
-        figure = line.score if by_metric else line.best_loss
-        return figure is None, 0.0 if figure is None else -figure if by_metric else figure
+    def place(line: SweepLine, name: str) -> tuple[bool, float]:
+        figure = getattr(line, name)
+        return figure is None, 0.0 if figure is None else -figure if name == "score" else figure
 
-    return sorted(lines, key=lambda line: (line.error is not None, *place(line)))
+    return sorted(lines, key=lambda line: (line.error is not None, *(place(line, name) for name in figures)))
 
 
 def _scores(
