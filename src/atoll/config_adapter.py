@@ -26,7 +26,7 @@ OTHER_MODULES = (  # of GPT-2, GPT-NeoX, Phi-3; BERT; T5
     *("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
     *("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"),
 )
-MAX_RANK = 1024
+MAX_RANK = 1024  # of an adapter: trained, read from a file, or what a composition is compressed to
 
 ReftType: TypeAlias = Literal["loreft", "noreft", "direft", "orthogonal_direft", "consreft", "lobireft"]
 Component: TypeAlias = Literal["block_input", "attention_input", "attention_output", "mlp_input", "mlp_output", "block_output"]

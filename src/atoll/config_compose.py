@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, field_validator
 
 from atoll.config import DataConfig, DataSection, EvalConfig, EvalSection, GenerationConfig, GenerationSection, Name
+from atoll.config_adapter import MAX_RANK
 from atoll.config_quantization import QuantizationConfig
 from atoll.config_section import Section, empty_as_mapping
 from atoll.errors import ConfigError
@@ -60,7 +61,7 @@ class ComposeSettings(Section):
         default="cat", description="What a composition is: the exact weighted sum of the updates (cat), or LoraHub's product of summed factors."
     )
     rank: int | None = Field(
-        default=None, ge=1, le=1024, description="Compress the result to this rank; without it, ranks add up and nothing is lost."
+        default=None, ge=1, le=MAX_RANK, description="Compress the result to this rank; without it, ranks add up and nothing is lost."
     )
     control_folds: int = Field(default=5, ge=2, le=20, description="Folds of the cross-validation that compares the result with the controls.")
     seed: int = Field(default=0, ge=0, description="Seed of the drawn examples, the folds, the search and the controls.")

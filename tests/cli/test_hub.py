@@ -111,13 +111,13 @@ def test_deleting_asks_a_person_and_needs_yes_from_a_script(atoll, adapter, monk
 
 def test_runs_are_listed_with_what_became_of_them(atoll, trained):
     """A training that failed at night is looked for in the morning."""
-    [run] = atoll("hub", "runs", "colours", "--json").json()
+    [run] = atoll("runs", "list", "--name", "colours", "--json").json()
     assert (run["name"], run["status"]) == ("colours", "finished")
-    assert "finished" in atoll("hub", "runs").out
-    assert atoll("hub", "runs", "nobody", "--json").json() == []
+    assert "finished" in atoll("runs", "list").out
+    assert atoll("runs", "list", "--name", "nobody", "--json").json() == []
 
 
 def test_every_listing_is_json_when_asked(atoll, trained):
     """Data to stdout, so that it can be piped: also when there is nothing."""
-    for command in (["list"], ["list", "--all"], ["search", "nothing-like-it"], ["verify"], ["runs"]):
+    for command in (["list"], ["list", "--all"], ["search", "nothing-like-it"], ["verify"]):
         assert isinstance(json.loads(atoll("hub", *command, "--json").out), list)

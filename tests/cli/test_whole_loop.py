@@ -35,7 +35,7 @@ def test_train_publish_find_generate_evaluate_and_rank(atoll, job, tmp_path):
 
     again = atoll("train", job, "--out", "run", "--json")
     assert again.json()["reused"]
-    assert atoll("hub", "runs", "--json").json()[0]["status"] == "finished"
+    assert atoll("runs", "list", "--json").json()[0]["status"] == "finished"
 
 
 @pytest.fixture

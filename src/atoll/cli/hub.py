@@ -11,11 +11,10 @@ import typer
 
 from atoll.cli.import_pyreft import base_record, check_fit, import_pyreft
 from atoll.cli.options import BaseOption, JsonOption, LicenceOption, MessageOption, TagOption, usage
-from atoll.cli.output import Column, clean, duration, say, size, to_terminal, warn, write, write_json, write_table
+from atoll.cli.output import Column, clean, say, size, to_terminal, warn, write, write_json, write_table
 from atoll.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from atoll.hub.ledger import Run
     from atoll.hub.records import Version
     from atoll.hub.store import Hub
 
@@ -210,26 +209,6 @@ def show(ref: RefArgument, as_json: JsonOption = False) -> None:
         write(card.markdown(), end="")
 
 
-@app.command()
-def runs(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Only runs of this name.", show_default=False)] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List trainings, newest first, finished or not.
-
-    \b
-    Examples:
-      atoll hub runs
-      atoll hub runs dates --json
-    """
-    found = _open().runs(name=name)
-    if as_json:
-        write_json([run.to_json() for run in found])
-        return
-    columns = (Column("run", right=True), *map(Column, ("kind", "name", "status", "started")), Column("took", right=True), Column("message"))
-    write_table(columns, [_run_cells(run) for run in found])
-
-
 # ---- label and trust ----
 
 
@@ -385,8 +364,3 @@ def _version_cells(version: Version) -> tuple[Any, ...]:
     parameters = None if version.num_parameters is None else f"{version.num_parameters:,}"
     facts = (ref, version.kind, version.base, version.rank, parameters, size(version.size_bytes), version.task)
     return (*facts, ", ".join(version.tags), f"{version.created:%Y-%m-%d %H:%M}")
-
-
-def _run_cells(run: Run) -> tuple[Any, ...]:
-    took = duration(run.seconds) if run.seconds is not None else None
-    return (run.id, run.kind, run.name, run.status, f"{run.started:%Y-%m-%d %H:%M}", took, run.message)

@@ -19,13 +19,12 @@ from atoll.compose.candidates import FORMS
 from atoll.compose.losses import LabelLosses
 from atoll.compose.pool import Pool
 from atoll.compose.search import Found
+from atoll.config_adapter import MAX_RANK
 from atoll.data.encode import EncodedRow
 from atoll.errors import ConfigError
 from atoll.model import composed
 from atoll.model.adapter import Adapter, LoraModule
 from atoll.model.decoder import Decoder
-
-MAX_RANK = 1024  # what an adapter file may have: ranks that add up to more are compressed to it
 
 
 class Composed(NamedTuple):

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atoll.config_adapter import MAX_RANK
 from atoll.errors import AdapterFormatError, UnsupportedAdapter
 from atoll.model.adapter import CLASSIFIES, AdapterSpec
 from atoll.model.sites import MODULE_NAMES
 
-_MAX_RANK = 1024
 _MAX_PATTERNS = 10_000  # entries of one; the deepest bases have about a thousand linears
 _HEADS = ("classifier", "score")  # what PEFT saves of its own accord for that task type
 _LITERAL = re.compile(r"[A-Za-z0-9_.]+")
@@ -179,8 +179,8 @@ def flag(value: Any, key: str, path: Path | str) -> bool:
 
 def whole_rank(value: Any, key: str, path: Path | str) -> int:
     """A rank that a file may have. Raises AdapterFormatError."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_RANK:
-        raise AdapterFormatError(f"{path}: {key} is {value!r}, but a whole number from 1 to {_MAX_RANK} was expected")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+        raise AdapterFormatError(f"{path}: {key} is {value!r}, but a whole number from 1 to {MAX_RANK} was expected")
     return value
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from atoll.config_adapter import MAX_RANK
 from atoll.errors import BaseMismatch, RequestRefused
 from atoll.model.reft import MAX_PARTS
 from atoll.serving.loading import labels_of
@@ -38,7 +39,6 @@ _STACKING = ("cat", "svd", "knots")
 _RANDOM = ("dare_linear", "dare_ties")
 STRATEGIES = ("linear", "cat", "svd", "product", "lorahub", *_THINNING)
 MAJORITY_SIGNS = ("total", "frequency")
-MAX_RANK = 1024  # what an adapter file may have
 MAX_WEIGHT = 1000.0  # far beyond any use; keeps a request from making infinities out of good adapters
 _DIGEST_FORM = 1  # raise when the same spec would give other factors than before
 
