@@ -108,6 +108,8 @@ def _rule(kind: str, value: Any, context: Mapping[str, Any], message: str) -> st
     }
     if kind in wanted:
         return f"must be {wanted[kind]}" + (f", but this is {kind_of(value)}" if kind.endswith("_type") else "")
+    if kind in ("too_long", "string_too_long"):
+        return f"must have at most {context['max_length']} {'entries' if kind == 'too_long' else 'characters'}"
     if kind == "too_short":
         return f"must have at least {context['min_length']} entries" if context["min_length"] > 1 else "must not be empty"
     return message[:1].lower() + message[1:]

@@ -225,7 +225,7 @@ def test_what_cannot_be_learnt_from_is_refused(t5_modules: list[str], tmp_path: 
         lorahub_learning(t5_modules, [], [], 4)
     with pytest.raises(DataError, match="5 example inputs, but 4 outputs"):
         lorahub_learning(t5_modules, INPUTS, OUTPUTS[:4], 4)
-    with pytest.raises(DataError, match="one text"):
+    with pytest.raises(DataError, match="example_inputs is one text"):
         lorahub_learning(t5_modules, "input", "output", 4)
     with pytest.raises(ConfigError, match="max_inference_step is 0"):
         lorahub_learning(t5_modules, INPUTS, OUTPUTS, 0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.adapters import publish
 
@@ -69,7 +71,7 @@ def test_bases_agree_by_the_last_part_of_their_names() -> None:
     """A copy in a folder is the base of the hub id; another base is another base whatever the shapes say."""
 
     def module(base: str) -> Module:
-        return Module("m", Path(), None, base)
+        return Module("m", Path(), None, "", base)
 
     assert base_of([module(""), module("google/flan-t5-large")]) == "google/flan-t5-large"
     with pytest.raises(ConfigError, match="which base it was made for"):
@@ -79,3 +81,35 @@ def test_bases_agree_by_the_last_part_of_their_names() -> None:
 def test_modules_that_name_different_bases_are_refused(t5_modules: list[str], llama_modules: list[str]) -> None:
     with pytest.raises(BaseMismatch, match="tiny-llama', but"):
         find_modules([t5_modules[0], llama_modules[0]])
+
+
+def test_the_hubs_manifest_says_the_base_before_the_config(llama_modules: list[str], tiny_base_dir: Path, tmp_path: Path) -> None:
+    """A config may hold a name that means nothing here, while the hub knows which base the adapter was trained on."""
+    hub, skill = Hub(), read_adapter(Path(llama_modules[0]))
+    elsewhere = replace(skill, spec=replace(skill.spec, base="tiny"))
+    for name, base in (("skill", str(tiny_base_dir)), ("moved", f"/nowhere/{tiny_base_dir.name}"), ("other", str(tmp_path / "other-base"))):
+        publish(hub, elsewhere, name, tmp_path / name, base={"name": base, "weights_fingerprint": "0" * 64})
+    assert base_of(find_modules(["skill"], hub)) == str(tiny_base_dir)
+    assert base_of(find_modules(["moved", "skill"], hub)) == str(tiny_base_dir)  # the copy that is here
+    with pytest.raises(BaseMismatch, match="other-base', but 'skill'"):
+        find_modules(["skill", "other"], hub)
+    shutil.copytree(llama_modules[0], tmp_path / "plain")
+    (tmp_path / "plain" / "manifest.json").unlink()
+    assert base_of(find_modules([tmp_path / "plain", "skill"], hub)) == str(tiny_base_dir)  # PEFT's folder has no manifest
+
+
+def test_a_module_whose_recorded_base_is_gone_goes_by_its_config(llama_modules: list[str], tiny_base_dir: Path, tmp_path: Path) -> None:
+    """A manifest names the folder that the base had where the adapter was made."""
+    hub = Hub()
+    publish(hub, read_adapter(Path(llama_modules[0])), "skill", tmp_path, base={"name": "/nowhere/tiny", "weights_fingerprint": "0" * 64})
+    assert base_of(find_modules(["skill"], hub)) == str(tiny_base_dir)
+
+
+def test_names_may_stand_in_any_list() -> None:
+    """An array is a list too; what is no name is said to be none."""
+    with pytest.raises(AdapterNotFound, match="no module 'skill'"):
+        find_modules(np.array(["skill"]))
+    with pytest.raises(ConfigError, match="the LoRA module 3 is int, expected a name"):
+        find_modules([3])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match="no LoRA modules"):
+        find_modules(5)  # type: ignore[arg-type]

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from tests.adapters import CLOSE, ROWS, decoder_of, packed_logits, peft_model, random_adapter, reference
+from tests.adapters import CLOSE, ROWS, decoder_of, packed_logits, peft_model, random_adapter, random_reft, reference
 from tests.conftest import tiny_model
 from torch import Tensor
 
-from atoll.errors import BaseMismatch, RequestRefused
+from atoll.errors import AdapterFormatError, BaseMismatch, ConfigError, RequestRefused, UnsupportedAdapter
 from atoll.model import sparsify
 from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
 from atoll.model.adapter_files import read_adapter
 from atoll.model.bank import LoraBank
-from atoll.model.composed import by_factors, cat, compress, knots, product, stacked_rank
+from atoll.model.composed import by_deltas, by_factors, cat, compress, knots, product, stacked_rank
 from atoll.model.decoder import Decoder
+from atoll.model.positions import Positions
 from atoll.model.sites import Site, module_path
 
 SAME = {"rtol": 1e-5, "atol": 1e-6}  # float32 updates with entries of about 0.3
@@ -329,3 +330,89 @@ def test_a_merge_of_merges_is_a_merge(parents: list[Adapter]) -> None:
     inner = cat(parents[:2], [0.5, 2.0])
     assert_is_sum(cat([inner, parents[2]], [3.0, 1.0]), parents, [1.5, 6.0, 1.0])
     assert dataclasses.replace(inner.spec, base="x").kind == "lora"
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------------------------------
+
+METHODS: dict[str, Callable[[Sequence[Adapter], Sequence[float]], object]] = {
+    "cat": cat,
+    "product": product,
+    "by_factors": lambda parents, weights: by_factors(parents, weights, sparsify.ties(0.5), "ties"),
+    "by_deltas": lambda parents, weights: by_deltas(parents, weights, sparsify.ties(0.5), 4),
+    "knots": lambda parents, weights: knots(parents, weights, sparsify.ties(0.5)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parents_and_weights_that_make_no_sum_are_refused(twins: list[Adapter], method: str) -> None:
+    """A weight that is NaN made an adapter of NaN, and no parents an IndexError."""
+    for parents, weights, message in (
+        ([], [], "there are 0 adapters and 0 weights to compose"),
+        (twins, [1.0], "there are 2 adapters and 1 weights to compose"),
+        (twins, [1.0, float("nan")], "the weight of adapter 2 is nan, expected a finite number"),
+        (twins, [float("inf"), 1.0], "the weight of adapter 1 is inf, expected a finite number"),
+        (twins, ["much", 1.0], "the weight of adapter 1 is 'much', expected a finite number"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{message}$") as caught:
+            METHODS[method](parents, weights)
+        assert caught.value.hint
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_parent_that_is_not_finite_is_named_with_its_place(twins: list[Adapter], value: float) -> None:
+    """Decompositions of such matrices end in errors of linear algebra, or spread the NaN over a whole site."""
+    place = Site(1, "o_proj")
+    module = twins[1].modules[place]
+    broken = Adapter(twins[1].spec, {**twins[1].modules, place: LoraModule(module.a * value, module.b, module.scaling)})
+    for method in METHODS.values():
+        with pytest.raises(AdapterFormatError, match=r"^adapter 2 has values that are not finite .* at layer 1 o_proj$"):
+            method([twins[0], broken], [1.0, 1.0])
+    with pytest.raises(AdapterFormatError, match=r"^the adapter has values that are not finite .* at layer 1 o_proj$"):
+        compress(broken, 2)
+
+
+def test_an_edit_that_is_not_finite_is_named_with_its_place(decoder: Decoder) -> None:
+    edits = random_reft(decoder, rank=2, layers=(1,), positions=Positions.parse("f1"))
+    for edit in edits.edits.values():
+        edit.r.mul_(float("nan"))
+    with pytest.raises(AdapterFormatError, match=r"^adapter 1 has values .* at part 1 at layer 1's block_output$"):
+        cat([edits], [1.0])
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.5, "8", None])
+def test_a_rank_that_is_none_is_refused(twins: list[Adapter], rank: object) -> None:
+    """Rank 0 made an adapter of nothing, -1 one of all but the last direction."""
+    for call in (lambda: compress(twins[0], rank), lambda: by_deltas(twins, [1.0, 1.0], sparsify.ties(0.5), rank)):  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=f"the rank to compress to is {rank!r}, expected a whole number of at least 1"):
+            call()
+
+
+@pytest.mark.parametrize("density", [0.0, -0.5, 1.5, float("nan"), "0.5"])
+def test_a_density_that_is_no_share_is_refused(density: float) -> None:
+    """1.5 kept everything and -0.5 failed in the middle of a merge."""
+    generator, stack = torch.Generator(), torch.ones(2, 3, 3)
+    for call in (
+        lambda: sparsify.magnitude_prune(density),
+        lambda: sparsify.ties(density),
+        lambda: sparsify.dare_linear(density, generator),
+        lambda: sparsify.dare_ties(density, "total", generator),
+        lambda: sparsify.keep_largest(stack, density),
+        lambda: sparsify.keep_random(stack, density, generator),
+    ):
+        with pytest.raises(ConfigError, match=f"the density is {density!r}, expected a number above 0 and at most 1"):
+            call()
+    with pytest.raises(ConfigError, match="the majority sign is 'all', expected one of total, frequency"):
+        sparsify.ties(0.5, "all")  # type: ignore[arg-type]
+
+
+def test_updates_that_overflow_are_said_to(twins: list[Adapter]) -> None:
+    huge = Adapter(twins[0].spec, {site: LoraModule(module.a * 1e30, module.b * 1e30, 1.0) for site, module in twins[0].modules.items()})
+    with pytest.raises(ConfigError, match="the merged update overflows at layer 0 q_proj"):
+        by_deltas([huge, twins[1]], [1.0, 1.0], sparsify.ties(0.5), 4)
+
+
+def test_a_classifier_is_not_compressed_without_its_head(twins: list[Adapter]) -> None:
+    """The head is part of what was trained; dropping it in silence would leave an adapter that answers something else."""
+    classifier = dataclasses.replace(twins[0], head={"classifier.weight": torch.zeros(2, 64)})
+    with pytest.raises(UnsupportedAdapter, match="classifier heads cannot be compressed"):
+        compress(classifier, 2)

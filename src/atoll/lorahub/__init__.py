@@ -4,6 +4,7 @@
     from atoll.lorahub.constant import LORA_MODULE_NAMES
 
     algorithm.py   the two functions
+    arguments.py   what the two functions are given, checked
     modules.py     names to adapters: folders, the local hub, the Hugging Face hub
     examples.py    the examples as the data set that LoraHub hands to get_loss
     objective.py   LoraHub's loss and regulariser, and callables of one's own as scores

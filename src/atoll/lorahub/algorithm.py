@@ -9,7 +9,7 @@ Used by programs. The names of modules are folders, adapters of the local hub, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
@@ -22,10 +22,11 @@ from atoll.compose.pool import Pool, reach
 from atoll.compose.result import record_of
 from atoll.compose.run import GRADIENT_COST, Settings
 from atoll.compose.search import Found, search
-from atoll.errors import ConfigError, DataError
+from atoll.errors import ConfigError
+from atoll.lorahub import arguments
 from atoll.lorahub.compatible import learn_as_lorahub
 from atoll.lorahub.decoders import DecoderLearner, DecoderModel
-from atoll.lorahub.examples import MAX_TOKENS, ExampleDataset, check_examples
+from atoll.lorahub.examples import MAX_TOKENS, ExampleDataset
 from atoll.lorahub.modules import Module, base_of, find_modules
 from atoll.lorahub.objective import STRENGTH, CalledScores, GetLoss, GetRegular, as_regulariser, default_get_loss, default_l1_regularization
 from atoll.lorahub.pairs import PairLearner
@@ -65,11 +66,11 @@ class Learner(Protocol):
 
 
 def lorahub_learning(
-    lora_module_list: Sequence[str],
-    example_inputs: Sequence[str],
-    example_outputs: Sequence[str],
+    lora_module_list: Iterable[str | Path],
+    example_inputs: Iterable[str],
+    example_outputs: Iterable[str],
     max_inference_step: int,
-    model_name_or_path: str | None = None,
+    model_name_or_path: str | Path | None = None,
     batch_size: int | None = None,
     get_loss: GetLoss = default_get_loss,
     get_regular: GetRegular = default_l1_regularization,
@@ -99,58 +100,62 @@ def lorahub_learning(
     Raises ConfigError (no modules, unknown options, unequal ranks in the product form), DataError, BaseMismatch (modules of different bases), and
     what loading raises.
     """
-    check_examples(example_inputs, example_outputs)
+    inputs, outputs = arguments.examples(example_inputs, example_outputs)
     form = form or ("product" if compatible else "cat")
     if form not in FORMS:
         raise ConfigError(f"there is no form {form!r}", hint=f"choose one of {', '.join(FORMS)}")
-    if max_inference_step < 1:
-        raise ConfigError(f"max_inference_step is {max_inference_step}, expected at least 1", hint="LoraHub's examples use 40")
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}, expected at least 1", hint="leave it out to take all examples at once")
+    steps = arguments.count("max_inference_step", max_inference_step, hint="LoraHub's examples use 40")
+    if batch_size is not None:
+        batch_size = arguments.count("batch_size", batch_size, hint="leave it out to take all examples at once")
+    seed = arguments.count("seed", seed, least=0, most=2**32 - 1, hint="leave it out to take 42")
+    arguments.check_callable("get_loss", get_loss, "leave it out for LoraHub's loss")
+    arguments.check_callable("get_regular", get_regular, "leave it out for LoraHub's, or give lambda weights: 0.0 for none")
+    folder = None if save_to is None else arguments.folder(save_to)
     if compatible and (form != "product" or method is not None):
         raise ConfigError(
             "compatible=True takes no form but the product, and no method: they are LoraHub's", hint="leave them out, or leave compatible out"
         )
     modules = find_modules(lora_module_list, hub)
-    learner = _learner(model_name_or_path or base_of(modules), dtype, device, modules, example_inputs, example_outputs, form)
+    name = _name(model_name_or_path) if model_name_or_path else base_of(modules)
+    if compatible and not _reads_with_an_encoder(name):
+        raise ConfigError("compatible=True is for encoder-decoder bases, as LoraHub is", hint="leave compatible out")
+    learner = _learner(name, dtype, device, modules, inputs, outputs, form)
     record: dict[str, Any] = {"form": form}
     if compatible:
-        if not isinstance(learner, PairLearner):
-            raise ConfigError("compatible=True is for encoder-decoder bases, as LoraHub is", hint="leave compatible out")
+        assert isinstance(learner, PairLearner), "checked above"
         names = [module.name for module in modules]
         adapters = dict(zip(names, learner.pool.adapters, strict=True))
         learnt = learn_as_lorahub(
-            learner.model, adapters, names, learner.dataset, max_inference_step, batch_size, get_loss=get_loss, get_regular=get_regular, seed=seed
+            learner.model, adapters, names, learner.dataset, steps, batch_size, get_loss=get_loss, get_regular=get_regular, seed=seed
         )
         weights, adapter = learnt.weights, learnt.adapter
         record |= {"method": "lorahub 0.1.0", "seed": seed, "examples": learner.dataset.digest}
     else:
-        found = _search(learner, max_inference_step, batch_size, get_loss, get_regular, seed, method, report)
+        found = _search(learner, steps, batch_size, get_loss, get_regular, seed, method, report)
         weights, adapter = found.weights.double().numpy(), learner.composed(found.weights)
         record |= record_of(found, examples_digest=learner.dataset.digest)
-    model, tokenizer = learner.finish(adapter, _manifest(modules, weights, record), None if save_to is None else Path(save_to))
+    model, tokenizer = learner.finish(adapter, _manifest(modules, weights, record), folder)
     return weights, model, tokenizer
 
 
 def lorahub_inference(
-    example_inputs: Sequence[str],
+    example_inputs: Iterable[str],
     model_or_name_path: Any,
     tokenizer_or_tokenizer_path: Any,
     batch_size: int,
-    example_outputs: Sequence[str] | None = None,
+    example_outputs: Iterable[str] | None = None,
 ) -> tuple[list[str], float | None]:
     """(predictions, accuracy): greedy answers of at most 256 tokens, and the percentage that equals its output (None without outputs).
 
     Case, full stops and blanks at the ends do not count. Padding is masked, so batch_size changes no answer. The model is one that lorahub_learning
     returned, any encoder-decoder model of transformers, or the folder or id of a base.
     """
-    if example_outputs is not None and len(example_outputs) != len(example_inputs):
-        raise DataError(
-            f"there are {len(example_inputs)} example inputs, but {len(example_outputs)} outputs", hint="give one output for each input, or none"
-        )
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}, expected at least 1", hint="5 is a good start")
-    inputs, model, tokenizer = list(example_inputs), _model(model_or_name_path), _tokenizer(tokenizer_or_tokenizer_path)
+    inputs = arguments.texts("example_inputs", example_inputs)
+    outputs = None if example_outputs is None else arguments.texts("example_outputs", example_outputs)
+    if outputs is not None:
+        arguments.check_pairs(inputs, outputs)
+    batch_size = arguments.count("batch_size", batch_size, hint="5 is a good start")
+    model, tokenizer = _model(model_or_name_path), _tokenizer(tokenizer_or_tokenizer_path)
     predictions: list[str] = []
     for start in range(0, len(inputs), batch_size):
         part = inputs[start : start + batch_size]
@@ -158,9 +163,9 @@ def lorahub_inference(
             predictions += model.answers(part, tokenizer, MAX_NEW_TOKENS)
         else:
             predictions += greedy_answers(model, tokenizer, part, max_new_tokens=MAX_NEW_TOKENS, max_tokens=MAX_TOKENS)
-    if example_outputs is None:
+    if outputs is None:
         return predictions, None
-    right = sum(_plain(answer) == _plain(output) for answer, output in zip(predictions, example_outputs, strict=True))
+    right = sum(_plain(answer) == _plain(output) for answer, output in zip(predictions, outputs, strict=True))
     return predictions, 100 * right / max(1, len(predictions))
 
 
@@ -216,6 +221,12 @@ def _reads_with_an_encoder(name: str) -> bool:
     return is_encoder_decoder(base_folder(name))
 
 
+def _name(given: str | Path) -> str:
+    if not isinstance(given, str | Path):
+        raise ConfigError(f"model_name_or_path is {type(given).__name__}, expected a name", hint="give the folder or id of a base, or leave it out")
+    return str(given)
+
+
 def _model(given: Any) -> Any:
     """A model to ask: as given, or loaded by its name."""
     if isinstance(given, str | Path):
@@ -232,6 +243,8 @@ def _model(given: Any) -> Any:
 def _tokenizer(given: Any) -> Any:
     """A tokenizer: as given, or loaded by the name of its base."""
     if not isinstance(given, str | Path):
+        if not callable(given):
+            raise ConfigError(f"{given!r:.60} is no tokenizer", hint="give what lorahub_learning returned, or the folder or id of its base")
         return given
     name = str(given)
     return load_tokenizer(pull(name) if name.lower() in EMBEDDED or name.lower().endswith(".gguf") else base_folder(name))

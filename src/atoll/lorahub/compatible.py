@@ -28,6 +28,7 @@ from torch import Tensor
 
 from atoll.compose.population import nevergrad_package
 from atoll.errors import ConfigError
+from atoll.lorahub.arguments import number
 from atoll.lorahub.examples import ExampleDataset
 from atoll.lorahub.objective import GetLoss, GetRegular
 from atoll.model.adapter import LoraModule
@@ -64,8 +65,8 @@ def learn_as_lorahub(
     def score(weights: Any) -> float:
         changes = state.set(weights)
         with model.changed(changes):
-            loss = float(get_loss(dataset, model.model, batch_size))
-        return loss + float(get_regular(weights))
+            loss = number("get_loss", get_loss(dataset, model.model, batch_size))
+        return loss + number("get_regular", get_regular(weights))
 
     with _seeded(seed), _threads_ended():
         found = _minimum(score, len(listed), max_inference_step)

@@ -28,7 +28,7 @@ from atoll.data.prompt import PromptFormat, encode_prompts
 from atoll.data.task import Example
 from atoll.engine.engine import Engine
 from atoll.engine.request import Completion, Request, SamplingParams
-from atoll.errors import BaseMismatch, EngineError, RequestRefused
+from atoll.errors import BaseMismatch, ConfigError, EngineError, RequestRefused
 from atoll.hub.compatibility import verdict
 from atoll.lorahub.examples import ExampleDataset
 from atoll.lorahub.modules import Module
@@ -115,7 +115,8 @@ class DecoderModel:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter's folder, with its manifest, as PEFT and `atoll hub publish` read it."""
-        assert self.adapter is not None, "the base alone has no adapter to save"
+        if self.adapter is None:
+            raise ConfigError(f"this model is {self.base.name} alone, which has no adapter to save", hint="save what lorahub_learning returns")
         write_adapter(Path(folder), self.adapter)
 
     @cached_property

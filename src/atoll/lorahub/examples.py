@@ -54,16 +54,6 @@ class ExampleDataset:
         return {name: values[key] for name, values in self._columns.items()}
 
 
-def check_examples(inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Raise DataError for no examples, or inputs without outputs."""
-    if isinstance(inputs, str) or isinstance(outputs, str):
-        raise DataError("the examples are one text, but lists of texts were expected", hint="put them into lists")
-    if not inputs:
-        raise DataError("there are no examples to learn from", hint="give a few inputs with their outputs; 5 are usual")
-    if len(inputs) != len(outputs):
-        raise DataError(f"there are {len(inputs)} example inputs, but {len(outputs)} outputs", hint="give one output for each input")
-
-
 def encode_pairs(tokenizer: Any, inputs: Sequence[str], outputs: Sequence[str]) -> ExampleDataset:
     """The data set for an encoder-decoder base, tokenised as LoraHub does: all rows together, cut and padded on the right."""
     taken = tokenizer(list(inputs), max_length=MAX_TOKENS, padding=True, truncation=True)

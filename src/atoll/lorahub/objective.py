@@ -14,6 +14,8 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor
 
+from atoll.lorahub.arguments import number
+
 GetLoss = Callable[[Any, Any, int | None], SupportsFloat]
 GetRegular = Callable[[Any], SupportsFloat]
 
@@ -43,7 +45,9 @@ def default_l1_regularization(weights: Sequence[float]) -> float:
 
 def as_regulariser(get_regular: GetRegular) -> Callable[[Tensor], Tensor]:
     """A get_regular of one's own, called with each candidate's weights as a numpy array of float64, as atoll.compose wants it. No gradients."""
-    return lambda weights: torch.tensor([float(get_regular(row)) for row in weights.detach().cpu().double().numpy()], dtype=torch.float32)
+    return lambda weights: torch.tensor(
+        [number("get_regular", get_regular(row)) for row in weights.detach().cpu().double().numpy()], dtype=torch.float32
+    )
 
 
 class CalledScores:
@@ -63,4 +67,4 @@ class CalledScores:
 
     def scores(self, weights: Tensor, examples: Sequence[int]) -> Tensor:
         """[P, 1]."""
-        return torch.tensor([[float(self._call(candidate))] for candidate in weights], dtype=torch.float32)
+        return torch.tensor([[number("get_loss", self._call(candidate))] for candidate in weights], dtype=torch.float32)

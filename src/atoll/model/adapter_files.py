@@ -66,7 +66,6 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     from safetensors.torch import save
 
     assert {site.part for site in adapter.edits} == set(range(len(adapter.spec.reft))), "an adapter lacks the edits of a part that its spec names"
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = edit_tensors(adapter.spec, adapter.edits)
     for site, module in adapter.modules.items():
         tensors[peft_key(site, "A")], tensors[peft_key(site, "B")] = module.a.detach().contiguous(), module.b.detach().contiguous()

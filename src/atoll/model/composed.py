@@ -6,11 +6,16 @@ layers and targets, and `compress` brings the rank down with the least error the
 what they mean there. A site that only some parents change gets only their terms. No matrix of a linear's size [d_out, d_in] is ever built, except by
 `by_deltas`, one site at a time. ReFT edits are composed by `cat` alone (composed_edits.py); the others refuse parents that have any.
 
-Used by serving.merging for a request's merged adapters. Weights and densities are checked there; merging tensors entry by entry is in sparsify.py.
+Every function raises ConfigError for no parents, weights that are not one finite number each, and a rank below 1; AdapterFormatError for a parent
+with values that are not finite; UnsupportedAdapter for a classifier's. Merging tensors entry by entry is in sparsify.py.
+
+Used by serving.merging for a request's merged adapters, and by compose.result for what a search found.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -18,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atoll.errors import BaseMismatch, RequestRefused, UnsupportedAdapter
+from atoll.errors import AdapterFormatError, BaseMismatch, ConfigError, RequestRefused, UnsupportedAdapter
 from atoll.model.adapter import Adapter, AdapterSpec, LoraModule
 from atoll.model.composed_edits import cat_edits
 from atoll.model.dora import refuse_dora
@@ -59,6 +64,7 @@ def cat(parents: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     def combine(site: Site, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
         return torch.cat([term.a for term in terms]), torch.cat([term.weight * term.scaling * term.b for term in terms], 1)
 
+    weights = _checked(parents, weights)
     parts, edits = cat_edits(parents, weights)
     modules = _combined(parents, weights, combine)
     return Adapter(_spec_of(modules, [parent.spec for parent in parents], parts), modules, edits=edits)
@@ -104,11 +110,16 @@ def by_deltas(parents: Sequence[Adapter], weights: Sequence[float], merge: Merge
     Thinning makes a full-rank matrix out of a low-rank one, so something is always cut. Builds the dense updates of one site at a time, and takes
     tens of times longer than everything else here: not for a request.
     """
+    rank = _checked_rank(rank)
     kept: list[tuple[float, float]] = []
 
     def combine(site: Site, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
         deltas = torch.stack([term.scaling * (term.b @ term.a) for term in terms])
         merged = merge(deltas, torch.tensor([term.weight for term in terms])).double()
+        if not bool(merged.isfinite().all()):
+            raise ConfigError(
+                f"the merged update overflows at layer {site.layer} {site.target}", hint="use smaller weights, or look at the adapters' norms"
+            )
         wide = merged.shape[0] < merged.shape[1]
         # The eigenvectors of the smaller Gram matrix are one side's singular vectors; projecting on them is the best approximation of that rank.
         values, vectors = torch.linalg.eigh(merged @ merged.T if wide else merged.T @ merged)
@@ -148,8 +159,11 @@ def compress(adapter: Adapter, rank: int) -> Compressed:
     B = Q_B R_B, Aᵀ = Q_A R_A, and a small SVD of R_B R_Aᵀ [R, R], in float64; the singular values go to both factors alike. Sites of lower rank stay,
     and none gets more rank than its linear is wide.
     """
+    rank = _checked_rank(rank)
     refuse_edits([adapter], "compress")
     refuse_dora([adapter], "compress")
+    _refuse_heads([adapter], "compressed")
+    _check_finite(adapter, "the adapter")
     modules: dict[Site, LoraModule] = {}
     kept: list[tuple[float, float]] = []
     for site, module in adapter.modules.items():
@@ -186,6 +200,46 @@ def refuse_edits(parents: Sequence[Adapter], method: str, names: Sequence[str] =
             )
 
 
+def _checked(parents: Sequence[Adapter], weights: Sequence[float]) -> list[float]:
+    """The weights as numbers, once parents and weights are what the module's docstring says."""
+    if not parents or len(parents) != len(weights):
+        raise ConfigError(f"there are {len(parents)} adapters and {len(weights)} weights to compose", hint="give adapters, and one weight for each")
+    found = []
+    for index, (parent, weight) in enumerate(zip(parents, weights, strict=True), 1):
+        try:
+            found.append(float(weight))
+        except (TypeError, ValueError):
+            found.append(math.nan)
+        if not math.isfinite(found[-1]):
+            raise ConfigError(f"the weight of adapter {index} is {weight!r:.60}, expected a finite number", hint="leave an adapter out by weight 0")
+        _check_finite(parent, f"adapter {index}")
+    return found
+
+
+def _check_finite(adapter: Adapter, name: str) -> None:
+    places = {f"layer {site.layer} {site.target}": (module.a, module.b) for site, module in adapter.modules.items()}
+    edits = {f"part {site.part + 1} at layer {site.layer}'s {site.component}": tuple(edit.tensors.values()) for site, edit in adapter.edits.items()}
+    for place, tensors in (places | edits).items():
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            raise AdapterFormatError(f"{name} has values that are not finite (NaN or infinity) at {place}", hint="train it again, or leave it out")
+
+
+def _checked_rank(rank: int) -> int:
+    """A whole number of any kind, from 1."""
+    try:
+        found = operator.index(rank)
+    except TypeError:
+        found = 0
+    if found < 1:
+        raise ConfigError(f"the rank to compress to is {rank!r:.60}, expected a whole number of at least 1", hint="give a rank such as 8")
+    return found
+
+
+def _refuse_heads(adapters: Sequence[Adapter], what: str) -> None:
+    if any(adapter.head for adapter in adapters):
+        raise UnsupportedAdapter(f"adapters with classifier heads cannot be {what}: their classes are not the same", hint="train one on all classes")
+
+
 def _sign(value: float) -> float:
     return -1.0 if value < 0 else 1.0
 
@@ -201,6 +255,7 @@ def _check_equal_ranks(method: str, site: Site, terms: Sequence[Term]) -> None:
 
 def _composed(parents: Sequence[Adapter], weights: Sequence[float], combine: Combine, method: str) -> Adapter:
     """The adapter of _combined's modules, for a method that has no meaning for edits."""
+    weights = _checked(parents, weights)
     refuse_edits(parents, method)
     modules = _combined(parents, weights, combine)
     return Adapter(_spec_of(modules, [parent.spec for parent in parents]), modules)
@@ -209,8 +264,7 @@ def _composed(parents: Sequence[Adapter], weights: Sequence[float], combine: Com
 @torch.no_grad()
 def _combined(parents: Sequence[Adapter], weights: Sequence[float], combine: Combine) -> dict[Site, LoraModule]:
     """combine(site, terms) -> (A, B) at every site that any parent changes, in file order. Raises UnsupportedAdapter for classifiers."""
-    if any(parent.head for parent in parents):
-        raise UnsupportedAdapter("adapters with classifier heads cannot be merged: their classes are not the same", hint="train one on all classes")
+    _refuse_heads(parents, "merged")
     refuse_dora(parents, "merging")
     modules: dict[Site, LoraModule] = {}
     for site in in_file_order({site for parent in parents for site in parent.modules}):
@@ -226,7 +280,7 @@ def _terms(site: Site, parents: Sequence[Adapter], weights: Sequence[float]) -> 
         module = parent.modules.get(site)
         if module is None:
             continue
-        term = Term(float(weight), module.a.float(), module.b.float(), module.scaling)
+        term = Term(weight, module.a.float(), module.b.float(), module.scaling)
         if terms and (term.a.shape[1], term.b.shape[0]) != (terms[0].a.shape[1], terms[0].b.shape[0]):
             raise BaseMismatch(
                 f"adapter {index + 1} cannot be merged with those before it: at layer {site.layer} {site.target} its factors are for a "

@@ -8,7 +8,7 @@
 
 All need the scope publish. A key sees its own jobs, and composes only adapters that it may use; a job of another key is one that does not exist.
 
-Made by `router`; app includes it. The body is compose_body.py, the jobs are compose_jobs.py.
+Made by `router`; app includes it. The body is compose_body.py, its adapters are compose_adapters.py, the jobs are compose_jobs.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from atoll.http.auth import caller_of
 from atoll.http.errors import own_body
 from atoll.http.sse import EventStream, event
 from atoll.server import compose_docs
-from atoll.server.compose_body import ComposeBody, candidates, prepared
+from atoll.server.compose_adapters import candidates
+from atoll.server.compose_body import ComposeBody, prepared
 from atoll.server.compose_job import Job, Order
 from atoll.server.manage import refuse_foreign_pages
 

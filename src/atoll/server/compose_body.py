@@ -13,9 +13,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import AliasChoices, Field, create_model
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, create_model, model_validator
 
 from atoll.config import DataConfig, is_valid_name
 from atoll.config_compose import USUAL_SEEDS, ComposeConfig, ComposeSettings
@@ -24,18 +24,18 @@ from atoll.config_section import Section
 from atoll.data.encode import encode_examples
 from atoll.data.prompt import as_text, encode_prompts, parse_template
 from atoll.data.task import Example, TaskData, load_task
-from atoll.errors import AdapterNotFound, AtollError, RequestRefused
+from atoll.errors import AtollError, ConfigError, RequestRefused
 from atoll.hub.names import check_name, check_tag
-from atoll.serving.entries import AdapterRef
+from atoll.model_errors import config_error
+from atoll.server.compose_adapters import check_adapters
 
 if TYPE_CHECKING:
     from atoll.model.base import Base
     from atoll.serving.config import ComposeLimits
-    from atoll.serving.keys import Caller
     from atoll.serving.service import Service
 
 EXAMPLES, TEST = "examples.jsonl", "test.jsonl"
-MAX_NAMES, MAX_NAME_CHARS = 256, 512  # of adapters in one request
+MAX_NAMES = 256  # of adapters in one request
 MAX_LABELS = 1000
 DATA_KEYS = ("template", "instruction", "target", "chat", "metric", "match", "label_set", "references", "gold_field")
 _OWN = ("adapters", "exclude", "dtype", "device")  # settings that the facts or the server give
@@ -54,12 +54,25 @@ class Facts(Section):
     adapters: tuple[str, ...] = Field(
         default=(),
         max_length=MAX_NAMES,
-        validation_alias=AliasChoices("adapters", "from"),
-        description="Compose only these adapters of the hub. Without it, every LoRA of the base that the key may use.",
+        description="Compose only these adapters of the hub; `from` is another name for it. Without it, every LoRA of the base that the key may use.",
     )
     exclude: tuple[str, ...] = Field(default=(), max_length=MAX_NAMES, description="Names that are left out.")
     tags: tuple[str, ...] = Field(default=(), max_length=16, description="Movable labels for the version.")
     message: str = Field(default="", max_length=10_000, description="What is new in this version.")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_sentence(cls, body: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
+        """What is wrong with a body, in the words that a compose file's mistakes have."""
+        if not isinstance(body, Mapping):
+            return check(body)
+        if {"adapters", "from"} <= body.keys():
+            raise ConfigError("adapters and from are two names of one setting, and both are given", hint="leave one of them out")
+        try:
+            return check({"adapters" if name == "from" else name: value for name, value in body.items()})
+        except ValidationError as problem:
+            renamed = (lambda path: re.sub("^adapters", "from", path)) if "from" in body else lambda path: path
+            raise config_error(problem, cls, lambda key: "", renamed) from None
 
 
 if TYPE_CHECKING:
@@ -70,33 +83,6 @@ else:
     _KEYS = ((ComposeConfig, WHOLE_KEYS), (DataConfig, DATA_KEYS), (ComposeSettings, SETTINGS))
     _FIELDS = {name: config.model_fields[name] for config, names in _KEYS for name in names}
     ComposeBody = create_model("ComposeBody", __base__=Facts, **{name: (field.annotation, field) for name, field in _FIELDS.items()})
-
-
-async def candidates(body: ComposeBody, service: Service, caller: Caller) -> tuple[str, ...]:
-    """References of the adapters to compose, each of one version; () for all that the process finds in the hub, where the key may use all.
-
-    Raises AdapterNotFound for one that is not there or not for this key, in the same words; RequestRefused for one that is not of the hub.
-    """
-    if body.adapters:
-        return tuple([await _reference(name, service, caller) for name in body.adapters])
-    if caller.adapters is None:
-        return ()
-    left_out = {name.casefold() for name in body.exclude}
-    mine = [
-        info.version
-        for info in await service.operator.listing.adapters(caller, with_engine=False)
-        if info.kind == "lora" and info.version.startswith(f"{info.name}@") and info.name.casefold() not in left_out  # the newest of a hub's own name
-    ]
-    if not mine:
-        raise AdapterNotFound("there is no LoRA adapter of this base that this key may use", hint="GET /adapters lists those that it may use")
-    return tuple(mine)
-
-
-async def _reference(name: str, service: Service, caller: Caller) -> str:
-    located, _ = await service.registry.lookups.locate(AdapterRef(name[: MAX_NAME_CHARS + 1], "pbase"), caller)
-    if located.source != "hub" or not caller.allows(located.name):
-        raise RequestRefused(f"{name[:120]!r} is a name that was given to an adapter of elsewhere", hint="only adapters of the hub are composed")
-    return located.version
 
 
 def prepared(body: ComposeBody, chosen: Sequence[str], folder: Path, service: Service) -> Mapping[str, Any]:
@@ -111,6 +97,7 @@ def prepared(body: ComposeBody, chosen: Sequence[str], folder: Path, service: Se
     assert hub is not None, "checked by may_publish"
     try:
         config = config_of(body, chosen, service.base, limits)
+        check_adapters(config.compose, service)
         rows = {"examples": (EXAMPLES, body.examples, limits.max_examples), "test": (TEST, body.test, limits.max_test_rows)}
         for part, (file, values, most) in rows.items():
             _check_count(part, len(values), most)

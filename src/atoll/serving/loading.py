@@ -60,7 +60,7 @@ class Loader:
 
         try:
             adapter = read_adapter(folder)
-            self._check_base(folder, adapter, name)
+            self.check_base(folder, name)
             return self._checked(adapter, digest, name)
         except AtollError as error:
             raise type(error)(error.message.replace(str(folder), name), hint=error.hint) from error
@@ -76,8 +76,9 @@ class Loader:
         """The same for an adapter that was computed here, such as a merged one."""
         return self._checked(adapter, digest, name)
 
-    def _check_base(self, folder: Path, adapter: Adapter, name: str) -> None:
-        found = self._verdict(folder, adapter.manifest.get("base"))
+    def check_base(self, folder: Path, name: str) -> None:
+        """Raise BaseMismatch for an adapter that cannot run on the base, by its manifest and its files' header; warn where it may be of another."""
+        found = self._verdict(folder, read_manifest(folder).get("base"))
         if not found.usable:
             hint = "use the base that it was trained on"
             if found.quantization is not None:
