@@ -345,7 +345,7 @@ def test_a_composer_that_cannot_start_is_a_failure_of_ours(shared: Live, monkeyp
         ({"name": "n" * 194, "examples": EXAMPLES}, "must have at most 193 characters"),
         ({"name": "new", "examples": EXAMPLES, "adapters": ["hf:acme/lora"]}, "'hf:acme/lora' names an adapter of elsewhere"),
         ({"name": "new", "examples": EXAMPLES, "adapters": ["s3://acme/lora"]}, "'s3://acme/lora' names an adapter of elsewhere"),
-        ({"name": "new", "examples": EXAMPLES, "adapters": ["plain"], "exclude": ["PLAIN"]}, "all the adapters named are excluded"),
+        ({"name": "new", "examples": EXAMPLES, "adapters": ["plain"], "exclude": ["PLAIN"]}, "every adapter named is excluded"),
     ],
     ids=lambda value: None if isinstance(value, str) else str(value)[:60],
 )

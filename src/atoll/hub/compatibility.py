@@ -45,6 +45,11 @@ class Verdict:
     def usable(self) -> bool:
         return self.kind != "refused"
 
+    @property
+    def is_of_other_weights(self) -> bool:
+        """Whether the base is known to have other weights than the adapter was made for, though the shapes fit."""
+        return "weights" in self.differing
+
     def hint(self, otherwise: str, *, can_ignore: bool = True) -> str:
         """What to do about a refusal, on a command line; `otherwise`, unless the rounding of the base is why. can_ignore: by an option."""
         if self.quantization is None:

@@ -11,8 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from atoll.errors import HubError, NameRefused
+
+if TYPE_CHECKING:
+    from atoll.hub.records import Version
 
 # `base` and `__base_model__` mean "no adapter" in requests; `latest` is every name's newest version; `sha256` starts a digest reference.
 RESERVED = frozenset({"base", "default", "latest", "__base_model__", "sha256"})
@@ -79,6 +83,14 @@ class Reference:
     def is_bare_name(self) -> bool:
         """Only a name, so it means the newest version."""
         return self.number is None and self.digest is None and self.tag is None
+
+    def means(self, version: Version) -> bool:
+        """Whether a version is one that the text could name; a bare name is every version of it."""
+        if self.name is not None and name_key(self.name) != name_key(version.name):
+            return False
+        if self.tag is not None:
+            return self.tag in version.tags
+        return self.is_bare_name or self.number == version.number or (self.digest is not None and version.digest.startswith(self.digest))
 
 
 def parse_reference(text: str) -> Reference:

@@ -8,10 +8,12 @@ Used by compose.py and compose_body.py.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from atoll.errors import AdapterNotFound, RequestRefused
 from atoll.hub.intake import tensor_shapes
+from atoll.hub.names import parse_reference
 from atoll.model.adapter_files import CONFIG_FILE, read_object
 from atoll.serving.entries import AdapterRef
 
@@ -36,15 +38,21 @@ async def candidates(body: ComposeBody, service: Service, caller: Caller) -> tup
         return tuple([await _reference(name, service, caller) for name in body.adapters])
     if caller.adapters is None:
         return ()
-    left_out = {name.casefold() for name in body.exclude}
-    mine = [
-        info.version
-        for info in await service.operator.listing.adapters(caller, with_engine=False)
-        if info.kind == "lora" and info.version.startswith(f"{info.name}@") and info.name.casefold() not in left_out  # the newest of a hub's own name
-    ]
+    listed = await service.operator.listing.adapters(caller, with_engine=False)
+    newest = [info.version for info in listed if info.kind == "lora" and info.version.startswith(f"{info.name}@")]  # of a hub's own names
+    mine = await asyncio.to_thread(_of_this_base, newest, body.exclude, service)
     if not mine:
         raise AdapterNotFound("there is no LoRA adapter of this base that this key may use", hint="GET /adapters lists those that it may use")
     return tuple(mine)
+
+
+def _of_this_base(references: Sequence[str], exclude: Sequence[str], service: Service) -> list[str]:
+    """Without those that are excluded, and those that were made for other weights, as composing all of a hub leaves them out."""
+    assert service.hub is not None, "checked by may_publish"
+    excluded, loader = [parse_reference(text) for text in exclude], service.registry.loader
+    found = [service.hub.resolve(reference) for reference in references]
+    kept = [version for version in found if not any(reference.means(version) for reference in excluded)]
+    return [version.ref for version in kept if not (version.path.is_dir() and loader.is_of_other_weights(version.path))]
 
 
 async def _reference(name: str, service: Service, caller: Caller) -> str:
@@ -64,11 +72,11 @@ def check_adapters(settings: ComposeSettings, service: Service) -> None:
     Raises RequestRefused (none is left, kinds that are not weighed, unequal ranks in the product form) and BaseMismatch.
     """
     assert service.hub is not None, "checked by may_publish"
-    excluded = {name.casefold() for name in settings.exclude}
+    excluded = [parse_reference(text) for text in settings.exclude]
     named = [service.hub.resolve(reference) for reference in settings.adapters]
-    kept = [version for version in named if version.name.casefold() not in excluded]
+    kept = [version for version in named if not any(reference.means(version) for reference in excluded)]
     if named and not kept:
-        raise RequestRefused("all the adapters named are excluded", hint="name others, or exclude fewer")
+        raise RequestRefused("every adapter named is excluded, so none is left to compose", hint="exclude fewer")
     for version in kept:
         if version.kind not in ("lora", "composed"):
             raise RequestRefused(

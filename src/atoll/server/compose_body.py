@@ -25,7 +25,7 @@ from atoll.data.encode import encode_examples
 from atoll.data.prompt import as_text, encode_prompts, parse_template
 from atoll.data.task import Example, TaskData, load_task
 from atoll.errors import AtollError, ConfigError, RequestRefused
-from atoll.hub.names import check_name, check_tag
+from atoll.hub.names import check_tag, parse_reference
 from atoll.model_errors import config_error
 from atoll.server.compose_adapters import check_adapters
 
@@ -56,7 +56,7 @@ class Facts(Section):
         max_length=MAX_NAMES,
         description="Compose only these adapters of the hub; `from` is another name for it. Without it, every LoRA of the base that the key may use.",
     )
-    exclude: tuple[str, ...] = Field(default=(), max_length=MAX_NAMES, description="Names that are left out.")
+    exclude: tuple[str, ...] = Field(default=(), max_length=MAX_NAMES, description="Names or references that are left out.")
     tags: tuple[str, ...] = Field(default=(), max_length=16, description="Movable labels for the version.")
     message: str = Field(default="", max_length=10_000, description="What is new in this version.")
 
@@ -118,8 +118,8 @@ def prepared(body: ComposeBody, chosen: Sequence[str], folder: Path, service: Se
 def config_of(body: ComposeBody, chosen: Sequence[str], base: Base, limits: ComposeLimits) -> ComposeConfig:
     """The composition over `base` that a body asks for. Raises ConfigError, and RequestRefused for what is beyond the limits."""
     asked = body.model_dump(exclude_unset=True, exclude={"examples", "test"})
-    for name in body.exclude:
-        check_name(name)
+    for text in body.exclude:
+        parse_reference(text)
     _check_count("label_set", len(asked.get("label_set") or ()), MAX_LABELS)
     for tag in body.tags:
         check_tag(tag)

@@ -72,6 +72,10 @@ class Loader:
         except AtollError:
             return False
 
+    def is_of_other_weights(self, folder: Path) -> bool:
+        """Whether an adapter's manifest says that it was made for other weights than the base's."""
+        return self._verdict(folder, read_manifest(folder).get("base")).is_of_other_weights
+
     def made(self, adapter: Adapter, digest: str, name: str) -> Loaded:
         """The same for an adapter that was computed here, such as a merged one."""
         return self._checked(adapter, digest, name)

@@ -25,7 +25,7 @@ from atoll.data.task import Example, TaskData, load_task
 from atoll.errors import BaseMismatch, ConfigError, DataError
 from atoll.eval.arena import limits
 from atoll.eval.metrics import metric_for
-from atoll.hub.names import Reference, check_name, name_key, parse_reference
+from atoll.hub.names import check_name, name_key, parse_reference
 from atoll.model.adapter_files import read_adapter, read_manifest
 from atoll.model.base import load_base
 from atoll.model.fingerprint import tensor_shapes
@@ -201,13 +201,13 @@ def _named(config: ComposeConfig, hub: Hub) -> tuple[tuple[Version, ...], tuple[
                 f"the newest of {_listed([version.name for version in older])} is composed: {_listed([v.ref for v in older])} used instead"
             )
     for text, reference in excluded.items():
-        if not any(_means(reference, version) for version in (*listed, *found)):
+        if not any(reference.means(version) for version in (*listed, *found)):
             there = [version.ref for version in found if name_key(version.name) == name_key(reference.name or "")]
             among = "none of the adapters named is that one" if settings.adapters else "there is no such adapter"
             sentences.append(f"{text} is excluded, but {f'it is {there[0]} that is composed' if there else among}")
     kept: dict[str, Version] = {}
     for version in found:
-        if not any(_means(reference, version) for reference in excluded.values()):
+        if not any(reference.means(version) for reference in excluded.values()):
             kept.setdefault(version.digest, version)  # one content may have several names
     if not found:
         raise ConfigError(
@@ -217,15 +217,6 @@ def _named(config: ComposeConfig, hub: Hub) -> tuple[tuple[Version, ...], tuple[
         where = "named" if settings.adapters else "of the hub"
         raise ConfigError(f"every LoRA adapter {where} is excluded, so none is left to compose", hint="exclude fewer")
     return tuple(kept.values()), tuple(sentences)
-
-
-def _means(reference: Reference, version: Version) -> bool:
-    """Whether an exclusion by name, or by name and number as tables print it, is of this version."""
-    digest = reference.digest is not None and version.digest.startswith(reference.digest)
-    named = reference.name is None or name_key(reference.name) == name_key(version.name)
-    if reference.tag is not None:
-        return named and reference.tag in version.tags
-    return named and (digest or reference.number == version.number or reference.is_bare_name)
 
 
 def _newest_loras(listed: Sequence[Version], hub: Hub) -> tuple[list[Version], list[Version]]:
@@ -256,7 +247,7 @@ def _fitting(versions: Sequence[Version], hub: Hub, base: Base, *, named: bool) 
         if named and not verdict.usable:
             hint = verdict.hint("name the base that it was trained on with --base", can_ignore=False)
             raise BaseMismatch(f"{version.ref} does not fit {base.title}: {verdict.reason}", hint=hint)
-        if not verdict.usable or ("weights" in verdict.differing and not named):
+        if not verdict.usable or (verdict.is_of_other_weights and not named):
             strange.append((version, verdict))
             continue
         fitting.append(version)
