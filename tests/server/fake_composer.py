@@ -23,6 +23,8 @@ import sys
 import time
 from pathlib import Path
 
+COST = {"tokens": None, "seconds": 2.5, "cpu_seconds": 2.0, "peak_memory_bytes": 1 << 20}
+
 
 def say(**what: object) -> None:
     sys.stdout.write(json.dumps(what) + "\n")
@@ -58,7 +60,7 @@ def main() -> None:
     weights = [{"name": each, "digest": "0" * 64, "weight": 0.5} for each in chosen]
     rows = (Path(request["root"]) / "examples.jsonl").read_text(encoding="utf-8")
     report = {"task": name, "environment": sorted(os.environ), "request": request, "rows": rows}
-    say(result={"folder": str(folder), "weights": weights, "warnings": [], "report": report, "score": None})
+    say(result={"folder": str(folder), "weights": weights, "warnings": [], "report": report, "score": None, "cost": COST})
 
 
 if __name__ == "__main__":

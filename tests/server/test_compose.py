@@ -179,12 +179,13 @@ def test_the_process_gets_rows_in_a_folder_of_its_own_and_no_secrets(serve: Call
     """It reads files that strangers published: it must not have the server's tokens, nor its cores."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("ATOLL_PRICE_PER_HOUR", "2")
     live = serve(compose={"nice": 7, "threads": 3})
     rows = [{"text": "x", "label": "good"}, {"text": "y", "label": "bad"}]
     job = asked(live, examples=rows, template="{text}?", target="label", top_k=2, bounds=[-1, 1], exclude=["pair"], k=1, controls=False)
     report = ended(live, job)["result"]["report"]
     assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY"} & set(report["environment"])
-    assert {"PATH", "ATOLL_HOME", "OMP_NUM_THREADS"} <= set(report["environment"])
+    assert {"PATH", "ATOLL_HOME", "OMP_NUM_THREADS", "ATOLL_PRICE_PER_HOUR"} <= set(report["environment"])
     assert [json.loads(line) for line in report["rows"].splitlines()] == rows
     request = report["request"]
     assert request["nice"] == 7
@@ -228,6 +229,54 @@ def test_a_waiting_job_is_cancelled_without_having_begun(shared: Live) -> None:
     assert ended(shared, jobs[2])["state"] == "finished"
 
 
+def test_every_job_that_has_begun_is_a_run_of_the_hub(serve: Callable[..., Live]) -> None:
+    """`atoll runs` is where an operator looks for what a server has computed, and what it cost."""
+    live = serve(compose={"job_s": 5.0})
+    hub = live.service.hub
+    assert hub is not None
+    done = ended(live, asked(live, "acme/fine"))
+    for name in ("wrong", "crash"):
+        ended(live, asked(live, name))
+    slow, waiting = asked(live, "slow"), asked(live, "waiting")
+    process_of(live, slow)
+    for job in (waiting, slow):  # the first has not begun, so it is no run
+        delete(live, job)
+    late = ended(live, asked(live, "stubborn"))
+    runs = {run.name: run for run in hub.runs()}
+    assert {name: run.status for name, run in runs.items()} == {
+        "acme/fine": "finished",
+        "wrong": "failed",
+        "crash": "failed",
+        "slow": "interrupted",
+        "stubborn": "failed",
+    }
+    assert {run.kind for run in runs.values()} == {"compose"}
+    assert (runs["acme/fine"].digest, runs["acme/fine"].cost) == (done["result"]["digest"], fake_composer.COST)
+    assert (runs["slow"].message, runs["slow"].digest, runs["slow"].cost) == ("cancelled", None, None)
+    assert runs["wrong"].message == "examples.jsonl:1: no"
+    assert runs["stubborn"].message == late["error"]["message"]
+    assert all((run.seconds or 0) > 0 and run.finished is not None for run in runs.values())
+    assert "secret" not in runs["crash"].message
+
+
+def test_a_ledger_that_refuses_holds_nothing_up(
+    serve: Callable[..., Live], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was published is so, and the next job has its turn."""
+    live = serve()
+    hub = live.service.hub
+    assert hub is not None
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(hub, "record_run", refused)
+    assert ended(live, asked(live, "fine"))["result"]["adapter"] == "fine@1"
+    assert ended(live, asked(live, "wrong"))["state"] == "failed"
+    assert ended(live, asked(live, "fine"))["state"] == "finished"
+    assert "published as fine@1, but not in the ledger" in caplog.text
+
+
 def test_a_composition_that_takes_too_long_has_failed(serve: Callable[..., Live]) -> None:
     """One that hangs must not hold the queue for good."""
     live = serve(compose={"job_s": 0.5})
@@ -249,6 +298,8 @@ def test_a_server_that_stops_cancels_what_runs_and_what_waits(serve: Callable[..
     assert (last["state"], last["error"]["code"]) == ("cancelled", "unavailable")
     assert look(live, waiting)["state"] == "cancelled"
     assert has_ended(process)
+    assert live.service.hub is not None
+    assert [(run.status, run.message) for run in live.service.hub.runs()] == [("interrupted", "the server stopped")]
     refused = ask(live)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
 

@@ -62,6 +62,7 @@ def test_examples_become_an_adapter_with_controls_that_answers_at_once(composing
     assert hub is not None
     [run], [score] = hub.runs(digest=result["digest"]), hub.scores(result["digest"])
     assert (run.kind, run.status, run.name) == ("compose", "finished", "mood")
+    assert run.cost is not None and 0 < run.cost["seconds"] <= (run.seconds or 0) and run.cost["peak_memory_bytes"] > 0
     assert (score.metric, score.n) == (report["metric"], 2)
     labelled = composing.post("/classify", {"inputs": "sun", "parameters": {"adapter_id": "mood"}}, key="all")
     assert labelled.status_code == 200, labelled.text
@@ -78,10 +79,14 @@ def test_a_key_with_an_allow_list_gets_an_adapter_of_its_own_adapters(composing:
 
 
 def test_a_mistake_that_only_the_process_can_see_is_one_sentence(composing: Live) -> None:
-    """An adapter of a kind that cannot be weighed, named by the user."""
-    job = watched(composing, "all", {"name": "mood", "examples": ROWS, "adapters": ["plain", "edits"], **BODY})[-1]
+    """What is left of the whole hub, where nobody names adapters."""
+    hub = composing.service.hub
+    assert hub is not None
+    names = [version.name for version in hub.list()]
+    job = watched(composing, "all", {"name": "mood", "examples": ROWS, "exclude": names, **BODY})[-1]
     assert (job["state"], job["error"]["code"]) == ("failed", "config_error")
-    assert "edits@1" in job["error"]["message"]
+    assert "excluded" in job["error"]["message"]
+    assert hub.runs(status="failed")[0].message == job["error"]["message"]
 
 
 def test_a_real_composition_can_be_cancelled(composing: Live) -> None:

@@ -51,6 +51,7 @@ class Job:
     error: dict[str, Any] | None = None
     child: Child | None = None
     cancel_asked: bool = False
+    recorded: bool = False  # in the hub's ledger, or about to be
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # set at the next change, which brings a new one
     over: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -5,7 +5,8 @@
        └──────cancel────────┴──────► cancelled  nothing is published
 
 The one idea: the process only composes. It reads the hub, writes into a folder of its own and dies with its group; it is this file that publishes
-what it made, so a cancelled, crashed or late composition leaves nothing behind. Jobs are not kept over a restart: a server that stops cancels them.
+what it made, so a cancelled, crashed or late composition leaves nothing behind but its record: every job that has begun is a run of the hub's
+ledger, however it ended. Jobs are not kept over a restart: a server that stops cancels them.
 
 Used by compose.py. Everything runs on the event loop. The process is workflows/compose_worker.py; processes.py starts, hears and ends it.
 """
@@ -171,7 +172,10 @@ class ComposeJobs:
         """The server stops: what it has not finished is cancelled."""
         stopped = Unavailable("the server stopped", hint="ask again when it is back")
         while self._waiting:
-            self._end(self._waiting.popleft(), "cancelled", error=dict(refusal_of(stopped, "own").body["error"]))
+            job = self._waiting.popleft()
+            if job.started is not None:
+                self._record(job, "interrupted", stopped.message)  # nothing else waits for this thread any more
+            self._end(job, "cancelled", error=dict(refusal_of(stopped, "own").body["error"]))
 
     async def _compose(self, job: Job) -> None:
         """From a job's turn to its end, whatever happens."""
@@ -180,12 +184,15 @@ class ComposeJobs:
             async with asyncio.timeout(self._limits.job_s):
                 made = await self._made(job)
             if made is None:
+                await asyncio.to_thread(self._record, job, "interrupted", "cancelled")
                 self._end(job, "cancelled")
                 return
             job.told("publishing", 0, 1)
             self._end(job, "finished", result=await self._published(job, made))
         except Exception as error:
-            self._end(job, "failed", error=self._told(job, error))
+            told = self._told(job, error)
+            await asyncio.to_thread(self._record, job, "failed", told["message"])
+            self._end(job, "failed", error=told)
 
     def _told(self, job: Job, error: Exception) -> dict[str, Any]:
         """What whoever asked may know of a failure; the log has the rest."""
@@ -225,7 +232,7 @@ class ComposeJobs:
         folder = Path(made["folder"])
         message = order.message or f"composed of {len(made['weights'])} adapters for {made['report']['task']}"
         version = await self._service.operator.publish(folder, order.name, caller, tags=order.tags, message=message)
-        await asyncio.to_thread(self._record, job, version, made)
+        await asyncio.to_thread(self._record, job, "finished", version=version, made=made)
         return {
             "adapter": version.ref,
             "digest": version.digest,
@@ -234,29 +241,33 @@ class ComposeJobs:
             "report": made["report"],
         }
 
-    def _record(self, job: Job, version: Version, made: Mapping[str, Any]) -> None:
-        """In a thread: the run and its score into the hub's ledger. The adapter is published whether or not that succeeds."""
+    def _record(self, job: Job, status: str, message: str = "", *, version: Version | None = None, made: Mapping[str, Any] | None = None) -> None:
+        """In a thread: the run into the hub's ledger, once, and its score. What was published is so whether or not that succeeds."""
         from atoll.workflows.compose import record_score
 
-        hub = self._service.hub
+        if job.recorded:
+            return
+        job.recorded, hub = True, self._service.hub
         assert hub is not None and job.started is not None
         started, now = datetime.fromtimestamp(job.started, UTC), datetime.now(UTC)
-        seconds = (now - started).total_seconds()
         try:
             hub.record_run(
                 "compose",
                 job.order.request["config"],
-                status="finished",
+                status=status,
                 started=started,
                 finished=now,
-                seconds=seconds,
-                digest=version.digest,
-                name=version.name,
+                seconds=(now - started).total_seconds(),
+                digest=None if version is None else version.digest,
+                name=job.order.name if version is None else version.name,
+                message=message,
+                cost=None if made is None else made["cost"],
             )
-            if made["score"] is not None:
+            if version is not None and made is not None and made["score"] is not None:
                 record_score(hub, version, made["score"])
-        except AtollError as error:
-            _log.error("composition %s is published as %s, but not in the ledger: %s", job.id, version.ref, error.message)
+        except Exception as error:  # the queue must go on
+            published = "" if version is None else f"published as {version.ref}, but "
+            _log.error("composition %s is %snot in the ledger", job.id, published, exc_info=error)
 
     def _end(self, job: Job, state: State, **facts: Any) -> None:
         """The job is over; of its key's, the oldest that are beyond the bound are forgotten."""

@@ -22,6 +22,7 @@ from typing import Any
 
 from atoll import errors
 from atoll.config import atoll_home
+from atoll.config_cost import CURRENCY, PER_CPU_HOUR, PER_HOUR
 from atoll.errors import AtollError
 
 COMMAND = (sys.executable, "-m", "atoll.workflows.compose_worker")
@@ -30,6 +31,7 @@ LAST_LINES, LAST_LINE_CHARS = 40, 500
 REAP_S = 5.0  # for what was killed to be gone: only something that left its group could still hold a pipe
 PASSED_ON = (
     *("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONPATH", "CXX"),
+    *(PER_HOUR, PER_CPU_HOUR, CURRENCY),  # for the record of what it cost
     *("ATOLL_KERNEL", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES"),
 )
 CLOUD_PREFIXES = ("AWS_", "FSSPEC_", "GOOGLE_", "AZURE_")

@@ -2,8 +2,9 @@
 
     in    {"config": a ComposeConfig, "root": folder of its rows, "hub": {"root", "database_url", "blob_url"}, "nice": 10, "parent": process id}
     out   {"progress": [stage, done, total]} now and then, and at last one of
-          {"result": {"folder", "weights", "warnings", "report", "score"}}    as ComposeOutcome has them; the adapter's folder is not published
-          {"error": {"kind", "message", "hint"}}                              kind: the class's name in errors.py; bugs are a traceback on stderr
+          {"result": {"folder", "weights", "warnings", "report", "score", "cost"}}    as ComposeOutcome has them, and the run's cost; the adapter's
+                                                                                      folder is not published
+          {"error": {"kind", "message", "hint"}}    kind: the class's name in errors.py; bugs are a traceback on stderr
 
 The one idea: whoever starts it keeps its cores, its memory and its hub. It runs behind everything else, is the first that the system ends when
 memory is short, writes below `root` only, and ends with the process that started it.
@@ -51,8 +52,8 @@ def main() -> int:
         return 1
     whole = outcome.to_json()
     warnings = [_without_root(warning, request) for warning in outcome.warnings]
-    result = {"folder": whole["adapter_folder"], "weights": whole["weights"], "warnings": warnings, "report": whole["report"], "score": outcome.score}
-    _say(out, result=result)
+    made = {"folder": whole["adapter_folder"], "weights": whole["weights"], "warnings": warnings, "report": whole["report"], "score": outcome.score}
+    _say(out, result={**made, "cost": _cost(outcome.adapter_folder.parent)})
     return 0
 
 
@@ -80,6 +81,13 @@ def compose(request: Mapping[str, Any], out: IO[str]) -> ComposeOutcome:
         publish=False,
         progress=progress,
     )
+
+
+def _cost(folder: Path) -> Any:
+    """What the composition in a folder took, as it was marked there when it was done."""
+    from atoll.workflows.training import RESULT_FILE
+
+    return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["cost"]
 
 
 def _told(error: AtollError, request: Mapping[str, Any]) -> dict[str, str]:
