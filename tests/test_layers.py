@@ -36,8 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("http",),
     ("lorax",),
     ("openai",),
-    ("server", "scale"),
-    ("ui",),
+    ("server",),
     ("cli",),
 )
 CONFIG_FILES = (

@@ -19,7 +19,7 @@ from atoll.model.bank import LoraBank
 from atoll.model.batch import AdapterBatch, PackedBatch
 from atoll.model.composed import cat
 from atoll.model.decoder import Decoder
-from atoll.model.loss import label_loss
+from atoll.model.loss import label_losses
 from atoll.train.rows import label_batch
 
 ROWS = examples(5)
@@ -40,7 +40,7 @@ def test_losses_are_those_of_training_for_each_candidate_and_example(decoder: De
         for value, example in zip(values, ROWS, strict=True):
             packed = label_batch([example], "cpu")
             hidden = decoder.forward(packed.batch, AdapterBatch.single(slot, packed.batch.num_tokens))
-            torch.testing.assert_close(value, label_loss(hidden, decoder.head, packed.labels) / example.num_labels, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(value, label_losses(hidden, decoder.head, packed.labels).sum() / example.num_labels, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -15,12 +15,12 @@ from tests.conftest import tiny_model
 from torch import Tensor
 
 from atoll.model.adapter import Adapter
-from atoll.model.apply import Part, Update, linear, lora_update
+from atoll.model.apply import Part, Update, linear
 from atoll.model.bank import LoraBank, Slot
 from atoll.model.batch import AdapterBatch, PackedBatch, Segment
 from atoll.model.decoder import Decoder, _Gated, _RmsNorm, _rotate_both
 from atoll.model.kernels.thin import dropped
-from atoll.model.loss import label_loss
+from atoll.model.loss import label_losses
 from atoll.model.rope import rotate
 from atoll.model.sites import QKV, TARGETS, module_path
 from atoll.train.weights import TrainableAdapter
@@ -48,7 +48,7 @@ def label_loss_of(decoder: Decoder, rows: Sequence[Sequence[int]], weights: Sequ
     batch = PackedBatch.of(rows, outputs=outputs)
     segments = [Segment(starts[i], starts[i + 1], weight) for i, weight in enumerate(weights) if weight is not None]
     hidden = decoder.forward(batch, AdapterBatch(tuple(segments)))
-    return label_loss(hidden, decoder.head, torch.tensor([token for row in rows for token in row[1:]]))
+    return label_losses(hidden, decoder.head, torch.tensor([token for row in rows for token in row[1:]])).sum()
 
 
 def assert_same_gradients(found: Adapter, expected: Any, rtol: float = 1e-5) -> None:
@@ -249,7 +249,7 @@ def test_gradients_of_the_linear_are_autograds() -> None:
         delta = torch.zeros(8, 10)
         for part in update.parts:
             a = update.a[part.rank_start : part.rank_stop]
-            delta = delta + F.pad(lora_update(x[1:4], a, part.b.T, part.scaling), (part.out_start, 10 - part.out_stop, 1, 4))
+            delta = delta + F.pad(part.scaling * (x[1:4] @ a.T) @ part.b, (part.out_start, 10 - part.out_stop, 1, 4))
         return y + delta
 
     grads = []
@@ -289,12 +289,6 @@ def test_a_trained_adapter_sees_dropout_only_with_a_seed(decoder: Decoder) -> No
     assert torch.equal(plain, packed_logits(decoder, ROWS[:1], [bare])[0])
     weights.dropout_seed = 3
     assert not torch.equal(plain, packed_logits(decoder, ROWS[:1], [weights])[0])
-
-
-def test_lora_update_is_the_products_of_the_paper() -> None:
-    """s (x Aᵀ) Bᵀ is x times the merged update, which is what `merge` means in PEFT."""
-    x, a, b = torch.randn(5, 6), torch.randn(3, 6), torch.randn(4, 3)
-    torch.testing.assert_close(lora_update(x, a, b, 0.7), x @ (0.7 * b @ a).T)
 
 
 def test_bfloat16_masters_stay_float32(decoder: Decoder) -> None:

@@ -18,7 +18,7 @@ from atoll.model.base import load_base
 from atoll.model.batch import AdapterBatch, PackedBatch
 from atoll.model.generic_decoder import GenericDecoder
 from atoll.model.kv_cache import PAGE_TOKENS
-from atoll.model.loss import label_loss
+from atoll.model.loss import label_losses
 from atoll.model.positions import Positions
 from atoll.model.sharded import Share
 from atoll.model.sites import peft_key
@@ -51,7 +51,7 @@ def test_logits_and_gradients_are_pefts(family: str, tmp_path: Path) -> None:
     batch = PackedBatch.of([row[:-1] for row in ROWS[:3]])
     hidden = decoder.forward(batch, AdapterBatch.single(weights, batch.num_tokens))
     labels = torch.tensor([token for row in ROWS[:3] for token in row[1:]])
-    loss = label_loss(hidden, decoder.head, labels, decoder.softcap)
+    loss = label_losses(hidden, decoder.head, labels, decoder.softcap).sum()
     loss.backward()
     expected = torch.tensor(0.0)
     for row in ROWS[:3]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from atoll.model import loss as loss_module
-from atoll.model.loss import label_loss
+from atoll.model.loss import label_losses
 
 
 def draw(num_labels: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -21,7 +21,7 @@ def draw(num_labels: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Ten
 def test_it_is_cross_entropy_summed(num_labels: int, scale: float) -> None:
     """Logits are made and thrown away in chunks of 256; a label lost at a seam, or a gradient that ignores the caller's scale, trains wrongly."""
     hidden, head, labels = draw(num_labels)
-    ours = label_loss(hidden, head, labels)
+    ours = label_losses(hidden, head, labels).sum()
     (ours * scale).backward()
     grad, hidden.grad = hidden.grad, None
     truth = F.cross_entropy(hidden @ head.T, labels, reduction="sum")
@@ -34,7 +34,7 @@ def test_the_same_label_twice_in_a_chunk_counts_twice() -> None:
     """The gradient subtracts one at each token's own label; scattering into a shared row would lose one of them."""
     hidden, head, _ = draw(4)
     labels = torch.tensor([7, 7, 7, 1])
-    label_loss(hidden, head, labels).backward()
+    label_losses(hidden, head, labels).sum().backward()
     grad, hidden.grad = hidden.grad, None
     F.cross_entropy(hidden @ head.T, labels, reduction="sum").backward()
     torch.testing.assert_close(grad, hidden.grad, rtol=1e-4, atol=1e-5)
@@ -43,7 +43,7 @@ def test_the_same_label_twice_in_a_chunk_counts_twice() -> None:
 def test_bfloat16_states_give_a_float32_loss_and_bfloat16_gradients() -> None:
     """The sum over thousands of labels must not be made in bfloat16, which stops counting at 256."""
     hidden, head, labels = draw(600, torch.bfloat16)
-    loss = label_loss(hidden, head, labels)
+    loss = label_losses(hidden, head, labels).sum()
     loss.backward()
     assert loss.dtype == torch.float32
     assert hidden.grad.dtype == torch.bfloat16
@@ -55,7 +55,7 @@ def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     """Validation calls it for values only; and the chunk size is no part of the result."""
     hidden, head, labels = draw(600)
     with torch.no_grad():
-        one = label_loss(hidden.detach(), head, labels)
+        one = label_losses(hidden.detach(), head, labels).sum()
         monkeypatch.setattr(loss_module, "_MOST", 17)
-        torch.testing.assert_close(label_loss(hidden.detach(), head, labels), one, rtol=1e-6, atol=0)
+        torch.testing.assert_close(label_losses(hidden.detach(), head, labels).sum(), one, rtol=1e-6, atol=0)
     assert not one.requires_grad

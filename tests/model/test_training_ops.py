@@ -16,7 +16,7 @@ from atoll.model.adapter import Adapter
 from atoll.model.decoder import Decoder
 from atoll.model.kernels import build
 from atoll.model.kernels.training import training_ops
-from atoll.model.loss import label_loss, label_losses
+from atoll.model.loss import label_losses
 from atoll.model.positions import Positions
 from atoll.train.rows import RowGroup, adapter_batch, pack_groups
 from atoll.train.weights import TrainableAdapter
@@ -53,7 +53,7 @@ def decoders(family: str, changes: tuple[tuple[str, Any], ...]) -> tuple[Decoder
 def gradients(decoder: Decoder, adapters: list[Adapter]) -> tuple[float, Tensor]:
     jobs = [TrainableAdapter(adapter, decoder.shape.linears) for adapter in adapters]
     packed = pack_groups(GROUPS, "cpu")
-    loss = label_loss(decoder.forward(packed.batch, adapter_batch(packed, jobs)), decoder.head, packed.labels)
+    loss = label_losses(decoder.forward(packed.batch, adapter_batch(packed, jobs)), decoder.head, packed.labels).sum()
     loss.backward()
     return float(loss.detach()), torch.cat([job.grads for job in jobs])
 

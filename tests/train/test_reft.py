@@ -20,7 +20,7 @@ from atoll.errors import Interrupted, TrainingError
 from atoll.model.adapter import Adapter, AdapterSpec
 from atoll.model.batch import PackedBatch
 from atoll.model.decoder import Decoder
-from atoll.model.loss import label_loss
+from atoll.model.loss import label_losses
 from atoll.model.positions import PREFIX, Positions
 from atoll.model.reft import COMPONENTS, METHODS, ORTHONORMAL, EditSite, Intervention, ReftSpec
 from atoll.train.entering import Room
@@ -57,7 +57,7 @@ def gradients(decoder: Decoder, adapter: Adapter, rows: list[EncodedRow]) -> Tra
 
 def summed_loss(decoder: Decoder, weights: list[TrainableAdapter], rows: list[EncodedRow]) -> Tensor:
     packed = pack_groups([RowGroup([row]) for row in rows], "cpu")
-    return label_loss(decoder.forward(packed.batch, adapter_batch(packed, weights)), decoder.head, packed.labels)
+    return label_losses(decoder.forward(packed.batch, adapter_batch(packed, weights)), decoder.head, packed.labels).sum()
 
 
 def asymmetry(adapter: Adapter) -> float:
@@ -131,7 +131,7 @@ def test_nothing_below_the_first_changed_block_has_a_gradient(decoder: Decoder) 
     """The backward pass ends where the job begins: an edit of the last block must not cost a walk through the base."""
     weights = TrainableAdapter(toy_reft(layers=(2,)), decoder.shape.linears)
     packed = label_batch(ROWS, "cpu")
-    loss = label_loss(decoder.forward(packed.batch, adapter_batch(packed, [weights] * 3)), decoder.head, packed.labels)
+    loss = label_losses(decoder.forward(packed.batch, adapter_batch(packed, [weights] * 3)), decoder.head, packed.labels).sum()
     seen, waiting = set[Any](), [loss.grad_fn]
     while waiting:
         node = waiting.pop()

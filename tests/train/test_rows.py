@@ -10,7 +10,7 @@ from tests.train.jobs import toy_decoder, toy_reft
 from atoll.data.encode import EncodedRow
 from atoll.model.adapter import Adapter
 from atoll.model.decoder import Decoder
-from atoll.model.loss import label_loss
+from atoll.model.loss import label_losses
 from atoll.model.positions import Positions
 from atoll.train.rows import RowGroup, adapter_batch, pack_groups, shared_beginning
 from atoll.train.weights import TrainableAdapter
@@ -35,7 +35,7 @@ def gradients(decoder: Decoder, adapters: list[Adapter], groups: list[RowGroup])
     jobs = [TrainableAdapter(adapter, decoder.shape.linears) for adapter in adapters]
     packed = pack_groups(groups, "cpu")
     hidden = decoder.forward(packed.batch, adapter_batch(packed, jobs))
-    losses = [label_loss(hidden[start:stop], decoder.head, packed.labels[start:stop]) for start, stop in packed.label_spans]
+    losses = [label_losses(hidden[start:stop], decoder.head, packed.labels[start:stop]).sum() for start, stop in packed.label_spans]
     torch.stack(losses).sum().backward()
     return [float(loss.detach()) for loss in losses], [job.grads for job in jobs], packed.batch.num_tokens
 

@@ -98,14 +98,6 @@ class BucketRows(Protocol):
         ...
 
 
-def lora_update(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """scaling * (x Aᵀ) Bᵀ, the term LoRA adds to a frozen layer's output (Hu et al. 2021, arXiv 2106.09685).
-
-    Two thin products, never B A: the cost is T*r*(d_in + d_out) instead of T*d_in*d_out. x [T, d_in], a [r, d_in], b [d_out, r]; returns [T, d_out].
-    """
-    return scaling * ((x @ a.T) @ b.T)
-
-
 def linear(x: Tensor, weight: Weight, bias: Tensor | None, layer: int, group: int, adapters: AdapterBatch, ops: TrainingOps | None = None) -> Tensor:
     """x Wᵀ + bias, plus every segment's update. x [T, d_in], weight [d_out, d_in] frozen, held whole or as blocks; returns [T, d_out].
 

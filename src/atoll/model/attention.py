@@ -22,7 +22,7 @@ from atoll.model.kv_cache import PAGE_TOKENS, KvCache
 _SHORT_ROW = 16  # new tokens up to which rows are padded to one another: a call of its own costs more than the padding
 
 
-class _Block:
+class _ShortRows:
     """Rows of few new tokens that one call can do: n rows, each padded to L new tokens and to the pages of the longest.
 
     A row is padded with its own first token and its own first page, so whatever stands there it does to itself, and the mask hides it.
@@ -84,7 +84,7 @@ class Attention:
         pages = table[batch.row_of_token, batch.positions // PAGE_TOKENS]
         self._places = pages * PAGE_TOKENS + batch.positions % PAGE_TOKENS  # [T] where each new token's key and value are stored
         groups, self._long = _blocks(batch)
-        self._short = [_Block(rows, batch, table) for rows in groups]
+        self._short = [_ShortRows(rows, batch, table) for rows in groups]
         self._tables = {row: table[row, : needed[row]] for row in self._long}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -113,7 +113,7 @@ class Attention:
             out[start:stop] = self._long_row(row, q[start:stop], k[start:stop], v[start:stop], keys, values, window)
         return out
 
-    def _short_rows(self, number: int, block: _Block, q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    def _short_rows(self, number: int, block: _ShortRows, q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
         """All rows of a block at once over their gathered pages. Returns [tokens of the block, H * K]."""
         kv_heads, size = keys.shape[2:]
         shared = q.shape[1] // kv_heads

@@ -4,7 +4,7 @@ Rows are laid into padded blocks (training batches are sorted by length, so they
 (PackedBatch.follows) form a block with it: its keys and values stand before each row's own, and their gradients are the sum over the rows, exactly
 as if every row had computed the beginning itself.
 
-Used by attention.py, once a layer.
+Used by attention.py and kernels/training.py, once a layer; the blocks by encoder.py too.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The head is frozen, so the gradient with respect to the hidden states can be made in the forward, chunk by chunk, while the chunk's logits are at
 hand: with a vocabulary of 49,152, four thousand tokens of float32 logits would be 805 MB written, read, and written again.
 
-Used by train and compose, through the decoders. Sums and single losses are returned, no means: the caller divides by the label tokens of the whole
+Used by train and compose, through the decoders. Single losses are returned, no means: the caller sums and divides by the label tokens of the whole
 effective batch, or of each row.
 """
 
@@ -20,16 +20,11 @@ LOGIT_BYTES = 16 << 20  # bytes of one copy of a chunk's logits: to stay in the 
 _LEAST, _MOST = 32, 256  # label tokens of a chunk
 
 
-def label_loss(hidden: Tensor, head: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
-    """Σ -log softmax(hidden headᵀ)[label], in nats, float32 scalar; differentiable in hidden only.
+def label_losses(hidden: Tensor, head: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    """-log softmax(hidden headᵀ)[label] of each label, in nats, [N] float32; differentiable in hidden only.
 
     hidden [N, D] normed states that predict the labels, head [V, D] frozen, labels [N] int64. softcap: logits z are softcap * tanh(z / softcap).
     """
-    return label_losses(hidden, head, labels, softcap).sum()
-
-
-def label_losses(hidden: Tensor, head: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
-    """-log softmax(hidden headᵀ)[label] of each label, in nats, [N] float32; differentiable in hidden only. Arguments as of label_loss."""
     out: Tensor = _LabelLoss.apply(hidden, head, labels, softcap)
     return out
 

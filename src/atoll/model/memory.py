@@ -55,14 +55,6 @@ def release_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def tensor_bytes() -> tuple[int, int]:
-    """(bytes of large tensors, bytes up to the end of the last one) in the memory of their own; zeros where there is none."""
-    found = (ctypes.c_size_t * 2)()
-    if (library := _tensors()) is not None:
-        library.atoll_tensors_bytes(found)
-    return found[0], found[1]
-
-
 @functools.cache
 def _tensors() -> ctypes.CDLL | None:
     """The compiled memory for tensors; None where it cannot be had, or plain torch is asked for."""

@@ -4,7 +4,8 @@ A library is kept under a key of everything that decides it: sources, flags, com
 compiler builds anew (in a few seconds), and nothing stale is ever loaded. The target is the best one that the processor has; the environment variable
 ATOLL_KERNEL names another, or "plain" for none.
 
-Used by decoder.py and training.py of this folder. Raises nothing: where it cannot build, it says why in the log and returns None.
+Used by decoder.py and training.py of this folder, and by model/memory.py. Raises nothing: where it cannot build, it says why in the log and returns
+None.
 """
 
 from __future__ import annotations
