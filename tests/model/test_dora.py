@@ -169,7 +169,7 @@ def test_what_adds_updates_up_refuses_dora_by_name() -> None:
             method(parents, [1.0, 1.0])
     with pytest.raises(RequestRefused, match="DoRA"):
         composed.compress(parents[1], 2)
-    with pytest.raises(UnsupportedAdapter, match="adapter 2' is DoRA's"):
+    with pytest.raises(UnsupportedAdapter, match="adapter 2' is a DoRA adapter"):
         Pool.of(parents, decoder)
 
 
