@@ -343,6 +343,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an optimiser that there is not": ({"compose": {"method": "nevergrad:NGOptt", "folds": None}}, ConfigError, "no optimiser 'NGOptt'"),
     "an adapter with edits by name": ({"compose": {"adapters": ["edits"]}}, ConfigError, "edits@1 is reft"),
     "everything excluded": ({"compose": {"adapters": ["sizes"], "exclude": ["sizes"]}}, ConfigError, "every LoRA adapter named is excluded"),
+    "an adapter of elsewhere": ({"compose": {"adapters": ["hf:a/b"]}}, ConfigError, "'hf:a/b' names an adapter of elsewhere"),
     "a reserved name": ({"name": "latest"}, NameRefused, "reserved"),
 }
 

@@ -182,6 +182,10 @@ def _named(config: ComposeConfig, hub: Hub) -> tuple[tuple[Version, ...], tuple[
     settings = config.compose
     excluded = {text: parse_reference(text) for text in settings.exclude}
     if settings.adapters:
+        foreign = next((text for text in settings.adapters if text.startswith("hf:") or "://" in text), None)
+        if foreign is not None:
+            hint = f"bring it in first: atoll hub pull {foreign}"
+            raise ConfigError(f"{foreign[:120]!r} names an adapter of elsewhere, and only adapters of the hub are composed", hint=hint)
         found = [hub.resolve(reference) for reference in settings.adapters]
         for version in found:
             if version.kind not in ("lora", "composed"):
