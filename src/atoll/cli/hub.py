@@ -87,8 +87,10 @@ def publish(
             record, base_path = base_record(base, progress)
         if (folder / WEIGHTS_FILE).is_file():  # publishing says what is wrong with another folder
             check_fit(folder, folder, record, base_path)
-            _warn_of_another_base(folder, base)
-    show_published(_open().publish(folder, name, tags=tag or (), message=message, licence=licence, base=record), as_json)
+    version = _open().publish(folder, name, tags=tag or (), message=message, licence=licence, base=record)
+    if base is not None:
+        _warn_of_another_base(folder, base)
+    show_published(version, as_json)
 
 
 def _warn_of_another_base(folder: Path, base: str) -> None:

@@ -119,7 +119,8 @@ def compare_runs(hub: Hub, runs: Sequence[Run]) -> Comparison:
     configs = [dict(by_dotted_key(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     settings = {key: tuple(config.get(key) for config in configs) for key in keys}
-    scores = [{f"{s.task} {s.metric}": s.value for s in hub.scores(run.digest)} if run.digest else {} for run in runs]
+    # the newest score of a task is the last to be put in
+    scores = [{f"{s.task} {s.metric}": s.value for s in reversed(hub.scores(run.digest))} if run.digest else {} for run in runs]
     losses, costs = [losses_of(run) for run in runs], [run.cost or {} for run in runs]
     return Comparison(
         tuple(runs),

@@ -73,6 +73,8 @@ def evaluate(
     split: tuple[str, ...] = ()
     if all_rows:
         task = replace(task, test=(*others, *task.test))
+        if others:
+            split = (f"all {len(task.test)} rows are scored, also those that training would get: adapters that have learned them score too well",)
     elif is_file:
         split = (f"scored is the test split of {data.path}, {len(task.test)} of its {len(others) + len(task.test)} rows; --all-rows scores all",)
     base = load_base(base_name, dtype=dtype, device=device, quantization=quantization, progress=progress)
