@@ -97,10 +97,10 @@ def why_incomparable(plans: Sequence[TrainingPlan], best_by: BestBy) -> str:
     rows, whatever base or prompt they come from.
     """
     differing = _measured_apart(plans, best_by)
-    if not differing:
+    if not differing or not any(plan.validation.rows for plan in plans):  # without validation rows there is nothing to compare at all
         return ""
     figures, way_out = ("scores", "") if best_by == "metric" else ("validation losses", "; best_by: metric compares answers to the same rows")
-    if any(plan.masking is not None for plan in plans):
+    if any(plan.masking is not None for plan in plans) or _measured_apart(plans, "metric"):
         way_out = ""
     return f"no training is named best: {figures} cannot be compared where {' and '.join(differing)} differ{way_out}"
 
